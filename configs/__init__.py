@@ -1,0 +1,1 @@
+"""Presets: `base.yaml` states every key; the others state what they change."""

@@ -1,0 +1,84 @@
+"""Everything that can go wrong and be explained, as one tree.
+
+    LwfedError                       1   anything below; never raised itself
+    ├── ConfigError                 78   the configuration is wrong (EX_CONFIG)
+    ├── DataError                   66   images are missing or unreadable (EX_NOINPUT)
+    ├── StateError                  73   the state directory is unusable, in use, or of another run (EX_CANTCREAT)
+    ├── MissingDependency           72   an optional package is needed for this (EX_OSFILE)
+    ├── WorkerFailed                70   a training process died or raised (EX_SOFTWARE)
+    ├── Diverged                    70   training produced a loss or weight that is not finite
+    └── WireError                   76   the other side cannot be understood (EX_PROTOCOL)
+        ├── ProtocolMismatch        76   it speaks a version that we do not
+        ├── InvalidMessage          76   a message does not parse or breaks its limits
+        ├── InvalidPayload          76   bytes that fit neither their digest nor the plan
+        └── TransportError          69
+            ├── Unreachable         69   no connection to the broker (EX_UNAVAILABLE), try again later
+            ├── PortInUse           75   something else listens there (EX_TEMPFAIL)
+            └── Refused             77   the broker refuses us (EX_NOPERM)
+
+A message says what happened, with which value, and what to do next. The command line prints it after
+`error:` and ends with the class's `exit_code`; usage errors of click end with 2. A service must not be
+restarted on 2, 66, 72, 73, 76, 77 and 78: nothing changes until somebody acts.
+"""
+
+from __future__ import annotations
+
+
+class LwfedError(Exception):
+    exit_code = 1
+
+
+class ConfigError(LwfedError):
+    exit_code = 78
+
+
+class DataError(LwfedError):
+    exit_code = 66
+
+
+class StateError(LwfedError):
+    exit_code = 73
+
+
+class MissingDependency(LwfedError):
+    exit_code = 72
+
+
+class WorkerFailed(LwfedError):
+    exit_code = 70
+
+
+class Diverged(LwfedError):
+    exit_code = 70
+
+
+class WireError(LwfedError):
+    exit_code = 76
+
+
+class ProtocolMismatch(WireError):
+    pass
+
+
+class InvalidMessage(WireError):
+    pass
+
+
+class InvalidPayload(WireError):
+    pass
+
+
+class TransportError(WireError):
+    exit_code = 69
+
+
+class Unreachable(TransportError):
+    pass
+
+
+class PortInUse(TransportError):
+    exit_code = 75
+
+
+class Refused(TransportError):
+    exit_code = 77
