@@ -1,0 +1,125 @@
+"""A child process that works for its parent: JSON lines in on its stdin, JSON lines out on its stdout.
+
+Training runs in such a child because only the end of a process reliably gives its memory back, and because its
+death (out of memory, a wrong build of torch) must not take the parent with it. A child whose parent dies ends too:
+its stdin closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lwfed.errors import LwfedError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    child: Child
+    data: Json
+
+
+@dataclass(frozen=True)
+class Ended:
+    child: Child
+    reason: str  # for people: exit code or signal, and what it usually means
+
+
+class Child:
+    """One run of ``python -m MODULE``. Events arrive on a thread of its own; `deliver` only enqueues."""
+
+    def __init__(self, module: str, deliver: Callable[[Said | Ended], None], env: dict[str, str] | None = None) -> None:
+        self._deliver = deliver
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
+        )
+        self._reader = threading.Thread(target=self._read, name=f"read {module}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, data: Json) -> None:
+        """Hand over one line; a child that is gone is reported by its `Ended`, not here."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(data).encode() + b"\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass
+
+    def kill(self) -> None:
+        """End it now and wait until its memory is free; `Ended` follows."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._deliver(Said(self, json.loads(line)))
+        self._deliver(Ended(self, describe_exit(self._process.wait())))
+        self._process.stdout.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hints = {
+        signal.SIGKILL: "probably killed because the device ran out of memory",
+        signal.SIGILL: "torch was built for another processor: see `edge-agent doctor`",
+    }
+    return f"ended by {signal.Signals(-code).name}" + (f": {hints[signal.Signals(-code)]}" if -code in hints else "")
+
+
+class Handler(Protocol):
+    def __call__(self, data: Json, say: Callable[[Json], None]) -> None: ...
+
+
+def serve(handle: Handler, hello: Json) -> None:
+    """The child's side: say `hello`, then `handle` each line of stdin in turn until stdin closes.
+
+    An error of ours is said as ``{"event": "error", "kind": class name, "message": text}`` and the child goes on.
+    """
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    lines: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_feed, args=(lines,), name="stdin", daemon=True).start()
+
+    def say(data: Json) -> None:
+        try:
+            out.write(json.dumps(data) + "\n")
+        except BrokenPipeError:
+            os._exit(0)
+
+    say(hello)
+    while True:
+        try:
+            handle(json.loads(lines.get()), say)
+        except LwfedError as error:
+            say({"event": "error", "kind": type(error).__name__, "message": str(error)})
+        except (MemoryError, RuntimeError, OSError, ValueError) as error:
+            kind = "OutOfMemory" if isinstance(error, MemoryError) or "allocate memory" in str(error) else "WorkerFailed"
+            say({"event": "error", "kind": kind, "message": f"{type(error).__name__}: {error}"})
+
+
+def _feed(lines: queue.Queue[bytes]) -> None:
+    for line in sys.stdin.buffer:
+        lines.put(line)
+    os._exit(0)

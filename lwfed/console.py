@@ -1,0 +1,21 @@
+"""What a program tells the person who runs it: plain lines, or one JSON object a line for other programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+
+
+class Console:
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def say(self, event: str, text: str, **fields: Any) -> None:
+        """Report `event`: its `text` to a person, its `fields` (with ``event``, ``time``, ``text``) as JSON."""
+        if self.as_json:
+            click.echo(json.dumps({"event": event, "time": round(time.time(), 3), "text": text, **fields}))
+        else:
+            click.echo(f"{time.strftime('%H:%M:%S')}  {text}")

@@ -1,0 +1,339 @@
+"""The control messages: JSON of the models below, each with the protocol's version.
+
+A message is refused as a whole: larger than `MAX_MESSAGE_BYTES`, not JSON, another version, an unknown key, a value
+out of its bounds. Bulk never travels here but as chunks of blobs, which are named by their SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lwfed.errors import InvalidMessage, ProtocolMismatch
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 128 * 1024  # AWS IoT Core's limit, the lowest of the common brokers
+MAX_BLOB_BYTES = 128 * 1024 * 1024  # four times a layer of ViT-Large; its manifest stays below MAX_MESSAGE_BYTES
+MAX_CHUNKS = 1200
+MAX_CURVE = 120  # readings in a memory curve
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Part = Annotated[str, Field(pattern=r"^(stem|layer\.[1-9][0-9]?|norm|projector|predictor)$")]
+Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
+Amount = Annotated[float, Field(ge=0, le=1e12)]
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Message(Record):
+    v: Literal[1] = PROTOCOL
+
+
+# Blobs
+
+
+class BlobRef(Record):
+    id: Digest
+    size: Annotated[int, Field(ge=0, le=MAX_BLOB_BYTES)]
+
+
+class Manifest(Message):
+    """How a blob is cut, and what each piece must hash to."""
+
+    blob: BlobRef
+    chunk_bytes: Annotated[int, Field(ge=1024, le=1_000_000)]
+    digests: Annotated[tuple[Digest, ...], Field(max_length=MAX_CHUNKS)]
+
+    @model_validator(mode="after")
+    def _covers(self) -> Manifest:
+        if len(self.digests) != -(-self.blob.size // self.chunk_bytes):
+            raise ValueError(f"{len(self.digests)} digests for {self.blob.size} bytes in chunks of {self.chunk_bytes}")
+        return self
+
+
+class Want(Record):
+    id: Digest
+    missing: Ranges | None  # chunks; None: the manifest itself
+
+
+class Need(Message):
+    """Device: send me these."""
+
+    blobs: Annotated[tuple[Want, ...], Field(max_length=256)]
+
+
+# The server to everybody
+
+
+class ServerState(Message):
+    """Read by every version: only these fields may ever be relied on."""
+
+    online: bool
+    epoch: Count  # grows with every start of the server
+    protocol_min: int = PROTOCOL
+    protocol_max: int = PROTOCOL
+
+
+Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished"]
+
+
+class Run(Message):
+    """Where the run stands. (epoch, seq) grows; a device ignores what is older than it has seen."""
+
+    run: Name
+    epoch: Count
+    seq: Count
+    phase: Phase
+    stage: Ordinal
+    stages: Ordinal
+    round: Ordinal
+    rounds: Ordinal  # in this stage
+    config: BlobRef
+    parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
+
+
+# The server to one device
+
+
+class Task(Message):
+    """Train in this round, as this participant. Sent again whenever the device greets and still owes its update."""
+
+    run: Name
+    stage: Ordinal
+    round: Ordinal
+    participant: Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class Grant(Message):
+    contribution: Name
+    worker: Name
+    missing: Ranges
+    window: Annotated[int, Field(ge=1, le=64)]
+
+
+class Wait(Message):
+    contribution: Name
+    retry_s: Annotated[float, Field(ge=0, le=3600)]
+
+
+class Miss(Message):
+    contribution: Name
+    missing: Ranges
+
+
+class Done(Message):
+    """The update is on the server's disk; the device may forget it."""
+
+    contribution: Name
+
+
+RefuseCode = Literal["stale", "not_chosen", "too_large", "digest", "content", "not_finite", "version", "identity"]
+
+
+class Refuse(Message):
+    contribution: Name | None
+    code: RefuseCode
+    reason: Text
+
+
+# A device to the server
+
+DeviceState = Literal["ready", "training", "lost", "stopped"]
+
+
+class State(Message):
+    state: DeviceState
+    boot: Count  # grows with every start of the agent, so that a late last will of an older one is ignored
+
+
+class Hello(Message):
+    boot: Count
+    lwfed: Text
+    python: Text
+    torch: Text | None
+    machine: Text
+    cores: Ordinal
+    memory_mb: Amount
+    images: Count
+    source: Text
+
+
+class Beat(Message):
+    """Progress of the training, a few times a minute."""
+
+    run: Name
+    stage: Ordinal
+    round: Ordinal
+    epoch: Count
+    epochs: Ordinal
+    step: Count
+    steps: Ordinal
+    loss: Annotated[float, Field(ge=-1e6, le=1e6)]
+    rss_mb: Amount
+
+
+class Reading(Record):
+    """Memory at one moment: of the worker (rss, uss, swap) and of the whole system (available)."""
+
+    t_s: Amount
+    rss_mb: Amount
+    uss_mb: Amount
+    swap_mb: Amount
+    available_mb: Amount
+
+
+class Memory(Record):
+    baseline_mb: Amount  # the worker after its imports, before data and model
+    peak_mb: Amount
+    peak_source: Literal["VmHWM", "samples"]
+    curve: Annotated[tuple[Reading, ...], Field(max_length=MAX_CURVE)]
+
+
+class Traffic(Record):
+    """Bytes of MQTT packets since the device joined the run, as its transport counted them."""
+
+    down: Count
+    up: Count
+
+
+class Execution(Record):
+    """What the bits of an update depend on beside its inputs; kept by every repetition of the round."""
+
+    prefix: Literal["torch"]
+    precision: Literal["fp32"]
+    threads: Ordinal
+    torch: Text
+    machine: Text
+
+
+class Report(Record):
+    images: Annotated[int, Field(ge=1, lt=2**53)]  # |D_n|, the weight of the update
+    skipped: Count  # files that are no readable images
+    steps: Ordinal
+    losses: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=10_000)]  # per epoch
+    seconds: Amount
+    memory: Memory
+    execution: Execution
+
+
+class Offer(Message):
+    contribution: Name
+    run: Name
+    stage: Ordinal
+    round: Ordinal
+    participant: Annotated[int, Field(ge=0, le=1_000_000)]
+    manifest: Manifest
+    report: Report
+
+
+class Fin(Message):
+    contribution: Name
+    traffic: Traffic
+
+
+FailCode = Literal["data", "memory", "diverged", "worker", "config"]
+
+
+class Fail(Message):
+    """The device cannot train in this round; the round goes on without it."""
+
+    run: Name
+    stage: Ordinal
+    round: Ordinal
+    code: FailCode
+    reason: Text
+
+
+UP: dict[str, type[Message]] = {
+    "state": State,
+    "hello": Hello,
+    "beat": Beat,
+    "need": Need,
+    "offer": Offer,
+    "fin": Fin,
+    "fail": Fail,
+}
+DOWN: dict[str, type[Message]] = {
+    "task": Task,
+    "manifest": Manifest,
+    "grant": Grant,
+    "wait": Wait,
+    "miss": Miss,
+    "done": Done,
+    "refuse": Refuse,
+}
+KINDS: dict[type[Message], str] = {model: kind for table in (UP, DOWN) for kind, model in table.items()}
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    return message.model_dump_json().encode()
+
+
+def decode(model: type[AnyMessage], payload: bytes) -> AnyMessage:
+    """The message in `payload`; raises InvalidMessage, or ProtocolMismatch where it is of another version."""
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise InvalidMessage(f"{model.__name__} of {len(payload)} bytes exceeds the {MAX_MESSAGE_BYTES} allowed")
+    try:
+        data: Any = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise InvalidMessage(f"{model.__name__} is no JSON") from None
+    version = data.get("v") if isinstance(data, dict) else None
+    if isinstance(version, int) and version != PROTOCOL and model is not ServerState:
+        raise ProtocolMismatch(f"{model.__name__} is of protocol version {version}; this is version {PROTOCOL}: {UPGRADE}")
+    try:
+        return model.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(level) for level in first["loc"])
+        raise InvalidMessage(f"{model.__name__}: {place}: {first['msg']}") from None
+
+
+UPGRADE = "upgrade the older side with `pip install --upgrade lwfed`"
+
+
+def decode_server_state(payload: bytes) -> ServerState:
+    """The server's state, whatever its version; unknown fields are dropped. Raises InvalidMessage."""
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise InvalidMessage(f"the server's state is {len(payload)} bytes long")
+    try:
+        data = json.loads(payload)
+        return ServerState.model_validate({key: data[key] for key in ServerState.model_fields if key in data and key != "v"})
+    except (ValueError, RecursionError, TypeError):
+        raise InvalidMessage("the server's state does not parse") from None
+
+
+def speaks_our_version(state: ServerState) -> bool:
+    return state.protocol_min <= PROTOCOL <= state.protocol_max
+
+
+def ranges(indices: list[int]) -> str:
+    """Sorted indices as text: [0, 1, 2, 7] -> "0-2,7"."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def indices(text: str, count: int) -> list[int]:
+    """The inverse of `ranges`, bounded by a blob of `count` chunks; raises InvalidMessage."""
+    found: set[int] = set()
+    for piece in filter(None, text.split(",")):
+        low, _, high = piece.partition("-")
+        first, last = int(low), int(high or low)
+        if not first <= last < count:
+            raise InvalidMessage(f"chunks {piece} of a blob of {count}")
+        found.update(range(first, last + 1))
+    return sorted(found)
