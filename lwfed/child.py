@@ -7,6 +7,7 @@ its stdin closes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -57,25 +58,28 @@ class Child:
     def send(self, data: Json) -> None:
         """Hand over one line; a child that is gone is reported by its `Ended`, not here."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(data).encode() + b"\n")
             self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass
 
     def kill(self) -> None:
         """End it now and wait until its memory is free; `Ended` follows."""
         self._process.kill()
         self._process.wait()
 
+    def close(self) -> None:
+        """Let an ended child go, and wait for its last event; idempotent."""
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._deliver(Said(self, json.loads(line)))
         self._deliver(Ended(self, describe_exit(self._process.wait())))
-        self._process.stdout.close()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
 
 
 def describe_exit(code: int) -> str:

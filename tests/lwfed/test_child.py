@@ -1,0 +1,76 @@
+import os
+import queue
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lwfed.child import Child, Ended, describe_exit
+
+HERE = str(Path(__file__).parent)
+LONG_S = 30
+
+
+@pytest.fixture
+def events():
+    return queue.Queue()
+
+
+@pytest.fixture
+def child(events):
+    child = Child("echo_child", events.put, env={"PYTHONPATH": HERE})
+    assert events.get(timeout=LONG_S).data == {"event": "ready"}
+    yield child
+    child.kill()
+    child.close()
+
+
+def test_lines_go_both_ways_and_library_noise_does_not_mix_in(child, events):
+    child.send({"do": "echo", "text": "ä\n"})
+    assert events.get(timeout=LONG_S).data == {"event": "echo", "text": "ä\n"}
+
+
+def test_an_error_is_said_and_the_child_goes_on(child, events):
+    for order in ({"do": "fail"}, {"do": "exhaust"}, {"do": "echo", "text": "still here"}):
+        child.send(order)
+    assert events.get(timeout=LONG_S).data == {"event": "error", "kind": "DataError", "message": "no images in /nowhere"}
+    assert events.get(timeout=LONG_S).data["kind"] == "OutOfMemory"
+    assert events.get(timeout=LONG_S).data["text"] == "still here"
+
+
+def test_its_death_is_an_event_that_names_the_likely_cause(child, events):
+    child.send({"do": "die", "signal": "SIGKILL"})
+    ended = events.get(timeout=LONG_S)
+    assert isinstance(ended, Ended)
+    assert "SIGKILL" in ended.reason
+    assert "out of memory" in ended.reason
+    child.send({"do": "echo", "text": "to nobody"})  # must not raise
+
+
+def test_it_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import queue; from lwfed.child import Child; events = queue.Queue(); child = Child('echo_child', events.put);"
+            "events.get(); print(child.pid, flush=True); events.get()",
+        ],
+        env={**os.environ, "PYTHONPATH": HERE},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    watch = os.pidfd_open(pid) if os.path.exists(f"/proc/{pid}") else None
+    if watch is not None:  # a pidfd becomes readable when the process ends
+        assert select.select([watch], [], [], LONG_S)[0], "the child outlived its parent"
+        os.close(watch)
+
+
+def test_exits_are_described_for_people():
+    assert describe_exit(3) == "ended with exit code 3"
+    assert "doctor" in describe_exit(-4)
+    assert describe_exit(-15) == "ended by SIGTERM"

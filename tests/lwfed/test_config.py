@@ -1,0 +1,107 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lwfed.config import RunConfig, load_config, presets
+from lwfed.config.explain import keys
+from lwfed.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_load_and_survive_the_wire(name):
+    config = load_config(name)
+    assert RunConfig.from_bytes(config.to_bytes()) == config
+    assert config.digest == load_config(name).digest
+
+
+def test_base_states_every_key_with_a_comment():
+    text = (CONFIGS / "base.yaml").read_text()
+    stated = [f"{section}.{key}" for section, values in yaml.safe_load(text).items() for key in values]
+    assert sorted(stated) == sorted(keys(RunConfig))
+    for line in text.splitlines():
+        if re.match(r"  \w+:", line) and not re.match(r"  (contrast|saturation):", line):
+            assert "#" in line, f"no reason given: {line}"
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml"], ids=lambda path: path.stem)
+def test_presets_state_differences_only(path):
+    base = load_config("base").model_dump(mode="json")
+    for section, values in yaml.safe_load(path.read_text()).items():
+        config = load_config(path.stem).model_dump(mode="json")
+        for key in values:
+            assert config[section][key] != base[section][key], f"{path.name} repeats base.yaml's {section}.{key}"
+
+
+def test_the_paper_preset_is_the_paper():
+    config = load_config("paper")
+    assert (config.stage_count, config.rounds_in_stage, config.train.epochs, config.train.batch_size) == (12, 15, 3, 512)
+    assert load_config("paper", ["stages.strategy=end_to_end"]).rounds_in_stage == 180
+
+
+def test_settings_are_typed_like_yaml_and_the_last_one_wins():
+    config = load_config("demo", ["train.lr=3e-3", "train.epochs=1", "train.epochs=2", "views.blur=[0.5, 0]", "calibration.every=never"])
+    assert config.train.lr == 0.003
+    assert config.train.epochs == 2
+    assert config.views.blur == (0.5, 0.0)
+
+
+def test_all_problems_are_listed_at_once_with_the_nearest_key():
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", ["trian.lr=1", "train.lrr=1", "batch_size=3", "train.epochs=no", "model.heads=5", "train.lr=.inf"])
+    text = str(caught.value)
+    assert "6 problems" in text
+    for expected in (
+        "trian: no such key; did you mean train",
+        "train.lrr: no such key; did you mean train.lr?",
+        "batch_size: no such key; did you mean train.batch_size?",
+        "train.epochs: ",
+        "heads 5 does not divide width 64",
+        "train.lr: ",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lr: 1}\ntrain: {lr: 2}", "given twice"),
+        ("- a\n- b", "sections of keys"),
+        ("a: [", "no valid YAML"),
+        ("1: 2", "not a word"),
+        ("train: 5", "train"),
+        ("!!python/object/apply:os.system ['true']", "no valid YAML"),
+        ("calibration: {every: round}", "needs auxiliary images"),
+        ("data: {auxiliary_share: 0.6, labelled_share: 0.4}", "leave nothing"),
+        ("stages: {layers_per_stage: 13}", "exceeds model.depth"),
+        ("rounds: {sample: 5, min_devices: 2}", "exceeds rounds.min_devices"),
+        ("views: {crop_scale: [1.0, 0.2]}", "no range"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
+
+
+def test_a_misspelt_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean the preset 'demo'"):
+        load_config("demmo")
+    with pytest.raises(ConfigError, match="presets: base"):
+        load_config("/nowhere/at/all.yaml")
+
+
+def test_a_setting_without_value_is_explained():
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        load_config("demo", ["train.lr"])
+
+
+def test_junk_from_the_network_is_a_config_error():
+    with pytest.raises(ConfigError):
+        RunConfig.from_bytes(b"{}")
+    with pytest.raises(ConfigError):
+        RunConfig.from_bytes(b"\xff\x00")
