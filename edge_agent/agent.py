@@ -1,0 +1,225 @@
+"""The agent's control process: one thread, one queue of what happened, and a session that says what to do.
+
+It stays small (no torch, no numpy) and outlives every training process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import queue
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+import lwfed
+from lwfed.blobs import BlobStore
+from lwfed.child import Child, Ended, Json, Said
+from lwfed.data import Source, open_source
+from lwfed.edge_agent import events
+from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
+from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.resources import Meter
+from lwfed.edge_agent.screen import Screen
+from lwfed.edge_agent.session import Session
+from lwfed.edge_agent.work import Places, Work
+from lwfed.errors import MissingDependency
+from lwfed.transport.base import Transport, Will
+from lwfed.wire.messages import Hello, State, encode
+from lwfed.wire.topics import Topics
+
+WORKER = "lwfed.edge_agent.worker"
+WORKER_ENVIRONMENT = {  # read by allocators before Python runs; cut peak and what is kept after training
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MIMALLOC_PURGE_DELAY": "0",
+}
+Raw = events.Event | Said | Ended
+
+
+@dataclass(frozen=True)
+class Join:
+    """What `edge-agent join` was told."""
+
+    data: str
+    fleet: str
+    name: str
+    state: Path
+    wait_s: float
+
+
+def torch_version() -> str | None:
+    """Without importing it."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("torch")
+    return None
+
+
+def check_data(spec: str) -> tuple[Source, int]:
+    """The source, and how many images there seem to be (0: unknown). Raises DataError and MissingDependency."""
+    if torch_version() is None:
+        raise MissingDependency(
+            "training needs torch: pip install 'lwfed[train]', on a Raspberry Pi 'lwfed[pi]', on a Jetson NVIDIA's build"
+        )
+    source = open_source(spec)
+    return source, source.check() or 0
+
+
+class Agent:
+    def __init__(self, join: Join, transport: Transport, screen: Screen) -> None:
+        """Raises DataError, MissingDependency and StateError; connects to nothing."""
+        source, images = check_data(join.data)
+        self._transport, self._screen = transport, screen
+        self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # may be filled by a signal handler, unlike Queue
+        self._child: Child | None = None
+        self._meter: Meter | None = None
+        self._sample_s = 0.0
+        self._next_sample: float | None = None  # while a task runs
+        self._journal = Journal(join.state / "journal.sqlite", join.name)
+        self._topics = Topics(join.fleet)
+        device = self._journal.device
+        data = join.data if source.named else str(source.folder.absolute())
+        places = Places(data, kept=join.state / "images", out=join.state / "update.safetensors")
+        held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
+        work = Work(device, self._topics, self._journal, held, spool, places, transport)
+        hello = _hello(self._journal.boot, source, images)
+        self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic())
+
+    def run(self) -> None:
+        """Until SIGINT or SIGTERM; raises what makes it impossible to go on."""
+        with self._running():
+            ended = self._execute(self._session.begin())
+            while ended is None:
+                event = self._translate(self._wait())
+                now = time.monotonic()
+                if event is not None:
+                    ended = self._execute(self._session.handle(event, now))
+                ended = ended or self._execute(self._session.poll(now))
+            if ended.error is not None:
+                raise ended.error
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        before = {number: signal.signal(number, lambda *_: self._queue.put(Stop())) for number in (signal.SIGINT, signal.SIGTERM)}
+        device = self._journal.device
+        try:
+            for filter in self._topics.for_device(device):
+                self._transport.subscribe(filter)
+            will = Will(self._topics.from_device(device, "state"), encode(State(state="lost", boot=self._journal.boot)))
+            self._transport.open(device, will, self._queue.put)
+            yield
+        finally:
+            self._end_worker()
+            self._transport.close()
+            self._journal.close()
+            self._screen.end_bar()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _wait(self) -> Raw | None:
+        """The next event, or None when it is time to do something by itself."""
+        now = time.monotonic()
+        times = [time for time in (self._session.next_wakeup(now), self._next_sample) if time is not None]
+        try:
+            return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
+        except queue.Empty:
+            return None
+
+    def _translate(self, raw: Raw | None) -> events.Event | None:
+        """What the session understands of an event; children that were ended on purpose are not its concern."""
+        if self._next_sample is not None and self._meter is not None and time.monotonic() >= self._next_sample:
+            self._meter.sample(time.monotonic())
+            self._next_sample = time.monotonic() + self._sample_s
+        match raw:
+            case Said(child, data) if child is self._child:
+                return self._on_said(data)
+            case Ended(child, reason):
+                child.close()
+                if child is self._child:
+                    self._child = self._meter = self._next_sample = None
+                    return events.WorkerError("died", f"the training process {reason}")
+                return None
+            case Said() | None:
+                return None
+            case _:
+                return raw
+
+    def _on_said(self, data: Json) -> events.Event | None:
+        assert self._meter is not None
+        said = {name: value for name, value in data.items() if name != "event"}
+        match data["event"]:
+            case "ready":
+                self._meter.take_baseline()
+                return events.WorkerReady(**said)
+            case "loading":
+                return events.WorkerLoading(**said)
+            case "progress":
+                return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
+            case "done":
+                self._next_sample = None
+                done = {**said, "file": Path(data["file"]), "losses": tuple(data["losses"])}
+                return events.WorkerDone(**done, memory=self._meter.finish(time.monotonic()))
+            case "error":
+                self._next_sample = None
+                return events.WorkerError(**said)
+        return None
+
+    # Effects
+
+    def _execute(self, effects: list[Effect]) -> Exit | None:
+        for effect in effects:
+            match effect:
+                case Tell():
+                    self._screen.tell(effect)
+                case Show():
+                    self._screen.show(effect)
+                case StartWorker(threads):
+                    self._start_worker(threads)
+                case Train(order, sample_s):
+                    self._train(dict(order), sample_s)
+                case EndWorker():
+                    self._end_worker()
+                case Exit():
+                    return effect
+                case _:
+                    self._transport.execute(effect)
+        return None
+
+    def _start_worker(self, threads: int) -> None:
+        self._end_worker()
+        self._child = Child(WORKER, self._queue.put, {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
+        self._meter = Meter(self._child.pid)
+
+    def _train(self, order: Json, sample_s: float) -> None:
+        assert self._child is not None
+        assert self._meter is not None
+        now = time.monotonic()
+        self._meter.begin(now)
+        self._sample_s, self._next_sample = sample_s, now + sample_s
+        self._child.send(order)
+
+    def _end_worker(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.close()
+        self._child = self._meter = self._next_sample = None
+
+
+def _hello(boot: int, source: Source, images: int) -> Hello:
+    return Hello(
+        boot=boot,
+        lwfed=lwfed.__version__,
+        python=platform.python_version(),
+        torch=torch_version(),
+        machine=platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory_mb=round(psutil.virtual_memory().total / 1e6),
+        images=images,
+        source=source.label,
+    )

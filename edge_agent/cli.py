@@ -1,0 +1,88 @@
+"""``edge-agent``: what is installed on a device. ``--help`` imports click and nothing heavier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lwfed import __version__
+from lwfed.cli import Connection, Program, connection_options, json_option
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Train on this device's images, which never leave it, together with others."""
+
+
+@main.command()
+@click.argument("url")
+@click.option("--data", required=True, metavar="FOLDER|NAME", help="A folder of images, or a data set: digits, cifar10, mnist, ...")
+@click.option("--fleet", default="default", show_default=True, help="As on the server.")
+@click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
+@click.option("--state", type=click.Path(path_type=Path), help="Folder for journal, model and decoded images.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=0), default=15, show_default=True, help="Seconds to try the first connection.")
+@connection_options
+@json_option
+def join(url: str, data: str, fleet: str, name: str, state: Path | None, wait_s: float, connection: Connection, as_json: bool) -> None:
+    """Connect to the broker at URL (mqtt://host or mqtts://host) and train when the server asks; Ctrl-C ends it.
+
+    The first connection must succeed within --wait seconds; after that, lost connections are made anew for ever.
+    """
+    from lwfed.console import Console
+    from lwfed.edge_agent.agent import Agent, Join
+    from lwfed.edge_agent.events import Tell
+    from lwfed.edge_agent.screen import Screen
+    from lwfed.errors import ConfigError
+    from lwfed.locks import locked_state
+    from lwfed.transport.address import BrokerAddress
+    from lwfed.wire.topics import is_name
+
+    for option, value in (("--fleet", fleet), ("--name", name)):
+        if not is_name(value):
+            raise ConfigError(f"{option} {value!r}: use 1 to 64 of a-z, 0-9 and -")
+    address = BrokerAddress.parse(url)
+    transport = connection.transport(address)
+    screen = Screen(Console(as_json))
+    if not address.tls and not is_loopback(address.host):
+        text = f"the connection to {address.host} is neither private nor authenticated, though images never travel: use mqtts:// with --ca"
+        screen.tell(Tell("warning", text))
+    with locked_state(state or default_state(name), "use another --name or --state") as place:
+        Agent(Join(data, fleet, name, place, wait_s), transport, screen).run()
+
+
+@main.command()
+@click.argument("url", required=False)
+@click.option("--data", metavar="FOLDER|NAME", help="Also check that these images can be read.")
+@click.option("--state", type=click.Path(path_type=Path), help="Folder whose disk is checked.")
+@connection_options
+@json_option
+@click.pass_context
+def doctor(context: click.Context, url: str | None, data: str | None, state: Path | None, connection: Connection, as_json: bool) -> None:
+    """Check whether this device can train, and reach the broker at URL. Exit code 0, or 1 if something must be mended."""
+    from lwfed.edge_agent import doctor as checks
+    from lwfed.transport.address import BrokerAddress
+
+    address = BrokerAddress.parse(url) if url else None
+    found = checks.examine(state or default_state("device"), data, address, connection.transport(address) if address else None)
+    context.exit(checks.report(found, as_json))
+
+
+def default_state(name: str) -> Path:
+    from lwfed.locks import state_home
+
+    return state_home() / "edge-agent" / name
+
+
+def is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+if __name__ == "__main__":
+    main()

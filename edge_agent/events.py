@@ -1,0 +1,113 @@
+"""What happens to a device's session, and what it wants done. The transport's events and commands come on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lwfed.errors import LwfedError
+from lwfed.transport.base import Event as TransportEvent
+from lwfed.wire.commands import Command
+from lwfed.wire.messages import Memory
+
+# In
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """The training process has made its imports."""
+
+    torch: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class WorkerLoading:
+    """It decodes images, which it does once."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class WorkerProgress:
+    epoch: int  # 1-based
+    epochs: int
+    step: int  # of the whole task, 1-based
+    steps: int
+    loss: float
+    rss_mb: float
+
+
+@dataclass(frozen=True)
+class WorkerDone:
+    file: Path  # the update
+    images: int
+    skipped: int
+    steps: int
+    losses: tuple[float, ...]  # mean per epoch
+    seconds: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class WorkerError:
+    """It raised, or died, which `kind` "died" says."""
+
+    kind: str  # class name of the exception
+    message: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Somebody wants the agent to end."""
+
+
+WorkerEvent = WorkerReady | WorkerLoading | WorkerProgress | WorkerDone | WorkerError
+Event = TransportEvent | WorkerEvent | Stop
+
+# Out
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    threads: int
+
+
+@dataclass(frozen=True)
+class Train:
+    order: Mapping[str, Any]  # what `lwfed.edge_agent.worker` reads
+    sample_s: float
+
+
+@dataclass(frozen=True)
+class EndWorker:
+    pass
+
+
+@dataclass(frozen=True)
+class Tell:
+    """For people: one line."""
+
+    event: str
+    text: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Show:
+    """For people at a terminal: how far it is."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    error: LwfedError | None = None
+
+
+Effect = Command | StartWorker | Train | EndWorker | Tell | Show | Exit

@@ -1,0 +1,147 @@
+"""A finished update, from the worker's file until the server has it or does not want it.
+
+It is journalled before it is offered and kept until the server's word, so it survives everything but a broken disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from lwfed.blobs import BlobStore
+from lwfed.edge_agent.events import Effect, Show, Tell
+from lwfed.edge_agent.journal import Journal, Update
+from lwfed.seeds import derive
+from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Task, Traffic, Wait
+from lwfed.wire.topics import Topics
+from lwfed.wire.upload import Upload, contribution_id
+
+PACKET_MARGIN_BYTES = 512  # topic and headers of a chunk's packet
+
+Answer = Grant | Wait | Miss | Done | Refuse
+
+
+class Link(Protocol):
+    """What a session reads off its transport."""
+
+    received_bytes: int
+    sent_bytes: int
+    packet_limit: int | None
+
+    @property
+    def pending(self) -> int: ...
+
+
+class Handover:
+    def __init__(self, device: str, topics: Topics, journal: Journal, spool: BlobStore, link: Link) -> None:
+        self._device, self._topics, self._journal, self._spool, self._link = device, topics, journal, spool, link
+        self._upload: Upload | None = None
+        self.update: Update | None = journal.update  # what is being handed over
+
+    def recall(self) -> list[Effect]:
+        """After a start: offer again what the journal holds."""
+        update = self.update
+        self._spool.forget({update.blob.id} if update else set())
+        if update is None:
+            return []
+        if not self._spool.has(update.blob.id):
+            self._journal.settle()
+            self.update = None
+            return [Tell("warning", f"the update of {where(update.task)} was damaged on disk; it is made again if the server asks")]
+        self._offer(update)
+        return [Tell("update", f"an update of {where(update.task)} is waiting to be handed over", {"bytes": update.blob.size})]
+
+    def begin(self, task: Task, file: Path, report: Report, chunk_bytes: int) -> list[Effect]:
+        """Take the worker's `file` over. Raises StateError when the disk does not."""
+        if self._link.packet_limit is not None:
+            chunk_bytes = min(chunk_bytes, self._link.packet_limit - PACKET_MARGIN_BYTES)
+        update = Update(task=task, blob=self._spool.adopt(file), chunk_bytes=chunk_bytes, report=report)
+        self._journal.finish(update)
+        self.update = update
+        self._offer(update)
+        fields = {"bytes": update.blob.size, "contribution": self._contribution(update), "loss": report.losses[-1]}
+        return [Tell("update", _summary(update), fields)]
+
+    def answer(self, message: Answer) -> list[Effect]:
+        """The server's word on the update; words on others are ignored."""
+        if self._upload is None:
+            return []
+        match message:
+            case Grant():
+                self._upload.on_grant(message)
+            case Wait():
+                self._upload.on_wait(message)
+            case Miss():
+                self._upload.on_miss(message)
+            case Done():
+                self._upload.on_done(message)
+            case Refuse():
+                self._upload.on_refuse(message)
+        if self._upload.state == "done":
+            task = self._settle().task
+            return [Tell("accepted", f"the server has the update of {where(task)}", {"stage": task.stage, "round": task.round})]
+        if self._upload.state == "refused" and (refusal := self._upload.refusal):
+            return self.drop(f"the server refused the update ({refusal.code}): {refusal.reason}", refusal.code)
+        return []
+
+    def drop(self, text: str, code: str) -> list[Effect]:
+        self._settle()
+        return [Tell("refused", f"{text}; it is dropped", {"code": code})]
+
+    def reset(self) -> None:
+        """Connection or server are back."""
+        if self._upload is not None:
+            self._upload.reset()
+
+    def poll(self, now: float, traffic: Traffic) -> list[Effect]:
+        if self._upload is None:
+            return []
+        effects: list[Effect] = list(self._upload.poll(now, self._upload.window - self._link.pending, traffic))
+        if self._upload.state == "sending":
+            effects.append(Show("sending the update", *self._upload.progress()))
+        return effects
+
+    def next_wakeup(self, now: float) -> float | None:
+        return self._upload.next_wakeup(now) if self._upload else None
+
+    def _offer(self, update: Update) -> None:
+        task = update.task
+        offer = Offer(
+            contribution=self._contribution(update),
+            run=task.run,
+            stage=task.stage,
+            round=task.round,
+            participant=task.participant,
+            manifest=self._spool.manifest(update.blob.id, update.chunk_bytes),
+            report=update.report,
+        )
+        self._upload = Upload(self._topics, self._device, offer, self._spool, seed=derive(0, "upload", self._device))
+
+    def _contribution(self, update: Update) -> str:
+        return contribution_id(update.task.run, update.task.stage, update.task.round, self._device, update.blob.id)
+
+    def _settle(self) -> Update:
+        update = self.update
+        assert update is not None
+        self._journal.settle()
+        self._spool.remove(update.blob.id)
+        self._upload = self.update = None
+        return update
+
+
+def _summary(update: Update) -> str:
+    report = update.report
+    skipped = f" ({report.skipped} unreadable)" if report.skipped else ""
+    return (
+        f"{where(update.task)} took {report.seconds:.1f} s: loss {report.losses[-1]:.4f} over {report.images} images{skipped}, "
+        f"peak memory {report.memory.peak_mb:.0f} MB ({report.memory.baseline_mb:.0f} MB before training); "
+        f"sending {megabytes(update.blob.size)}"
+    )
+
+
+def where(task: Task) -> str:
+    return f"stage {task.stage}, round {task.round}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,94 @@
+"""Memory of the training process, read from outside while it works. MB are 10^6 bytes.
+
+A curve of samples misses what happens between them; the kernel's own high-water mark (VmHWM) does not. It is set back
+at the start of each task by writing 5 to clear_refs, which needs no privilege. Not `ru_maxrss`: a child inherits its
+parent's. Where there is no /proc the peak is that of the samples, and marked so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from lwfed.wire.messages import MAX_CURVE, Memory, Reading
+
+MB = 1e6
+
+
+class Meter:
+    """Watches one process; `now` is in seconds on any clock."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
+        self._process = psutil.Process(pid)
+        self._proc = proc / str(pid)
+        self.baseline_mb = 0.0
+        self.rss_mb = 0.0  # at the last sample
+        self._curve: list[Reading] = []
+        self._every = 1  # keeps one sample of so many
+        self._count = 0
+        self._peak_mb = 0.0
+        self._start = 0.0
+        self._marked = False
+
+    def take_baseline(self) -> None:
+        """The process has made its imports and holds neither data nor model."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.baseline_mb = self.rss_mb = self._process.memory_info().rss / MB
+
+    def begin(self, now: float) -> None:
+        """A task starts."""
+        self._curve, self._every, self._count, self._peak_mb, self._start = [], 1, 0, 0.0, now
+        self._marked = self._reset_mark()
+        self.sample(now)
+
+    def sample(self, now: float) -> None:
+        try:
+            memory = self._process.memory_full_info()
+        except psutil.Error:
+            return  # it has just ended; its end is reported elsewhere
+        self.rss_mb = memory.rss / MB
+        self._peak_mb = max(self._peak_mb, self.rss_mb, self._mark_mb() or 0.0)
+        self._keep(
+            Reading(
+                t_s=round(now - self._start, 2),
+                rss_mb=round(self.rss_mb, 2),
+                uss_mb=round(memory.uss / MB, 2),
+                swap_mb=round(getattr(memory, "swap", 0) / MB, 2),
+                available_mb=round(psutil.virtual_memory().available / MB, 1),
+            )
+        )
+
+    def finish(self, now: float) -> Memory:
+        """What the task took."""
+        self.sample(now)
+        source: Literal["VmHWM", "samples"] = "VmHWM" if self._marked else "samples"
+        return Memory(baseline_mb=round(self.baseline_mb, 2), peak_mb=round(self._peak_mb, 2), peak_source=source, curve=tuple(self._curve))
+
+    def _keep(self, reading: Reading) -> None:
+        """Evenly spaced over a task of any length: when the curve is full, every other reading goes."""
+        if self._count % self._every == 0:
+            if len(self._curve) == MAX_CURVE:
+                self._curve = self._curve[::2]
+                self._every *= 2
+            if self._count % self._every == 0:
+                self._curve.append(reading)
+        self._count += 1
+
+    def _reset_mark(self) -> bool:
+        try:
+            (self._proc / "clear_refs").write_text("5")
+        except OSError:
+            return False
+        return self._mark_mb() is not None
+
+    def _mark_mb(self) -> float | None:
+        try:
+            for line in (self._proc / "status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / MB
+        except OSError:
+            pass
+        return None

@@ -1,0 +1,217 @@
+"""What a device says and does on the fleet's topics: connection, server, run. No socket, no clock, no thread.
+
+`handle` takes one event, `poll` does what is due; both return effects for the shell in `agent`. Whether the server is
+there is known from its retained state alone; what it says is obeyed in the order of (epoch, seq).
+"""
+
+from __future__ import annotations
+
+from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, Tell
+from lwfed.edge_agent.handover import Link
+from lwfed.edge_agent.journal import Journal, Seen
+from lwfed.edge_agent.work import Work
+from lwfed.errors import InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
+from lwfed.transport.base import Connected, Disconnected, Received, Sent
+from lwfed.wire import messages, topics
+from lwfed.wire.commands import Send
+from lwfed.wire.messages import DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
+from lwfed.wire.topics import Topics
+
+QUIET_S = 5.0  # connected for so long without a sign of a server: say it
+
+
+class TrafficCount:
+    """Bytes since the device joined the run, over all starts of the agent."""
+
+    def __init__(self, journal: Journal, link: Link) -> None:
+        self._journal, self._link = journal, link
+        self._run: str | None = None
+        self._before = Traffic(down=0, up=0)
+
+    def follow(self, run: str) -> None:
+        if run != self._run:
+            self.save()
+            self._run, self._before = run, self._journal.traffic(run)
+            self._down, self._up = self._link.received_bytes, self._link.sent_bytes
+
+    def now(self) -> Traffic:
+        if self._run is None:
+            return self._before
+        down, up = self._link.received_bytes - self._down, self._link.sent_bytes - self._up
+        return Traffic(down=self._before.down + down, up=self._before.up + up)
+
+    def save(self) -> None:
+        if self._run is not None:
+            self._journal.count(self._run, self.now())
+
+
+class Session:
+    def __init__(self, fleet: Topics, hello: Hello, journal: Journal, work: Work, link: Link, wait_s: float, now: float) -> None:
+        self._topics, self._hello, self._journal, self._work = fleet, hello, journal, work
+        self._device = journal.device
+        self._traffic = TrafficCount(journal, link)
+        self._give_up_at: float | None = now + wait_s  # None once there has been a connection
+        self._wait_s = wait_s
+        self._reason: TransportError | None = None  # why there is no connection
+        self._connected = False
+        self._server: ServerState | None = None  # while it is online
+        self._early: Run | None = None  # an announcement that overtook the server's state
+        self._run: Run | None = None
+        self._quiet_until: float | None = None
+        self._state: DeviceState | None = None  # as published on this connection
+        self._invalid = 0
+
+    def begin(self) -> list[Effect]:
+        if (update := self._work.handover.update) is not None:
+            self._traffic.follow(update.task.run)
+        return self._work.recall()
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case Connected():
+                return self._on_connected(now)
+            case Disconnected(reason):
+                return self._on_disconnected(reason)
+            case Received(topic, payload):
+                return self._on_message(topic, payload, now)
+            case Sent():
+                return []
+            case Stop():
+                self._traffic.save()
+                return [EndWorker(), *self._publish("stopped"), Tell("stopped", "stopped"), Exit()]
+            case _:
+                return self._work.on_worker(event, now)
+
+    def poll(self, now: float) -> list[Effect]:
+        if self._give_up_at is not None and now >= self._give_up_at:
+            return [
+                Exit(
+                    self._reason or Unreachable(f"no answer from the broker within {self._wait_s:g} s: check the address and that it runs")
+                )
+            ]
+        effects = self._work.poll(now, self._server is not None, self._traffic.now())
+        if self._quiet_until is not None and now >= self._quiet_until:
+            self._quiet_until = None
+            effects.append(Tell("server", "no server on this fleet yet; waiting for one (does --fleet match?)", {"online": False}))
+        return effects + self._publish("training" if self._work.busy else "ready")
+
+    def next_wakeup(self, now: float) -> float | None:
+        times = (self._give_up_at, self._quiet_until, self._work.next_wakeup(now, self._server is not None))
+        return min((time for time in times if time is not None), default=None)
+
+    # Connection
+
+    def _on_connected(self, now: float) -> list[Effect]:
+        first, self._give_up_at = self._give_up_at is not None, None
+        self._connected, self._reason, self._state, self._quiet_until = True, None, None, now + QUIET_S
+        self._lose_server()
+        return [Tell("joined", f"connected as {self._device}" if first else "connected again", {"device": self._device})]
+
+    def _on_disconnected(self, reason: TransportError) -> list[Effect]:
+        self._connected, self._quiet_until = False, None
+        self._lose_server()
+        known, self._reason = self._reason is not None, reason
+        if self._give_up_at is not None and isinstance(reason, Refused):
+            return [Exit(reason)]
+        if known:
+            return []
+        self._traffic.save()
+        again = f"trying again for {self._wait_s:g} s" if self._give_up_at is not None else "trying again until it is back"
+        return [Tell("disconnected", f"{reason}; {again}", {"reason": str(reason)})]
+
+    def _lose_server(self) -> None:
+        self._server = self._early = None
+
+    def _publish(self, state: DeviceState) -> list[Effect]:
+        if not self._connected or state == self._state:
+            return []
+        self._state = state
+        return [self._send("state", State(state=state, boot=self._hello.boot), retain=True)]
+
+    def _send(self, kind: str, message: State | Hello, retain: bool = False) -> Send:
+        return Send(self._topics.from_device(self._device, kind), messages.encode(message), retain)
+
+    # Messages
+
+    def _on_message(self, topic: str, payload: bytes, now: float) -> list[Effect]:
+        try:
+            return self._route(topic, payload)
+        except ProtocolMismatch as error:
+            return [EndWorker(), Exit(error)]
+        except InvalidMessage as error:
+            self._invalid += 1  # said at the 1st, 2nd, 4th, 8th...: a broken sender must not fill the log
+            again = f" ({self._invalid} so far)" if self._invalid > 1 else ""
+            return [Tell("warning", f"ignored what does not parse: {error}{again}")] if self._invalid.bit_count() == 1 else []
+
+    def _route(self, topic: str, payload: bytes) -> list[Effect]:
+        match self._topics.parse(topic):
+            case topics.ServerState():
+                return self._on_server(messages.decode_server_state(payload))
+            case topics.RunTopic():
+                return self._on_run(decode(Run, payload))
+            case topics.BlobChunk(blob, index):
+                self._work.downloads.on_chunk(blob, index, payload)
+                return [Show("receiving the model", *self._work.downloads.progress())]
+            case topics.ToDevice(self._device, kind) if kind in messages.DOWN:
+                return self._on_order(decode(messages.DOWN[kind], payload))
+        return []
+
+    def _on_order(self, message: messages.Message) -> list[Effect]:
+        match message:
+            case Task():
+                return self._work.assign(message)
+            case Manifest():
+                self._work.downloads.on_manifest(message)
+                return []
+            case messages.Grant() | messages.Wait() | messages.Miss() | messages.Done() | messages.Refuse():
+                effects = self._work.handover.answer(message)
+                self._traffic.save()
+                return effects
+        return []
+
+    # Server and run
+
+    def _on_server(self, state: ServerState) -> list[Effect]:
+        self._quiet_until = None
+        if not messages.speaks_our_version(state):
+            versions = f"{state.protocol_min} to {state.protocol_max}"
+            text = f"the server speaks protocol versions {versions}, this edge-agent {messages.PROTOCOL}: {messages.UPGRADE}"
+            return [EndWorker(), Exit(ProtocolMismatch(text))]
+        known, self._server = self._server, state if state.online else None
+        if not state.online:
+            if known is not None and state.epoch < known.epoch:
+                self._server = known  # the late last will of an earlier server
+                return []
+            return [Tell("server", "the server is offline; waiting for it", {"online": False})]
+        if state == known:
+            return []
+        effects: list[Effect] = [Tell("server", "the server is online", {"online": True}), self._send("hello", self._hello)]
+        if state.epoch < self._journal.seen.epoch:
+            self._journal.saw(Seen(state.epoch, 0))
+            effects.append(Tell("warning", "the server has started anew and forgotten earlier runs"))
+        self._work.resume()
+        early, self._early = self._early, None
+        return effects + (self._on_run(early) if early else [])
+
+    def _on_run(self, run: Run) -> list[Effect]:
+        if self._server is None:
+            self._early = run
+            return []
+        seen = Seen(run.epoch, run.seq)
+        if seen < self._journal.seen or run.epoch < self._server.epoch:
+            return []  # replayed, or left behind by the server before its restart
+        if seen != self._journal.seen:
+            self._journal.saw(seen)
+        before, self._run = self._run, run
+        self._traffic.follow(run.run)
+        return [*self._say_run(before, run), *self._work.announce(run)]
+
+    def _say_run(self, before: Run | None, run: Run) -> list[Effect]:
+        fields = {"run": run.run, "stage": run.stage, "round": run.round, "phase": run.phase}
+        if run.phase == "finished":
+            done = before is not None and before.phase == "finished" and before.run == run.run
+            return [] if done else [Tell("run", f"run {run.run} is finished; waiting for another", fields)]
+        if before is None or before.run != run.run:
+            place = f"stage {run.stage} of {run.stages}, round {run.round} of {run.rounds}, {run.phase}"
+            return [Tell("run", f"run {run.run}: {place}", fields)]
+        return []

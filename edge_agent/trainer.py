@@ -1,0 +1,58 @@
+"""One task, computed: received parts and images in, the update's tensors out. Deterministic in the run's seed.
+
+The random streams depend on (participant, stage, round), never on the device's id or on time, so a task that is
+repeated after a power cut, or on another device of the same kind with the same images, gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lwfed.config import RunConfig
+from lwfed.data.images import Pixels
+from lwfed.errors import InvalidPayload
+from lwfed.models.local import LocalSummary, StepReport, device_task, train_local
+from lwfed.models.shapes import part_shapes
+from lwfed.plan import part_of
+from lwfed.seeds import derive
+from lwfed.wire import tensors as wire
+
+
+def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """The tensors of all parts of F_s with its heads; raises InvalidPayload when files do not fit the plan."""
+    present = config.plan(stage).present
+    if set(files) != set(present):
+        raise InvalidPayload(f"stage {stage} needs the parts {', '.join(present)}; the server announced {', '.join(sorted(files))}")
+    loaded: dict[str, Tensor] = {}
+    for part in present:
+        arrays = wire.decode(files[part], part_shapes(config, part))
+        loaded |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return loaded
+
+
+def round_of_run(config: RunConfig, stage: int, round: int) -> tuple[float, float]:
+    """Where the round begins and ends in the whole run, 0 to 1."""
+    rounds, done = config.stage_count * config.rounds_in_stage, (stage - 1) * config.rounds_in_stage + round - 1
+    return done / rounds, (done + 1) / rounds
+
+
+def train(
+    config: RunConfig,
+    stage: int,
+    round: int,
+    participant: int,
+    tensors: Mapping[str, Tensor],
+    pixels: Pixels,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
+    """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
+    plan = config.plan(stage)
+    seed = derive(config.run.seed, "local", participant, stage, round)
+    trained, summary = train_local(config, device_task(config, plan, seed, round_of_run(config, stage, round)), tensors, pixels, on_step)
+    return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

@@ -1,0 +1,283 @@
+"""The life of a device's task, from its assignment until there is an update to hand over.
+
+    idle --task--> called --its announcement--> fetching --all blobs held--> starting --worker ready--> training
+    training --update written--> idle                  any --newer round, failure--> idle
+
+A task and its announcement travel on different topics and come in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lwfed.blobs import BlobStore
+from lwfed.config import RunConfig
+from lwfed.edge_agent import events
+from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
+from lwfed.edge_agent.handover import Handover, Link, megabytes, where
+from lwfed.edge_agent.journal import Journal
+from lwfed.errors import ConfigError
+from lwfed.seeds import derive
+from lwfed.wire.commands import Send
+from lwfed.wire.download import Downloads
+from lwfed.wire.messages import Beat, Execution, Fail, FailCode, Report, Run, Task, Traffic, encode
+from lwfed.wire.topics import Topics
+
+BEAT_S = 10.0
+FAIL_CODES: Mapping[str, FailCode] = {
+    "DataError": "data",
+    "MissingDependency": "data",
+    "OutOfMemory": "memory",
+    "Diverged": "diverged",
+    "ConfigError": "config",
+}
+Phase = Literal["idle", "called", "fetching", "starting", "training"]
+
+
+@dataclass(frozen=True)
+class Places:
+    data: str  # the source of images, as the person named it
+    kept: Path  # decoded images
+    out: Path  # where the worker writes its update
+
+
+@dataclass(frozen=True)
+class WorkerFor:
+    """What a worker was started for; anything else gets a new one, since only its end gives all memory back."""
+
+    run: str
+    stage: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with everything that it needs."""
+
+    task: Task
+    run: Run
+    config: RunConfig
+
+    @property
+    def worker(self) -> WorkerFor:
+        return WorkerFor(self.task.run, self.task.stage, self.config.train.threads)
+
+
+class Work:
+    def __init__(
+        self, device: str, topics: Topics, journal: Journal, held: BlobStore, spool: BlobStore, places: Places, link: Link
+    ) -> None:
+        self.downloads = Downloads(topics, device, held, seed=derive(0, "download", device))
+        self.handover = Handover(device, topics, journal, spool, link)
+        self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
+        self._phase: Phase = "idle"
+        self._task: Task | None = None
+        self._run: Run | None = None
+        self._job: Job | None = None  # while starting and training
+        self._worker: WorkerFor | None = None
+        self._ready: events.WorkerReady | None = None  # said by the worker, once it may be given work
+        self._linger_until: float | None = None
+        self._next_beat = float("-inf")
+        self._losses: list[float] = []  # of the present epoch
+        self._to_fetch = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._phase != "idle" or self.handover.update is not None
+
+    def recall(self) -> list[Effect]:
+        """After a start: what the journal says was going on."""
+        effects = self.handover.recall()
+        if (task := self._journal.task) is not None:
+            self._journal.abandon()
+            effects.append(Tell("warning", f"{where(task)} was interrupted; it begins again when the server asks"))
+        return effects
+
+    def announce(self, run: Run) -> list[Effect]:
+        """Where the run stands now."""
+        self._run = run
+        effects: list[Effect] = []
+        if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
+            effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
+            effects += self._give_up()
+        if self._phase == "fetching":
+            self._phase = "called"  # the announcement may name other blobs
+        if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.phase == "finished"):
+            effects += self._end_worker()
+        return effects
+
+    def assign(self, task: Task) -> list[Effect]:
+        """The server wants this device to train; it says so again whenever it is unsure."""
+        if (self._run is not None and task.run == self._run.run and _is_over(task, self._run)) or task == self._task:
+            return []
+        update = self.handover.update
+        if update is not None and update.task == task:
+            return []  # it is being offered
+        effects = self._give_up()
+        if update is not None:
+            effects += self.handover.drop(f"the update of {where(update.task)} comes too late", "stale")
+        self._task, self._phase = task, "called"
+        self._journal.begin(task)
+        said = {"run": task.run, "stage": task.stage, "round": task.round, "participant": task.participant}
+        return [*effects, Tell("task", f"{where(task)}: this device trains", said)]
+
+    def resume(self) -> None:
+        """Connection or server are back."""
+        self.downloads.reset()
+        self.handover.reset()
+
+    def poll(self, now: float, online: bool, traffic: Traffic) -> list[Effect]:
+        effects = self._advance()
+        if online:
+            effects += self.downloads.poll(now)
+            effects += self.handover.poll(now, traffic)
+        if self._worker is not None and self._linger_until is not None and now >= self._linger_until:
+            effects += self._end_worker()
+        return effects
+
+    def next_wakeup(self, now: float, online: bool) -> float | None:
+        times = [self._linger_until]
+        if online:
+            times += [self.downloads.next_wakeup(now), self.handover.next_wakeup(now)]
+        return min((time for time in times if time is not None), default=None)
+
+    def on_worker(self, event: events.WorkerEvent, now: float) -> list[Effect]:
+        match event:
+            case events.WorkerReady():
+                self._ready = event
+                return self._train(self._job, event) if self._job is not None else []
+            case events.WorkerLoading(done, total):
+                return [Show("reading images", done, total)]
+            case events.WorkerProgress():
+                return self._progress(event, now)
+            case events.WorkerDone():
+                return self._finish(event, now)
+            case events.WorkerError():
+                return self._fail(event)
+
+    # Towards training
+
+    def _advance(self) -> list[Effect]:
+        task, run = self._task, self._run
+        if task is None or run is None:
+            return []
+        if self._phase == "called" and _is_on(task, run):
+            wanted = [run.config, *run.parts.values()]
+            self._held.forget({ref.id for ref in wanted})
+            self.downloads.want(wanted)
+            have, total = self.downloads.progress()
+            self._to_fetch, self._phase = total - have, "fetching"
+        if self._phase == "fetching" and self.downloads.complete:
+            said = Tell("download", f"received {megabytes(self._to_fetch)} of the model", {"bytes": self._to_fetch})
+            return [*([said] if self._to_fetch else []), *self._prepare(task, run)]
+        return []
+
+    def _prepare(self, task: Task, run: Run) -> list[Effect]:
+        try:
+            job = Job(task, run, RunConfig.from_bytes(self._held.read(run.config.id)))
+        except ConfigError as error:
+            return self._fail(events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
+        self._job, self._phase = job, "starting"
+        if self._worker == job.worker:
+            return self._train(job, self._ready) if self._ready else []
+        effects = self._end_worker()
+        self._worker = job.worker
+        return [*effects, StartWorker(job.worker.threads)]
+
+    def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
+        effects = self._fix_execution(job, ready)
+        order = {
+            "do": "train",
+            "config": str(self._held.path(job.run.config.id)),
+            "parts": {part: str(self._held.path(ref.id)) for part, ref in job.run.parts.items()},
+            "stage": job.task.stage,
+            "round": job.task.round,
+            "participant": job.task.participant,
+            "data": self._places.data,
+            "kept": str(self._places.kept),
+            "out": str(self._places.out),
+        }
+        self._phase, self._linger_until, self._next_beat, self._losses = "training", None, float("-inf"), []
+        return [*effects, Train(order, job.config.worker.sample_s)]
+
+    def _fix_execution(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
+        """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
+        now = Execution(prefix="torch", precision="fp32", threads=job.worker.threads, torch=ready.torch, machine=ready.machine)
+        before = self._journal.execution(job.task.run, job.task.stage)
+        if before == now:
+            return []
+        self._journal.fix_execution(job.task.run, job.task.stage, now)
+        if before is None:
+            return []
+        was, is_now = (f"torch {record.torch} on {record.machine}, threads: {record.threads}" for record in (before, now))
+        return [Tell("warning", f"this stage began with {was} and goes on with {is_now}: its updates cannot be repeated bit for bit")]
+
+    # From training on
+
+    def _progress(self, event: events.WorkerProgress, now: float) -> list[Effect]:
+        if self._job is None:
+            return []
+        task = self._job.task
+        self._losses.append(event.loss)
+        place = {"stage": task.stage, "round": task.round}
+        effects: list[Effect] = [Show(f"{where(task)}: training", event.step, event.steps)]
+        if event.step % (event.steps // event.epochs) == 0:
+            loss, self._losses = sum(self._losses) / len(self._losses), []
+            text = f"epoch {event.epoch} of {event.epochs}: loss {loss:.4f}, memory {event.rss_mb:.0f} MB"
+            said = {**place, "epoch": event.epoch, "epochs": event.epochs, "loss": loss, "rss_mb": event.rss_mb}
+            effects.append(Tell("training", text, said))
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT_S
+            effects.append(self._send("beat", Beat(run=task.run, **place, **vars(event))))
+        return effects
+
+    def _finish(self, event: events.WorkerDone, now: float) -> list[Effect]:
+        if self._job is None:
+            return []
+        job, self._job, self._task, self._phase = self._job, None, None, "idle"
+        execution = self._journal.execution(job.task.run, job.task.stage)
+        said = {name: value for name, value in vars(event).items() if name != "file"}
+        self._linger_until = now + job.config.worker.linger_s
+        return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+
+    def _fail(self, event: events.WorkerError) -> list[Effect]:
+        """The agent stays; the server may assign the task again."""
+        task = self._task
+        effects = self._end_worker(died=event.kind == "died")
+        if task is None:
+            return effects
+        self._give_up()
+        code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
+        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=event.message[:1000])
+        text = f"{where(task)} failed ({code}): {event.message}"
+        return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
+
+    def _give_up(self) -> list[Effect]:
+        """Forget the task; a training that is under way can only be ended with its process."""
+        effects = self._end_worker() if self._phase == "training" else []
+        if self._task is not None:
+            self._journal.abandon()
+            self.downloads.want([])
+        self._task, self._job, self._phase = None, None, "idle"
+        return effects
+
+    def _end_worker(self, died: bool = False) -> list[Effect]:
+        had, self._worker, self._ready, self._linger_until = self._worker, None, None, None
+        return [EndWorker()] if had is not None and not died else []
+
+    def _send(self, kind: str, message: Beat | Fail) -> Send:
+        return Send(self._topics.from_device(self._device, kind), encode(message))
+
+
+def _is_on(task: Task, run: Run) -> bool:
+    return run.phase == "training" and (task.run, task.stage, task.round) == (run.run, run.stage, run.round)
+
+
+def _is_over(task: Task, run: Run) -> bool:
+    """Whether `run`, of the same name, has left the round of `task`."""
+    if (task.stage, task.round) == (run.stage, run.round):
+        return run.phase not in ("preparing", "waiting", "training")
+    return (task.stage, task.round) < (run.stage, run.round)

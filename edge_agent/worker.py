@@ -1,0 +1,90 @@
+"""The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
+
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "data", "kept", "out"}
+Out:  {"event": "ready", "torch", "machine"}                after the imports, once
+      {"event": "loading", "done", "total"}                 while it decodes images for the first time
+      {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
+      {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
+
+Data sets and backbones import what they need (torchvision, timm) on first use; with a folder of images or digits nothing
+beyond torch, numpy and Pillow is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lwfed.child import Json, serve
+from lwfed.config import RunConfig
+from lwfed.data.images import Images
+from lwfed.data.load import device_images
+from lwfed.edge_agent import trainer
+from lwfed.models.local import StepReport
+from lwfed.wire import tensors as wire
+
+OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
+SHOWN_EVERY = 50  # images
+
+Say = Callable[[Json], None]
+
+
+class Worker:
+    def __init__(self) -> None:
+        self._images: tuple[object, Images] | None = None
+
+    def handle(self, data: Json, say: Say) -> None:
+        started = time.monotonic()
+        config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
+        torch.set_num_threads(config.train.threads)
+        images = self._load(data, config, say)
+        parts = trainer.load_parts(config, data["stage"], {part: Path(file) for part, file in data["parts"].items()})
+
+        def on_step(report: StepReport) -> None:
+            place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
+            say({"event": "progress", **place, "loss": report.loss})
+
+        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], parts, images.pixels, on_step)
+        write_durably(Path(data["out"]), wire.encode(update))
+        counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
+        say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
+
+    def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
+        """The device's images: read again only when another run or participant number asks."""
+        key = (config.digest, data["participant"], data["data"])
+        if self._images is None or self._images[0] != key:
+            self._images = None  # let the old ones go before the new ones come
+
+            def show(done: int, total: int) -> None:
+                if done % SHOWN_EVERY == 0 or done == total:
+                    say({"event": "loading", "done": done, "total": total})
+
+            self._images = key, device_images(data["data"], config, data["participant"], Path(data["kept"]), show)
+        return self._images[1]
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def main() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    torch.set_num_interop_threads(1)
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine})
+
+
+if __name__ == "__main__":
+    main()

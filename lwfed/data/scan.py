@@ -1,0 +1,78 @@
+"""Which image files a folder holds, in an order that every run repeats."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lwfed.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def find(folder: Path) -> list[Path]:
+    """All image files below `folder`, by extension, sorted; hidden ones left out.
+
+    Links are followed, each folder is visited once, so loops end. Raises DataError when there is none.
+    """
+    if not folder.exists():
+        raise DataError(f"there is no folder {str(folder)!r}; check the path")
+    if not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is a file; give the folder that holds the images")
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for parent, children, names in os.walk(folder, followlinks=True, onerror=_refuse_top(folder)):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            children.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        children[:] = sorted(name for name in children if not name.startswith("."))
+        found += [Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+    if not found:
+        known = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        raise DataError(f"no images in {str(folder)!r}; put some there or below ({known})")
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def _refuse_top(folder: Path) -> Callable[[OSError], None]:
+    def refuse(error: OSError) -> None:
+        if error.filename == str(folder):  # a sub-folder that may not be read is like one that is not there
+            raise DataError(f"the folder {str(folder)!r} cannot be read ({error.strerror}); check its permissions") from None
+
+    return refuse
+
+
+def classes(folder: Path, files: list[Path]) -> tuple[str, ...]:
+    """The class folders directly below `folder`, sorted; empty unless every image lies in one."""
+    tops = {path.relative_to(folder).parts for path in files}
+    if any(len(parts) < 2 for parts in tops):
+        return ()
+    return tuple(sorted({parts[0] for parts in tops}))
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open without decoding the pixels. Raises whatever Pillow raises, and for decompression bombs too."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def require_readable(folder: Path, files: list[Path]) -> None:
+    """Raise DataError unless at least one file begins like an image."""
+    for path in files:
+        try:
+            with open_image(path):
+                return
+        except Exception:  # noqa: S112, Pillow's decoders raise nearly anything on broken files
+            continue
+    raise DataError(f"none of the {len(files)} image files in {str(folder)!r} can be read; the first is {files[0].name!r}: is it an image?")

@@ -1,0 +1,223 @@
+import gzip
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lwfed.config import load_config
+from lwfed.data import open_source, torchvision_sets
+from lwfed.data.load import auxiliary_images, device_images, labelled_images
+from lwfed.errors import DataError
+
+
+def config(*settings):
+    return load_config("demo", ["data.min_images=2", *settings])
+
+
+def paint(path, colour=(200, 100, 50), size=(20, 10), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("b.png", "a.PNG", "deep/er/c.png"):
+        paint(root / name)
+    (root / "notes.txt").write_text("no image")
+    paint(root / ".hidden.png")
+    return root
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_and_hidden_files_stay_out(folder):
+    paint(folder / "b.png", colour=(0, 0, 255))
+    found = device_images(str(folder), config(), 0)
+    assert found.pixels.shape == (3, 3, 16, 16)
+    assert found.pixels[:, :, 0, 0].tolist() == [[200, 100, 50], [0, 0, 255], [200, 100, 50]]
+    assert found.labels is None
+
+
+def test_grey_models_get_one_channel(folder):
+    assert device_images(str(folder), config("model.channels=1"), 0).pixels.shape == (3, 1, 16, 16)
+
+
+def test_sub_folders_are_classes_where_all_images_lie_in_one(tmp_path):
+    for name in ("dog/1.png", "cat/2.png", "cat/more/3.png"):
+        paint(tmp_path / name)
+    found = labelled_images(config(f"evaluation.data={tmp_path}"))
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 1]
+
+
+def test_evaluation_needs_classes(folder):
+    with pytest.raises(DataError, match="own sub-folder"):
+        labelled_images(config(f"evaluation.data={folder}"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_broken_files_are_skipped_and_counted(folder, tmp_path, kept):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no jpeg")
+    whole = (folder / "b.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.gif").write_bytes(b"")
+    os.symlink(folder / "gone", folder / "dangling.png")
+    found = device_images(str(folder), config(), 0, tmp_path / "kept" if kept else None)
+    assert (len(found), found.skipped) == (3, 4)
+
+
+def test_a_decompression_bomb_is_skipped(folder):
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (folder / "bomb.png").write_bytes(bomb)
+    assert device_images(str(folder), config(), 0).skipped == 1
+
+
+def test_links_are_followed_and_loops_end(folder, tmp_path):
+    os.symlink(folder, folder / "deep" / "loop")
+    paint(tmp_path / "elsewhere" / "d.png")
+    os.symlink(tmp_path / "elsewhere", folder / "linked")
+    assert open_source(str(folder)).check() == 4
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 8))  # the stored top is white
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "b.png")
+    turned, plain = device_images(str(tmp_path), config(), 0).pixels
+    assert plain[0, 0, 0] == 255
+    assert turned[0, 0, 0] == 0
+
+
+def test_16_bit_grey_and_transparent_palettes_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((8, 8), 128 << 8, np.uint16)).save(tmp_path / "a.png")
+    paint(tmp_path / "b.png", colour=7, mode="P", transparency=b"\x80" * 8)
+    assert device_images(str(tmp_path), config(), 0).pixels[0, 0, 0, 0] == 128
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no folder"),
+        (lambda path: path.mkdir(), "no images in"),
+        (lambda path: path.write_text("x"), "is a file"),
+        (lambda path: [path.mkdir(), (path / "a.png").write_text("x")], "can be read"),
+    ],
+)
+def test_a_source_without_images_says_what_to_do(tmp_path, make, message):
+    make(tmp_path / "place")
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path / "place")).check()
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(DataError, match="did you mean the data set 'cifar10'"):
+        open_source("cifar-10")
+
+
+def test_too_few_images_are_refused_with_the_number(folder):
+    with pytest.raises(DataError, match="3 readable images"):
+        device_images(str(folder), config("data.min_images=4"), 0)
+
+
+def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path):
+    kept, calls = tmp_path / "kept", []
+
+    def decode():
+        calls.clear()
+        return device_images(str(folder), config(), 0, kept, lambda done, total: calls.append((done, total)))
+
+    first = decode()
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    again = decode()
+    assert not calls
+    assert isinstance(again.pixels, np.memmap)
+    assert np.array_equal(first.pixels, again.pixels)
+    again.pixels[0] = 0  # writable, as torch wants, and private
+    paint(folder / "b.png", colour=(1, 2, 3), size=(9, 9))
+    changed = decode()
+    assert len(calls) == 3
+    assert changed.pixels[1, :, 0, 0].tolist() == [1, 2, 3]
+    assert changed.pixels[0, 0, 0, 0] == 200
+    assert len(list(kept.iterdir())) == 2, "the old images went"
+
+
+def test_digits_are_split_without_overlap_and_cover_everything(tmp_path):
+    settings = config()
+    parts = [device_images("digits", settings, number, tmp_path) for number in range(3)]
+    parts += [auxiliary_images(settings), labelled_images(settings)]
+    assert sum(map(len, parts)) == 1797
+    assert parts[0].pixels.max() == 255
+    again = device_images("digits", settings, 2, tmp_path)
+    assert np.array_equal(again.pixels, device_images("digits", settings, 2).pixels)
+
+
+def test_a_device_beyond_the_shares_is_told_what_to_do():
+    with pytest.raises(DataError, match=r"device number 4.*larger data\.devices"):
+        device_images("digits", config(), 3)
+
+
+def test_digits_do_not_import_scikit_learn_nor_a_folder_torch(folder):
+    script = (
+        "import sys; from lwfed.config import load_config; from lwfed.data.load import device_images as d;"
+        f"c = load_config('demo', ['data.min_images=2']); d('digits', c, 0); d({str(folder)!r}, c, 0);"
+        "print([m for m in ('sklearn', 'torch', 'torchvision') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_cheap_check_needs_neither_numpy_nor_pillow_for_sets_and_no_numpy_for_folders(folder):
+    script = (
+        "import sys; from lwfed.data import open_source as o; o('digits').check();"
+        f"print('PIL' in sys.modules); o({str(folder)!r}).check(); print('numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\nFalse\n"
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """FashionMNIST's files as its authors publish them, with other pictures."""
+    pytest.importorskip("torch")
+    from lwfed.data import digits
+
+    images, labels = digits.read()
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, rows in (("train", slice(0, 300)), ("t10k", slice(300, 400))):
+        for kind, array in (("images-idx3", images[rows]), ("labels-idx1", labels[rows].astype(np.uint8))):
+            magic = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+            with gzip.open(raw / f"{prefix}-{kind}-ubyte.gz", "wb") as file:
+                file.write(magic + array.tobytes())
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(magic + array.tobytes())
+    monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
+
+
+@pytest.mark.usefixtures("fashion")
+def test_torchvision_sets_keep_their_test_split_for_evaluation():
+    settings = config("evaluation.data=fashion-mnist", "calibration.data=fashion-mnist", "data.partition=even")
+    assert len(labelled_images(settings)) == 100
+    assert len(auxiliary_images(settings)) == 45
+    assert [len(device_images("fashion-mnist", settings, number)) for number in range(3)] == [85, 85, 85]
+
+
+@pytest.mark.usefixtures("fashion")
+def test_a_set_that_cannot_be_fetched_says_where_its_files_belong(monkeypatch, tmp_path):
+    def offline(*args, **options):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr(torchvision_sets.import_torchvision().datasets.CIFAR10, "download", offline)
+    with pytest.raises(DataError, match="cifar-10-batches-py by hand"):
+        device_images("cifar10", config(), 0)
+
+
+def test_a_float_image_is_skipped_not_guessed(folder):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "b.tif")
+    assert device_images(str(folder), config(), 0).skipped == 1

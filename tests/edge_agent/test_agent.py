@@ -1,0 +1,203 @@
+"""The whole agent with a real training process; only broker and server live in this process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lwfed.config import load_config
+from lwfed.console import Console
+from lwfed.data.load import device_images
+from lwfed.edge_agent import trainer
+from lwfed.edge_agent.agent import Agent, Join
+from lwfed.edge_agent.screen import Screen
+from lwfed.errors import DataError, InvalidPayload
+from lwfed.models.initial import init_part
+from lwfed.models.shapes import shapes
+from lwfed.transport.memory import MemoryBroker
+from lwfed.wire import tensors
+from lwfed.wire.messages import Beat, Fail, Offer
+
+SMALL = ["model.width=8", "model.heads=2", "model.image_size=8", "ssl.hidden_dim=8", "ssl.output_dim=8", "train.epochs=2"]
+CONFIG = load_config("demo", [*SMALL, "worker.sample_s=0.1"])
+PARTS = ("stem", "layer.1", "norm", "projector", "predictor")
+
+
+def weights():
+    return {part: tensors.encode({name: tensor.numpy() for name, tensor in init_part(CONFIG, part).items()}) for part in PARTS}
+
+
+class Hosted(Agent):
+    """Broker and server work whenever the agent would wait; `script` plays what the server decides."""
+
+    def host(self, broker, server, script):
+        self.broker, self.server, self.script = broker, server, script
+        return self
+
+    def _wait(self):
+        self.broker.pump()
+        self.server.step(time.monotonic())
+        self.script(self)
+        self.broker.pump()
+        return super()._wait()
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_a_worker():
+    before = torch.get_num_threads()
+    torch.set_num_threads(CONFIG.train.threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def host(tmp_path, server_class):
+    def make(script, data="digits"):
+        broker = MemoryBroker()
+        server = server_class(broker, tmp_path / "server", config=CONFIG)
+        server.parts = {part: server.store.put(data) for part, data in weights().items()}
+        agent = Hosted(Join(data, "default", "tester", tmp_path / "state", 15), broker.transport(), Screen(Console(as_json=True)))
+        return agent.host(broker, server, script)
+
+    (tmp_path / "state").mkdir()
+    return make
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assign_once(agent, **place):
+    server = agent.server
+    if server.greeted and not server.seq:
+        server.announce(parts=server.parts, **place)
+        server.assign(server.greeted[0], **place)
+
+
+def test_two_rounds_on_digits_with_one_worker(host, capsys):
+    pids = set()
+
+    def script(agent):
+        assign_once(agent)
+        if agent._child is not None:
+            pids.add(agent._child.pid)
+        if len(agent.server.received) == 1 and agent.server.seq == 1:
+            agent.server.announce(round=2, parts=agent.server.parts)
+            agent.server.assign(agent.server.greeted[0], round=2)
+        if len(agent.server.received) == 2 and agent._journal.update is None:
+            stop()
+
+    agent = host(script)
+    agent.run()
+    server, said = agent.server, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    first, second = server.of(Offer)[0].report, server.of(Offer)[-1].report
+    assert len(pids) == 1
+    update = tensors.decode(server.received[0], shapes(CONFIG, CONFIG.plan(1).uploaded))
+    assert all(np.isfinite(array).all() for array in update.values())
+    assert (first.images, len(first.losses)) == (234, 2)
+    assert first.memory.baseline_mb > 50
+    assert first.memory.peak_mb > first.memory.baseline_mb
+    assert first.memory.baseline_mb == second.memory.baseline_mb
+    assert {reading.t_s for reading in first.memory.curve}
+    assert server.of(Beat)[0].steps == first.steps
+    assert [line["event"] for line in said].count("accepted") == 2
+    assert said[-1]["event"] == "stopped"
+    assert not [line for line in said if line["event"] == "warning"]
+
+    again = trainer.train(CONFIG, 1, 1, 0, trainer.load_parts(CONFIG, 1, paths(server)), device_images("digits", CONFIG, 0).pixels)[0]
+    assert tensors.encode(again) == server.received[0], "a repetition elsewhere gives the same bits"
+
+
+def paths(server):
+    return {part: server.store.path(ref.id) for part, ref in server.parts.items()}
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_agent_stays(host, capsys):
+    def script(agent):
+        assign_once(agent)
+        if agent._child is not None and not agent.server.of(Fail):
+            agent._child._process.kill()
+        if agent.server.of(Fail):
+            stop()
+
+    agent = host(script)
+    agent.run()
+    assert agent.server.of(Fail)[0].code == "memory"
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_too_few_images_are_reported_with_the_reason(host, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "only.png")
+
+    def script(agent):
+        assign_once(agent)
+        if agent.server.of(Fail):
+            stop()
+
+    agent = host(script, data=str(tmp_path / "photos"))
+    agent.run()
+    fail = agent.server.of(Fail)[0]
+    assert fail.code == "data"
+    assert "1 readable images" in fail.reason
+    assert "data.min_images is 8" in fail.reason
+
+
+def test_data_is_checked_before_anything_else(host, tmp_path):
+    with pytest.raises(DataError):
+        host(None, data=str(tmp_path / "nothing"))
+
+
+def test_parts_that_do_not_fit_the_stage_are_refused(tmp_path):
+    with pytest.raises(InvalidPayload, match="needs the parts"):
+        trainer.load_parts(CONFIG, 1, {"stem": tmp_path})
+
+
+def test_the_schedule_runs_over_the_whole_run():
+    places = [trainer.round_of_run(CONFIG, stage, round) for stage in range(1, 5) for round in range(1, 5)]
+    assert places[0][0] == 0
+    assert places[-1][1] == 1
+    assert all(before[1] == after[0] for before, after in pairwise(places))
+
+
+def test_devices_stages_and_rounds_have_streams_of_their_own():
+    parts = {name: tensor for part in PARTS for name, tensor in init_part(CONFIG, part).items()}
+    pixels = device_images("digits", CONFIG, 0).pixels[:32]
+
+    def digest(participant, round):
+        return tensors.encode(trainer.train(CONFIG, 1, round, participant, parts, pixels)[0])
+
+    assert digest(0, 1) == digest(0, 1)
+    assert len({digest(0, 1), digest(1, 1), digest(0, 2)}) == 3
+
+
+def test_the_control_process_is_small_and_imports_neither_torch_nor_numpy():
+    script = (
+        "import sys, psutil; import lwfed.edge_agent.agent, lwfed.edge_agent.cli, lwfed.transport.mqtt;"
+        "print(psutil.Process().memory_info().rss / 1e6, [m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    size, modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split(maxsplit=1)
+    assert modules == "[]\n"
+    assert float(size) < 60
+
+
+def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
+    for part, data in weights().items():
+        (tmp_path / part).write_bytes(data)
+    (tmp_path / "config").write_bytes(CONFIG.to_bytes())
+    files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
+    order = {**files, "parts": {part: str(tmp_path / part) for part in PARTS}, "stage": 1, "round": 1, "participant": 0, "data": "digits"}
+    script = (
+        f"import sys; from lwfed.edge_agent.worker import Worker; Worker().handle({order!r}, lambda data: None);"
+        "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

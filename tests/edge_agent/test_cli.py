@@ -1,0 +1,126 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from lwfed.edge_agent import doctor
+from lwfed.edge_agent.cli import is_loopback, main
+from lwfed.errors import Refused, Unreachable
+from lwfed.transport.address import BrokerAddress
+from lwfed.transport.base import Disconnected
+from lwfed.transport.memory import MemoryBroker
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, arguments)
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys; from click.testing import CliRunner; from lwfed.edge_agent.cli import main;"
+        "assert CliRunner().invoke(main, ['join', '--help']).exit_code == 0;"
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'PIL', 'psutil', 'paho') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["mqtt://localhost:1", "--data", "/nowhere"], 66, "no folder '/nowhere'"),
+        (["mqtt://localhost:1", "--data", "digits", "--wait", "0.2"], 69, "localhost:1"),
+        (["http://localhost", "--data", "digits"], 78, "mqtt://"),
+        (["mqtt://localhost", "--data", "digits", "--fleet", "a/b"], 78, "--fleet"),
+        (["mqtt://localhost", "--data", "digits", "--ca", "x.pem"], 78, "mqtts://"),
+        (["mqtt://localhost"], 2, "--data"),
+    ],
+)
+def test_what_makes_joining_impossible_ends_with_its_code(tmp_path, arguments, code, message):
+    result = run("join", *arguments, "--state", str(tmp_path / "state"))
+    assert result.exit_code == code
+    assert message in result.stderr
+
+
+def test_an_empty_folder_is_refused_before_connecting(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("join", "mqtt://localhost:1", "--data", str(tmp_path / "empty"), "--state", str(tmp_path / "state"))
+    assert result.exit_code == 66
+    assert "no images" in result.stderr
+
+
+def test_a_plain_connection_beyond_this_machine_is_warned_of(tmp_path):
+    result = run("join", "mqtt://192.0.2.1", "--data", "/nowhere", "--state", str(tmp_path))
+    assert "neither private nor authenticated" in result.stdout
+    assert "mqtts://" in result.stdout
+    assert "private" not in run("join", "mqtts://192.0.2.1", "--data", "/nowhere", "--state", str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("localhost", True), ("127.0.0.1", True), ("::1", True), ("pi.local", False), ("10.0.0.1", False)]
+)
+def test_loopback_is_recognised(host, local):
+    assert is_loopback(host) is local
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(doctor, "_torch", lambda: iter([doctor.Check("torch.works", "ok", "torch works")]))
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_passes_here_and_lists_stable_ids(tmp_path):
+    result = run("doctor", "--data", "digits", "--state", str(tmp_path / "not" / "yet"), "--json")
+    checks = {check["id"]: check for check in map(json.loads, result.stdout.splitlines())}
+    assert set(checks) == {"device.python", "device.memory", "device.disk", "torch.works", "data.readable"}
+    assert result.exit_code == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_fails_with_advice(tmp_path):
+    result = run("doctor", "mqtt://localhost:1", "--data", str(tmp_path), "--state", str(tmp_path))
+    assert result.exit_code == 1
+    assert "no images in" in result.stdout
+    assert "is the broker running" in result.stdout
+
+
+def test_doctor_reads_the_signal_of_a_build_for_another_processor():
+    _, problem = doctor._probe("import os; os.kill(os.getpid(), 4)")
+    assert "another processor" in problem
+    assert doctor._probe("raise ValueError('so')")[1] == "ValueError: so"
+    assert doctor._probe("print(7)") == ("7", None)
+
+
+def test_doctor_tries_torch_in_a_process_of_its_own():
+    checks = {check.id: check for check in doctor._torch()}
+    assert checks["torch.works"].status == "ok"
+    assert checks.get("torch.torchvision", checks["torch.works"]).status in ("ok", "warn")
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, "ok"), (Refused("wrong password"), "fail"), (Unreachable("gone"), "fail")])
+def test_doctor_speaks_mqtt(error, status):
+    broker = MemoryBroker()
+
+    class Immediate(type(broker.transport())):
+        def open(self, client_id, will, deliver):
+            if error:
+                deliver(Disconnected(error))
+            else:
+                super().open(client_id, will, deliver)
+                broker.pump()
+
+    check = doctor._mqtt(BrokerAddress("here", 1883), Immediate(broker))
+    assert check.status == status
+    assert error is None or str(error) in check.text
+
+
+def test_a_second_agent_with_the_same_state_is_refused(tmp_path):
+    from lwfed.locks import locked_state
+
+    with locked_state(tmp_path / "state", "end it"):
+        result = run("join", "mqtt://localhost:1", "--data", "digits", "--state", str(tmp_path / "state"))
+    assert result.exit_code == 73
+    assert "--name" in result.stderr
+    assert str(os.getpid()) in result.stderr

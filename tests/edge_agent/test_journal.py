@@ -1,0 +1,100 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from lwfed.edge_agent.journal import Journal, Seen, Update
+from lwfed.errors import StateError
+from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
+from lwfed.wire.topics import is_name
+
+TASK = Task(run="demo", stage=1, round=2, participant=3)
+EXECUTION = Execution(prefix="torch", precision="fp32", threads=1, torch="2.9", machine="x86")
+REPORT = Report(
+    images=8,
+    skipped=0,
+    steps=1,
+    losses=(1.0,),
+    seconds=1,
+    memory=Memory(baseline_mb=1, peak_mb=2, peak_source="VmHWM", curve=()),
+    execution=EXECUTION,
+)
+UPDATE = Update(task=TASK, blob=BlobRef(id="0" * 64, size=5), chunk_bytes=1024, report=REPORT)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal.sqlite"
+
+
+def test_the_device_keeps_its_id_and_counts_its_starts(path):
+    journal = Journal(path, "Küche 2")
+    assert is_name(journal.device)
+    assert journal.device.startswith("k-che-2-")
+    journal.close()
+    again = Journal(path, "another name")
+    assert (again.device, again.boot) == (journal.device, journal.boot + 1)
+    again.close()
+
+
+def test_two_devices_of_one_name_differ(tmp_path):
+    journals = [Journal(tmp_path / str(number), "pi") for number in range(2)]
+    assert journals[0].device != journals[1].device
+    for journal in journals:
+        journal.close()
+
+
+def test_everything_comes_back(path):
+    journal = Journal(path)
+    assert (journal.task, journal.update, journal.execution("demo", 1), journal.seen) == (None, None, None, Seen(0, 0))
+    journal.begin(TASK)
+    journal.fix_execution("demo", 1, EXECUTION)
+    journal.count("demo", Traffic(down=7, up=9))
+    journal.saw(Seen(3, 4))
+    journal.close()
+    journal = Journal(path)
+    assert (journal.task, journal.execution("demo", 1), journal.seen) == (TASK, EXECUTION, Seen(3, 4))
+    assert journal.traffic("demo") == Traffic(down=7, up=9)
+    assert journal.traffic("other") == Traffic(down=0, up=0)
+    journal.finish(UPDATE)
+    assert (journal.task, journal.update) == (None, UPDATE)
+    journal.settle()
+    assert journal.update is None
+    journal.close()
+
+
+def test_what_was_written_survives_sigkill(path):
+    script = (
+        "import os, sys; from lwfed.edge_agent.journal import Journal; from lwfed.wire.messages import Task;"
+        f"j = Journal(__import__('pathlib').Path({str(path)!r})); j.begin(Task(run='demo', stage=1, round=2, participant=3));"
+        f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    )
+    done = subprocess.run([sys.executable, "-c", script])
+    assert done.returncode == -signal.SIGKILL
+    journal = Journal(path)
+    assert (journal.task, journal.boot) == (TASK, 2)
+    journal.close()
+
+
+def test_a_journal_of_a_newer_agent_is_left_alone(path):
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(StateError, match="newer edge-agent"):
+        Journal(path)
+
+
+def test_a_damaged_journal_says_what_to_do(path):
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(StateError, match="move the file away"):
+        Journal(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_says_what_to_do(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StateError, match="unusable"):
+        Journal(tmp_path / "journal.sqlite")

@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from lwfed.edge_agent.resources import Meter
+from lwfed.wire.messages import MAX_CURVE
+
+HOG = """
+import sys
+for line in sys.stdin:
+    block = bytearray(int(line))
+    del block
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def hog():
+    """A process that takes so many bytes and gives them back, between two samples."""
+    with subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def take(count):
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+            process.stdout.readline()
+
+        take(1)  # it has started
+        process.take = take
+        yield process
+        process.kill()
+
+
+def test_the_peak_between_samples_is_seen_and_does_not_carry_over(hog):
+    meter = Meter(hog.pid)
+    meter.take_baseline()
+    assert 1 < meter.baseline_mb < 100
+    meter.begin(10.0)
+    hog.take(200_000_000)
+    large = meter.finish(11.5)
+    if large.peak_source == "samples":
+        pytest.skip("this system has no clear_refs")
+    assert large.peak_mb > meter.baseline_mb + 190
+    assert [reading.t_s for reading in large.curve] == [0, 1.5]
+    meter.begin(20.0)
+    hog.take(1_000)
+    assert meter.finish(21.0).peak_mb < meter.baseline_mb + 50
+
+
+def test_without_proc_the_samples_count_and_are_marked(hog, tmp_path):
+    meter = Meter(hog.pid, proc=tmp_path)
+    meter.begin(0.0)
+    hog.take(100_000_000)
+    memory = meter.finish(1.0)
+    assert memory.peak_source == "samples"
+    assert memory.peak_mb == max(reading.rss_mb for reading in memory.curve)
+
+
+def test_a_long_curve_is_thinned_evenly(hog):
+    meter = Meter(hog.pid)
+    meter.begin(0.0)
+    for second in range(1, 300):
+        meter.sample(float(second))
+    curve = meter.finish(300.0).curve
+    assert MAX_CURVE / 2 <= len(curve) <= MAX_CURVE
+    assert len({later.t_s - earlier.t_s for earlier, later in pairwise(curve)}) == 1
+
+
+def test_a_process_that_ended_is_no_error(hog):
+    meter = Meter(hog.pid)
+    meter.begin(0.0)
+    hog.kill()
+    hog.wait()
+    meter.sample(1.0)
+    assert meter.finish(2.0).peak_mb > 0
