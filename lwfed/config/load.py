@@ -82,10 +82,11 @@ def _setting(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: write it as section.key=value, e.g. --set train.lr=3e-3")
-    nested: Any = next(iter(_parse(f"value: {value}", f"--set {text}").values()))
-    for part in reversed(key.strip().split(".")):
+    first, *rest = key.strip().split(".")
+    nested: Any = _parse(f"value: {value}", f"--set {text}")["value"]
+    for part in reversed(rest):
         nested = {part: nested}
-    return nested
+    return {first: nested}
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

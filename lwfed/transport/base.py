@@ -51,6 +51,7 @@ class Will:
 class Transport(ABC):
     received_bytes: int = 0  # of MQTT packets, headers included
     sent_bytes: int = 0
+    packet_limit: int | None = None  # the broker's maximum packet size, where it says so
 
     @abstractmethod
     def open(self, client_id: str, will: Will | None, deliver: Callable[[Event], None]) -> None:

@@ -34,7 +34,7 @@ class Record(BaseModel):
 
 
 class Message(Record):
-    v: Literal[1] = PROTOCOL
+    v: Literal[1] = 1  # PROTOCOL
 
 
 # Blobs

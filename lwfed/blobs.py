@@ -1,0 +1,238 @@
+"""Files named by the SHA-256 of their content, and files that are still arriving in chunks.
+
+    <root>/<digest>                      a blob; appears by rename, complete
+    <root>/parts/<digest>-<layout>.part  a blob on its way; which chunks it has is found by hashing them again
+    <root>/temporary-*                   being written; deleted when the store is opened
+
+A part file needs no record beside it: after a power cut some chunks may be missing that had been written, never the
+other way round, because a chunk counts as present only when its bytes hash to what the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lwfed.errors import InvalidPayload, StateError
+from lwfed.wire.messages import BlobRef, Manifest
+
+_READ_BYTES = 1 << 20
+
+
+class BlobStore:
+    """The blobs below `root`; one process at a time. `durable=False` leaves out fsync, for simulations."""
+
+    def __init__(self, root: Path, durable: bool = True) -> None:
+        self._root = root
+        self._parts = root / "parts"
+        self._durable = durable
+        self._sizes: dict[str, int] = {}  # blobs verified in this process
+        self._manifests: dict[tuple[str, int], Manifest] = {}
+        with _explained(root):
+            self._parts.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob("temporary-*"):
+                leftover.unlink()
+
+    def put(self, data: bytes) -> BlobRef:
+        """Store `data`; nothing is written when it is held already."""
+        ref = BlobRef(id=hashlib.sha256(data).hexdigest(), size=len(data))
+        if not self.has(ref.id):
+            with _explained(self._root):
+                handle, name = tempfile.mkstemp(prefix="temporary-", dir=self._root)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                self._install(Path(name), ref)
+        return ref
+
+    def adopt(self, path: Path) -> BlobRef:
+        """Move the file at `path` into the store."""
+        with _explained(path):
+            ref = BlobRef(id=_digest(path), size=path.stat().st_size)
+            if self.has(ref.id):
+                path.unlink()
+            elif path.stat().st_dev == self._root.stat().st_dev:
+                self._install(path, ref)
+            else:
+                handle, name = tempfile.mkstemp(prefix="temporary-", dir=self._root)
+                os.close(handle)
+                shutil.copyfile(path, name)
+                self._install(Path(name), ref)
+                path.unlink()
+        return ref
+
+    def has(self, id: str) -> bool:
+        """Whether the blob is held intact: the first question in this process reads it, and removes it when it rotted."""
+        path = self._root / id
+        if not path.is_file():
+            self._sizes.pop(id, None)
+            return False
+        if id not in self._sizes:
+            with _explained(path):
+                if _digest(path) != id:
+                    path.unlink()
+                    return False
+                self._sizes[id] = path.stat().st_size
+        return True
+
+    def path(self, id: str) -> Path:
+        """Raises StateError when the blob is not held."""
+        if not self.has(id):
+            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+        return self._root / id
+
+    def read(self, id: str) -> bytes:
+        return self.path(id).read_bytes()
+
+    def ref(self, id: str) -> BlobRef:
+        self.path(id)
+        return BlobRef(id=id, size=self._sizes[id])
+
+    def manifest(self, id: str, chunk_bytes: int) -> Manifest:
+        """How the blob is cut into pieces of `chunk_bytes`, the last one shorter."""
+        key = id, chunk_bytes
+        if key not in self._manifests:
+            ref = self.ref(id)
+            with (self._root / id).open("rb") as file:
+                pieces = iter(lambda: file.read(chunk_bytes), b"")
+                digests = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
+            self._manifests[key] = Manifest(blob=ref, chunk_bytes=chunk_bytes, digests=digests)
+        return self._manifests[key]
+
+    def chunk(self, manifest: Manifest, index: int) -> bytes:
+        with self.path(manifest.blob.id).open("rb") as file:
+            file.seek(index * manifest.chunk_bytes)
+            return file.read(manifest.chunk_bytes)
+
+    def part(self, manifest: Manifest) -> PartFile:
+        """Where the blob's chunks are gathered, with those that an earlier process left."""
+        # The layout is in the name, so that a manifest that lies about a blob cannot spoil another's part of it.
+        layout = hashlib.sha256(" ".join((str(manifest.chunk_bytes), *manifest.digests)).encode()).hexdigest()[:16]
+        return PartFile(self, self._parts / f"{manifest.blob.id}-{layout}.part", manifest)
+
+    def remove(self, id: str) -> None:
+        (self._root / id).unlink(missing_ok=True)
+        self._sizes.pop(id, None)
+        for key in [key for key in self._manifests if key[0] == id]:
+            del self._manifests[key]
+
+    def forget(self, keep: Collection[str]) -> None:
+        """Delete all blobs and parts of blobs but those of `keep`."""
+        for path in self._root.iterdir():
+            if path.is_file() and path.name not in keep:
+                self.remove(path.name)
+        for path in self._parts.iterdir():
+            if path.name.partition("-")[0] not in keep:
+                path.unlink()
+
+    def _install(self, path: Path, ref: BlobRef) -> None:
+        if self._durable:
+            _sync(path)
+        path.replace(self._root / ref.id)
+        if self._durable:
+            _sync(self._root)
+        self._sizes[ref.id] = ref.size
+
+
+class PartFile:
+    """A blob whose chunks arrive in any order. Made by `BlobStore.part`."""
+
+    def __init__(self, store: BlobStore, path: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._store = store
+        self._path = path
+        with _explained(path):
+            self._missing = set(range(len(manifest.digests)))
+            if path.exists():
+                self._missing -= set(self._found())
+            else:
+                self._create()
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    @property
+    def have_bytes(self) -> int:
+        return self.manifest.blob.size - sum(self._length(index) for index in self._missing)
+
+    def missing(self) -> list[int]:
+        return sorted(self._missing)
+
+    def write(self, index: int, data: bytes) -> bool:
+        """Keep a chunk; False when it was there. Raises InvalidPayload for bytes that are not this chunk."""
+        if not 0 <= index < len(self.manifest.digests):
+            raise InvalidPayload(f"chunk {index} of a blob of {len(self.manifest.digests)}")
+        if len(data) != self._length(index) or hashlib.sha256(data).hexdigest() != self.manifest.digests[index]:
+            raise InvalidPayload(f"chunk {index} of blob {self.manifest.blob.id[:12]} was damaged on its way")
+        if index not in self._missing:
+            return False
+        with _explained(self._path):
+            if not self._path.exists():  # discarded by a commit that failed
+                self._create()
+            with self._path.open("r+b") as file:
+                file.seek(index * self.manifest.chunk_bytes)
+                file.write(data)
+        self._missing.discard(index)
+        return True
+
+    def commit(self) -> Path:
+        """The finished blob in its store, durable. Raises InvalidPayload, and starts from nothing, when the whole differs."""
+        blob = self.manifest.blob
+        with _explained(self._path):
+            if self._store.has(blob.id):
+                self._path.unlink(missing_ok=True)
+            elif self._missing:
+                raise InvalidPayload(f"blob {blob.id[:12]} still lacks {len(self._missing)} chunks")
+            elif _digest(self._path) != blob.id:
+                self.discard()
+                raise InvalidPayload(f"the chunks of blob {blob.id[:12]} do not make up what its name promises")
+            else:
+                self._store._install(self._path, blob)
+        return self._store.path(blob.id)
+
+    def discard(self) -> None:
+        """Delete what has arrived; the next chunk begins anew."""
+        self._path.unlink(missing_ok=True)
+        self._missing = set(range(len(self.manifest.digests)))
+
+    def _create(self) -> None:
+        self._path.touch()
+        os.truncate(self._path, self.manifest.blob.size)  # a file with holes: costs nothing yet
+
+    def _length(self, index: int) -> int:
+        return min(self.manifest.chunk_bytes, self.manifest.blob.size - index * self.manifest.chunk_bytes)
+
+    def _found(self) -> Iterator[int]:
+        with self._path.open("rb") as file:
+            for index, digest in enumerate(self.manifest.digests):
+                if hashlib.sha256(file.read(self.manifest.chunk_bytes)).hexdigest() == digest:
+                    yield index
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"cannot write {error.filename or path}: {error.strerror or error}; check free space and permissions") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

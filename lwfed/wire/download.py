@@ -1,0 +1,153 @@
+"""A device fetches blobs: manifest, subscription, chunks, until each is in its store.
+
+    unknown --manifest--> gathering --all chunks--> held
+    gathering --its chunks contradict the manifest--> unknown
+
+Chunks are published once for everybody who asked, in the server's order and pace, and any may be lost. So the device
+only ever says what it still lacks, and says it again after a silence. Chunks may come in any order, twice, damaged, or
+without being wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from lwfed.blobs import BlobStore, PartFile
+from lwfed.errors import InvalidPayload
+from lwfed.wire.commands import Command, Reconnect, Send, Subscribe, Unsubscribe
+from lwfed.wire.messages import BlobRef, Manifest, Need, Want, encode, ranges
+from lwfed.wire.retry import Retry
+from lwfed.wire.topics import Topics
+
+SILENCE_S = 2.0
+GATHER_S = 0.2  # manifests answer one question but arrive one by one: ask for the chunks of all of them at once
+MAX_NEED_BLOBS = 64
+MAX_NEED_CHARS = 60_000  # of ranges, so that a Need stays below MAX_MESSAGE_BYTES
+MAX_BAD_IN_A_ROW = 3  # then the manifest itself is doubted: a restarted server may cut blobs differently
+
+
+@dataclass
+class _Blob:
+    ref: BlobRef
+    part: PartFile | None = None  # None: its manifest is unknown
+    bad_in_a_row: int = 0
+
+
+class Downloads:
+    """All downloads of one device. Not polled while the connection or the server is known to be away."""
+
+    def __init__(self, topics: Topics, device: str, store: BlobStore, seed: int) -> None:
+        self.bad_chunks = 0
+        self._topic = topics.from_device(device, "need")
+        self._filter = topics.blob_chunks
+        self._store = store
+        self._wanted: dict[str, BlobRef] = {}
+        self._open: dict[str, _Blob] = {}
+        self._subscribed: set[str] = set()
+        self._heard = False
+        self._fresh = False  # a manifest came since the last question
+        self._retry = Retry(Random(seed), SILENCE_S)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every wanted blob is in the store."""
+        return not self._open
+
+    def want(self, refs: Iterable[BlobRef]) -> None:
+        """Replace what is wanted; what is held already is not fetched, what was begun goes on."""
+        self._wanted = {ref.id: ref for ref in refs}
+        missing = {id: ref for id, ref in self._wanted.items() if not self._store.has(id)}
+        begun = {id: blob for id, blob in self._open.items() if missing.get(id) == blob.ref}
+        if missing.keys() - begun.keys():
+            self._retry.now()
+        self._open = {id: begun.get(id) or _Blob(ref) for id, ref in missing.items()}
+
+    def on_manifest(self, manifest: Manifest) -> None:
+        blob = self._open.get(manifest.blob.id)
+        if blob is None or manifest.blob != blob.ref:
+            return
+        self._heard = True
+        if blob.part is None or blob.part.manifest != manifest:
+            blob.part = self._store.part(manifest)
+            blob.bad_in_a_row = 0
+            self._fresh = True
+            self._finish(blob)
+
+    def on_chunk(self, blob: str, index: int, data: bytes) -> None:
+        found = self._open.get(blob)
+        if found is None or found.part is None:
+            return
+        self._heard = True
+        try:
+            found.part.write(index, data)
+        except InvalidPayload:
+            self.bad_chunks += 1
+            found.bad_in_a_row += 1
+            if found.bad_in_a_row >= MAX_BAD_IN_A_ROW:
+                found.part = None
+        else:
+            found.bad_in_a_row = 0
+            self._finish(found)
+
+    def reset(self) -> None:
+        """The connection or the server is back: nothing that was asked before will be answered."""
+        self._heard = False
+        if self._open:
+            self._retry.now()
+
+    def poll(self, now: float) -> list[Command]:
+        """What to do now. Call it after every event and at `next_wakeup`."""
+        commands: list[Command] = self._subscriptions()
+        self._note_answers(now)
+        if self._retry.is_due(now):
+            if self._retry.suspect(now):
+                commands.append(Reconnect("the server does not answer requests for the model"))
+            commands.append(Send(self._topic, encode(self._need())))
+            self._retry.asked(now)
+        return commands
+
+    def next_wakeup(self, now: float) -> float | None:
+        return self._retry.due if self._retry.due is None else max(self._retry.due, now)
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes held and bytes wanted."""
+        parts = {id: blob.part.have_bytes if blob.part else 0 for id, blob in self._open.items()}
+        return sum(parts.get(id, ref.size) for id, ref in self._wanted.items()), sum(ref.size for ref in self._wanted.values())
+
+    def _finish(self, blob: _Blob) -> None:
+        if blob.part is None or not blob.part.complete:
+            return
+        try:
+            blob.part.commit()
+            del self._open[blob.ref.id]
+        except InvalidPayload:
+            blob.part = None
+
+    def _subscriptions(self) -> list[Command]:
+        gathering = {id for id, blob in self._open.items() if blob.part is not None}
+        left, begun = sorted(self._subscribed - self._open.keys()), sorted(gathering - self._subscribed)
+        self._subscribed = (self._subscribed | gathering) & self._open.keys()
+        return [*(Unsubscribe(self._filter(id)) for id in left), *(Subscribe(self._filter(id)) for id in begun)]
+
+    def _note_answers(self, now: float) -> None:
+        if not self._open:
+            self._retry.stop()
+        elif self._heard:
+            self._retry.wait(now)
+            if self._fresh:
+                all_known = all(blob.part is not None for blob in self._open.values())
+                self._retry.at(now if all_known else now + GATHER_S)
+        self._heard = self._fresh = False
+
+    def _need(self) -> Need:
+        wants: list[Want] = []
+        room = MAX_NEED_CHARS
+        for id, blob in self._open.items():
+            want = Want(id=id, missing=None if blob.part is None else ranges(blob.part.missing()))
+            room -= len(want.missing or "")
+            if wants and (room < 0 or len(wants) == MAX_NEED_BLOBS):
+                break
+            wants.append(want)
+        return Need(blobs=tuple(wants))

@@ -1,0 +1,194 @@
+"""The server takes updates from devices, a few at a time, each into a file.
+
+    offer --no slot free--> waiting --slot free--> granted --fin, all there--> checking --accept--> forgotten
+    granted --silent for 10 s while others wait--> offered anew by the device, and resumed from its part file
+
+Brokers drop what they queue for a slow reader, after acknowledging it; so slots times window stays far below any
+broker's queue. The shell looks into a `ReceivedUpdate`, records it, and then calls `accept`: only that sends `done`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lwfed.blobs import BlobStore, PartFile
+from lwfed.errors import InvalidPayload
+from lwfed.wire.commands import Command, Send
+from lwfed.wire.messages import KINDS, Done, Fin, Grant, Message, Miss, Offer, Refuse, RefuseCode, Traffic, Wait, encode, ranges
+from lwfed.wire.topics import Topics, UpdateChunk
+from lwfed.wire.upload import contribution_id
+
+SILENCE_S = 10.0
+WAIT_S = 30.0  # a device asks again then, in case its grant was lost
+CHECKING_S = 5.0
+
+
+@dataclass(frozen=True)
+class ReceivedUpdate:
+    """A complete update on disk, its digest verified; its content is not."""
+
+    device: str
+    offer: Offer
+    path: Path
+    traffic: Traffic
+
+
+@dataclass
+class _Transfer:
+    device: str
+    offer: Offer
+    heard_s: float = 0.0
+    part: PartFile | None = None  # None: waiting, or the store holds the blob already
+
+
+class Inbox:
+    """All uploads of one server. `known` says whether a contribution is recorded; `limit_bytes` bounds an update's size."""
+
+    def __init__(
+        self,
+        topics: Topics,
+        store: BlobStore,
+        limit_bytes: int,
+        known: Callable[[str], bool],
+        slots: int = 8,
+        window: int = 4,
+        worker: str = "w0",
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self.bad_chunks = 0
+        self._topics = topics
+        self._store = store
+        self._known = known
+        self._slots = slots
+        self._window = window
+        self._worker = worker
+        self._granted: dict[str, _Transfer] = {}  # by contribution
+        self._waiting: dict[str, _Transfer] = {}  # first come, first served
+        self._checking: dict[str, _Transfer] = {}
+
+    def offer(self, device: str, offer: Offer, now: float) -> list[Command]:
+        """Answer an offer that the shell finds timely: grant, wait, done, or refuse."""
+        contribution = offer.contribution
+        if contribution != contribution_id(offer.run, offer.stage, offer.round, device, offer.manifest.blob.id):
+            return self.refuse(device, contribution, "identity", "the contribution's id is not that of its device, round and content")
+        if offer.manifest.blob.size > self.limit_bytes:
+            reason = f"{offer.manifest.blob.size} bytes; an update of this stage has at most {self.limit_bytes}"
+            return self.refuse(device, contribution, "too_large", reason)
+        if self._known(contribution):
+            return [self._tell(device, Done(contribution=contribution))]
+        if contribution in self._checking:
+            return [self._tell(device, Wait(contribution=contribution, retry_s=CHECKING_S))]
+        self._drop_others(device, contribution)
+        known = self._granted.get(contribution)
+        if known is not None and known.offer.manifest == offer.manifest:
+            known.heard_s = now
+            return [self._grant(known)]
+        self._granted.pop(contribution, None)
+        self._waiting.setdefault(contribution, _Transfer(device, offer)).offer = offer
+        granted = self.poll(now)
+        if contribution in self._waiting:
+            granted.append(self._tell(device, Wait(contribution=contribution, retry_s=WAIT_S)))
+        return granted
+
+    def chunk(self, topic: UpdateChunk, data: bytes, now: float) -> None:
+        """Keep a chunk of a granted update; anything else is dropped, and asked for again after `fin`."""
+        transfer = self._granted.get(topic.contribution)
+        if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
+            return
+        transfer.heard_s = now
+        if transfer.part is not None:
+            try:
+                transfer.part.write(topic.index, data)
+            except InvalidPayload:
+                self.bad_chunks += 1
+
+    def fin(self, device: str, fin: Fin, now: float) -> tuple[list[Command], ReceivedUpdate | None]:
+        """The device has sent everything: ask for what is missing, or hand the update to the shell."""
+        contribution = fin.contribution
+        transfer = self._granted.get(contribution)
+        if transfer is None or transfer.device != device:
+            return self._fin_without_slot(device, contribution), None
+        transfer.heard_s = now
+        if transfer.part is not None and not transfer.part.complete:
+            return [self._tell(device, Miss(contribution=contribution, missing=ranges(transfer.part.missing())))], None
+        del self._granted[contribution]
+        try:
+            path = transfer.part.commit() if transfer.part else self._store.path(transfer.offer.manifest.blob.id)
+        except InvalidPayload as error:
+            return [*self.refuse(device, contribution, "digest", str(error)), *self.poll(now)], None
+        self._checking[contribution] = transfer
+        return self.poll(now), ReceivedUpdate(device, transfer.offer, path, fin.traffic)
+
+    def accept(self, contribution: str) -> list[Command]:
+        """The update is recorded: its device may forget it. Raises KeyError for one that was not received."""
+        transfer = self._checking.pop(contribution)
+        return [self._tell(transfer.device, Done(contribution=contribution))]
+
+    def refuse(self, device: str, contribution: str | None, code: RefuseCode, reason: str) -> list[Command]:
+        """Refuse an offer or a received update, and forget what belongs to it."""
+        for table in (self._granted, self._waiting, self._checking):
+            if contribution in table and table[contribution].device == device:
+                self._discard(table.pop(contribution))
+        return [self._tell(device, Refuse(contribution=contribution, code=code, reason=reason[:1000]))]
+
+    def clear(self, code: RefuseCode, reason: str) -> list[Command]:
+        """Refuse everything that is under way, at the end of a round."""
+        open_ = [(transfer.device, id) for table in (self._granted, self._waiting) for id, transfer in table.items()]
+        return [command for device, id in open_ for command in self.refuse(device, id, code, reason)]
+
+    def poll(self, now: float) -> list[Command]:
+        """Give the slots of silent devices to those that wait."""
+        for contribution, transfer in list(self._granted.items()):
+            excess = len(self._granted) + len(self._waiting) - self._slots
+            if excess > 0 and self._waiting and now >= transfer.heard_s + SILENCE_S:
+                del self._granted[contribution]
+        commands: list[Command] = []
+        while self._waiting and len(self._granted) < self._slots:
+            contribution, transfer = next(iter(self._waiting.items()))
+            del self._waiting[contribution]
+            transfer.part, transfer.heard_s = self._part(transfer), now
+            self._granted[contribution] = transfer
+            commands.append(self._grant(transfer))
+        return commands
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When the next slot falls to a waiting device; None while nobody waits."""
+        if not self._waiting or not self._granted:
+            return None
+        return max(now, min(transfer.heard_s for transfer in self._granted.values()) + SILENCE_S)
+
+    def _fin_without_slot(self, device: str, contribution: str) -> list[Command]:
+        if self._known(contribution):
+            return [self._tell(device, Done(contribution=contribution))]
+        if contribution in self._checking:
+            return []
+        # We were restarted, or its slot was given away: it must offer again.
+        retry_s = WAIT_S if contribution in self._waiting else 0
+        return [self._tell(device, Wait(contribution=contribution, retry_s=retry_s))]
+
+    def _part(self, transfer: _Transfer) -> PartFile | None:
+        manifest = transfer.offer.manifest
+        if self._store.has(manifest.blob.id):
+            return None
+        same = (other.part for other in self._granted.values() if other.part and other.offer.manifest == manifest)
+        return next(same, None) or self._store.part(manifest)
+
+    def _drop_others(self, device: str, contribution: str) -> None:
+        """A device has one update at a time, so that no device can fill the disk with parts."""
+        for table in (self._granted, self._waiting):
+            for id in [id for id, transfer in table.items() if transfer.device == device and id != contribution]:
+                self._discard(table.pop(id))
+
+    def _discard(self, transfer: _Transfer) -> None:
+        if transfer.part is not None and not any(other.part is transfer.part for other in self._granted.values()):
+            transfer.part.discard()
+
+    def _grant(self, transfer: _Transfer) -> Send:
+        missing = ranges(transfer.part.missing()) if transfer.part else ""
+        grant = Grant(contribution=transfer.offer.contribution, worker=self._worker, missing=missing, window=self._window)
+        return self._tell(transfer.device, grant)
+
+    def _tell(self, device: str, message: Message) -> Send:
+        return Send(self._topics.to_device(device, KINDS[type(message)]), encode(message))

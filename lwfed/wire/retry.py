@@ -1,0 +1,59 @@
+"""When to repeat a question that nobody answers. The one timer of both transfer machines on a device."""
+
+from __future__ import annotations
+
+from random import Random
+
+RECONNECT_EVERY_S = 60.0
+
+
+class Retry:
+    """Waits `first_s` for an answer, then twice as long each time, up to `longest_s`; each wait is jittered by a quarter.
+
+    Devices that lose their server at the same moment must not come back in step. Times are seconds of the caller's clock.
+    """
+
+    def __init__(self, random: Random, first_s: float, longest_s: float = 60.0) -> None:
+        self._random = random
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._wait_s = first_s
+        self._unanswered = 0
+        self._last_reconnect = float("-inf")
+        self.due: float | None = None  # when to ask next
+
+    def now(self) -> None:
+        """Ask at the next opportunity, as if for the first time; what went unanswered before is forgotten."""
+        self.answered()
+        self.due = float("-inf")
+
+    def at(self, when: float) -> None:
+        self.due = when
+
+    def stop(self) -> None:
+        self.answered()
+        self.due = None
+
+    def is_due(self, now: float) -> bool:
+        return self.due is not None and now >= self.due
+
+    def asked(self, now: float) -> None:
+        self._unanswered += 1
+        self.due = now + self._wait_s * self._random.uniform(0.75, 1.25)
+        self._wait_s = min(2 * self._wait_s, self._longest_s)
+
+    def answered(self) -> None:
+        self._unanswered = 0
+        self._wait_s = self._first_s
+
+    def wait(self, now: float) -> None:
+        """Something came; ask again only when nothing more does for the first wait."""
+        self.answered()
+        self.due = now + self._first_s * self._random.uniform(0.75, 1.25)
+
+    def suspect(self, now: float) -> bool:
+        """Whether the connection deserves to be made anew: two questions in a row unanswered, at most once a minute."""
+        if self._unanswered < 2 or now - self._last_reconnect < RECONNECT_EVERY_S:
+            return False
+        self._last_reconnect = now
+        return True

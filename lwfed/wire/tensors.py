@@ -1,0 +1,98 @@
+"""Named float32 tensors as bytes: the safetensors format, read only under the shapes that the plan expects.
+
+The format is safe to parse but says nothing about sense: flipped bits, NaN and wrong shapes pass. They are checked here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save
+
+from lwfed.errors import InvalidPayload
+
+MAX_HEADER_BYTES = 1 << 20  # 150 bytes a tensor, hence 7,000 tensors; ViT-Large has 300
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def encode(tensors: Mapping[str, Array]) -> bytes:
+    """The same tensors give the same bytes on every machine. Raises ValueError for a dtype other than float32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise ValueError(f"tensor {name} is {tensor.dtype}, not float32")
+    return save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
+
+
+def decode(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Exactly the tensors of `shapes`; raises InvalidPayload naming what is wrong."""
+    return dict(iterate(source, shapes))
+
+
+def check_update(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InvalidPayload unless the file holds finite float32 tensors of exactly these names and shapes."""
+    for _ in iterate(path, shapes):
+        pass
+
+
+def iterate(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+    """The tensors of `shapes` by name, each read and checked when its turn comes; raises InvalidPayload."""
+    _check_header_size(source)
+    try:
+        yield from _from_file(source, shapes) if isinstance(source, Path) else _from_bytes(source, shapes)
+    except safetensors.SafetensorError as error:
+        raise InvalidPayload(f"not a safetensors file: {error}") from None
+
+
+def _from_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        names = set(file.keys())
+        _check_names(names, shapes)
+        for name in sorted(names):
+            piece = file.get_slice(name)
+            _check_form(name, piece.get_dtype(), tuple(piece.get_shape()), shapes[name])
+            yield name, _finite(name, file.get_tensor(name))
+
+
+def _from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+    parse: Any = safetensors.deserialize  # without types
+    found: dict[str, Any] = dict(parse(data))
+    _check_names(set(found), shapes)
+    for name in sorted(found):
+        piece = found[name]
+        _check_form(name, piece["dtype"], tuple(piece["shape"]), shapes[name])
+        yield name, _finite(name, np.frombuffer(piece["data"], dtype="<f4").reshape(shapes[name]))
+
+
+def _check_header_size(source: bytes | Path) -> None:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(8)
+    else:
+        start = source[:8]
+    if len(start) < 8 or struct.unpack("<Q", start)[0] > MAX_HEADER_BYTES:
+        raise InvalidPayload(f"not a safetensors file: its header is cut off or longer than {MAX_HEADER_BYTES} bytes")
+
+
+def _check_names(found: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for what, names in (("lacks", shapes.keys() - found), ("has unexpected", found - shapes.keys())):
+        if names:
+            listed = ", ".join(repr(name[:80]) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise InvalidPayload(f"{what} {len(names)} of {len(shapes)} tensors: {listed}")
+
+
+def _check_form(name: str, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if dtype != "F32":
+        raise InvalidPayload(f"tensor {name} is {dtype}, not F32")
+    if shape != tuple(expected):
+        raise InvalidPayload(f"tensor {name} has shape {shape}, not {tuple(expected)}")
+
+
+def _finite(name: str, tensor: Array) -> Array:
+    if not np.isfinite(tensor).all():
+        raise InvalidPayload(f"tensor {name} holds values that are not finite")
+    return tensor

@@ -1,0 +1,152 @@
+"""A device hands over its update and keeps it until the server says `done`.
+
+    offering --grant--> sending --all sent--> finishing --done--> done
+    sending, finishing --wait--> offering       finishing --miss--> sending
+    any --refuse--> refused, but of a digest: offered again, three times
+
+After a reconnection the offer is made again; the grant says what is missing, so nothing arrives twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from random import Random
+from typing import Literal
+
+from lwfed.blobs import BlobStore
+from lwfed.errors import InvalidMessage
+from lwfed.wire.commands import Command, Reconnect, Send
+from lwfed.wire.messages import Done, Fin, Grant, Miss, Offer, Refuse, Traffic, Wait, encode, indices
+from lwfed.wire.retry import Retry
+from lwfed.wire.topics import Topics
+
+ANSWER_S = 5.0
+STALLED_S = 60.0  # no room for a chunk in so long: the link is dead although nobody has noticed
+MAX_DIGEST_REFUSALS = 3
+DEFAULT_WINDOW = 4
+
+UploadState = Literal["offering", "sending", "finishing", "done", "refused"]
+
+
+def contribution_id(run: str, stage: int, round: int, device: str, digest: str) -> str:
+    """The identity of an update, 32 hex digits: sent twice, it counts once."""
+    text = "\x1f".join((run, str(stage), str(round), device, digest))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Upload:
+    """One update on its way. `offer.manifest` must be the store's manifest of the blob."""
+
+    def __init__(self, topics: Topics, device: str, offer: Offer, store: BlobStore, seed: int) -> None:
+        self.state: UploadState = "offering"
+        self.window = DEFAULT_WINDOW  # how many chunks may be under way at once
+        self.refusal: Refuse | None = None
+        self._topics = topics
+        self._device = device
+        self._offer = offer
+        self._store = store
+        self._worker = ""
+        self._queue: list[int] = []  # chunks to send, the next one last
+        self._pause_s: float | None = None  # a Wait that no poll has seen yet
+        self._digest_refusals = 0
+        self._retry = Retry(Random(seed), ANSWER_S)
+        self._retry.now()
+
+    def on_grant(self, grant: Grant) -> None:
+        if grant.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
+            self.window = grant.window
+            self._worker = grant.worker
+            self._send_these(grant.missing)
+
+    def on_miss(self, miss: Miss) -> None:
+        if miss.contribution == self._offer.contribution and self.state == "finishing":
+            self._send_these(miss.missing)
+
+    def on_wait(self, wait: Wait) -> None:
+        if wait.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
+            self.state = "offering"
+            self._pause_s = wait.retry_s
+
+    def on_done(self, done: Done) -> None:
+        if done.contribution == self._offer.contribution:
+            self.state = "done"
+
+    def on_refuse(self, refuse: Refuse) -> None:
+        if refuse.contribution != self._offer.contribution or self.state == "done":
+            return
+        self._digest_refusals += refuse.code == "digest"
+        if refuse.code == "digest" and self._digest_refusals <= MAX_DIGEST_REFUSALS:
+            self.reset()
+        else:
+            self.state = "refused"
+            self.refusal = refuse
+
+    def reset(self) -> None:
+        """The connection or the server is back: offer again."""
+        if self.state not in ("done", "refused"):
+            self.state = "offering"
+            self._pause_s = None
+            self._retry.now()
+
+    def poll(self, now: float, room: int, traffic: Traffic) -> list[Command]:
+        """At most `room` chunks (the window less what the transport has pending), or the question that is due."""
+        if self.state in ("done", "refused"):
+            self._retry.stop()
+            return []
+        if self._pause_s is not None:
+            self._retry.answered()
+            self._retry.at(now + self._pause_s)
+            self._pause_s = None
+        commands = self._chunks(now, room) if self.state == "sending" else []
+        if self._retry.is_due(now):
+            commands += self._question(now, traffic)
+        return commands
+
+    def next_wakeup(self, now: float) -> float | None:
+        """None when it is over. While chunks wait for room, the transport's next event is the time to poll."""
+        return self._retry.due if self._retry.due is None else max(self._retry.due, now)
+
+    def progress(self) -> tuple[int, int]:
+        """Chunks sent and chunks in all."""
+        count = len(self._offer.manifest.digests)
+        sent = {"offering": 0, "sending": count - len(self._queue)}.get(self.state, count)
+        return sent, count
+
+    def _send_these(self, missing: str) -> None:
+        try:
+            wanted = indices(missing, len(self._offer.manifest.digests))
+        except InvalidMessage:
+            return
+        self.state = "sending"
+        self._queue = wanted[::-1]
+        self._pause_s = None
+        self._retry.now()
+
+    def _chunks(self, now: float, room: int) -> list[Command]:
+        commands: list[Command] = []
+        while self._queue and len(commands) < min(room, self.window):
+            index = self._queue.pop()
+            topic = self._topics.update_chunk(self._device, self._worker, self._offer.contribution, index)
+            commands.append(Send(topic, self._store.chunk(self._offer.manifest, index)))
+        if not self._queue:
+            self.state = "finishing"
+            self._retry.now()
+        elif commands or self._retry.due == float("-inf"):
+            self._retry.answered()
+            self._retry.at(now + STALLED_S)
+        return commands
+
+    def _question(self, now: float, traffic: Traffic) -> list[Command]:
+        if self.state == "sending":
+            self.reset()
+            return [Reconnect("no chunk of the update has left for a minute")]
+        commands: list[Command] = []
+        if self._retry.suspect(now):
+            commands.append(Reconnect("the server does not answer about the update"))
+        if self.state == "offering":
+            commands.append(Send(self._topics.from_device(self._device, "offer"), encode(self._offer)))
+        else:
+            fin = Fin(contribution=self._offer.contribution, traffic=traffic)
+            commands.append(Send(self._topics.from_device(self._device, "fin"), encode(fin)))
+        self._retry.asked(now)
+        return commands

@@ -1,0 +1,50 @@
+"""What version 1 wrote once must be written and read for ever. A change here needs a new version of the protocol.
+
+Two differences are harmless and would only need new files: another order of keys, another way to write a number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lwfed.blobs import BlobStore
+from lwfed.wire import tensors
+from lwfed.wire.messages import DOWN, UP, Manifest, decode, encode
+
+from .samples import SAMPLES
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BLOB = bytes(range(256)) * 20 + b"end"
+TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([-0.5, 1e-7], dtype=np.float32)}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_message_is_written_and_read_as_ever(name):
+    golden = (GOLDEN / f"{name}.json").read_bytes()
+    assert encode(SAMPLES[name]) == golden
+    assert decode(type(SAMPLES[name]), golden) == SAMPLES[name]
+
+
+def test_every_kind_has_a_golden_file():
+    assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run"}
+    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in SAMPLES} | {"blob-manifest.json"}
+
+
+def test_a_blob_is_cut_as_ever(tmp_path):
+    store = BlobStore(tmp_path, durable=False)
+    golden = (GOLDEN / "blob-manifest.json").read_bytes()
+    assert encode(store.manifest(store.put(BLOB).id, 1024)) == golden
+    part = BlobStore(tmp_path / "other", durable=False).part(decode(Manifest, golden))
+    for index in range(6):
+        part.write(index, BLOB[index * 1024 : (index + 1) * 1024])
+    assert part.commit().read_bytes() == BLOB
+
+
+def test_tensors_are_written_and_read_as_ever():
+    golden = (GOLDEN / "tensors.safetensors").read_bytes()
+    assert tensors.encode(TENSORS) == golden
+    found = tensors.decode(golden, {"a.bias": (2,), "b.weight": (2, 3)})
+    assert all(np.array_equal(found[name], TENSORS[name]) for name in TENSORS)
