@@ -1,0 +1,67 @@
+"""Weights at the beginning, each part from a random stream of its own.
+
+So they depend on the run's seed and the part alone: not on the stage in which a part appears, nor on who creates it.
+Encoder as timm's: truncated normal (std 0.02) for linear weights and position embedding, zero biases, the patch
+projection as torch's Conv2d (uniform in +-1/sqrt(fan in)). Heads as torch's Linear. How L_s begins is not stated in
+arXiv 2401.11647; `stages.layer_init` offers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lwfed.config import RunConfig
+from lwfed.models.encoder import layer_count
+from lwfed.models.shapes import Shape, part_shapes
+from lwfed.plan import PREDICTOR, PROJECTOR, StagePlan, by_part, layer
+from lwfed.seeds import derive
+
+
+def init_part(config: RunConfig, part: str) -> dict[str, Tensor]:
+    """Initial tensors of one part, float32 on the CPU; raises ValueError when the model has no such part."""
+    generator = torch.Generator().manual_seed(derive(config.run.seed, "init", part))
+    wanted = part_shapes(config, part)
+    fan_in = config.model.channels * config.model.patch_size**2
+    return {name: _initial(name, shape, fan_in, generator) for name, shape in wanted.items()}
+
+
+def init_parts(config: RunConfig, parts: Iterable[str]) -> dict[str, Tensor]:
+    """Initial tensors of several parts."""
+    return {name: tensor for part in parts for name, tensor in init_part(config, part).items()}
+
+
+def copy_layer(tensors: Mapping[str, Tensor], source: int, target: int) -> dict[str, Tensor]:
+    """The weights of layer `source` (1-based) under the names of layer `target`, in memory of their own."""
+    old, new = f"blocks.{source - 1}.", f"blocks.{target - 1}."
+    return {new + name.removeprefix(old): tensor.clone() for name, tensor in by_part(tensors)[layer(source)].items()}
+
+
+def grow(config: RunConfig, plan: StagePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Initial tensors of the parts that `plan` adds to a model of `tensors` (empty in stage 1).
+
+    With `layer_init: copy` each new layer is a copy of the highest layer of `tensors`; where there is none, it is random.
+    """
+    below = layer_count(tensors)
+    if config.stages.layer_init == "random" or below == 0:
+        return init_parts(config, plan.added)
+    added: dict[str, Tensor] = {}
+    for part in plan.added:
+        is_layer = part.startswith("layer.")
+        added |= copy_layer(tensors, below, int(part.removeprefix("layer."))) if is_layer else init_part(config, part)
+    return added
+
+
+def _initial(name: str, shape: Shape, patch_fan_in: int, generator: torch.Generator) -> Tensor:
+    tensor = torch.empty(shape)
+    if name.startswith("patch_embed."):
+        return tensor.uniform_(-(patch_fan_in**-0.5), patch_fan_in**-0.5, generator=generator)
+    if len(shape) == 1:
+        return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    if name == "cls_token":
+        return tensor.normal_(std=1e-6, generator=generator)
+    if name.startswith((PROJECTOR, PREDICTOR)):
+        return tensor.uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+    return nn.init.trunc_normal_(tensor, std=0.02, generator=generator)

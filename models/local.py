@@ -1,0 +1,137 @@
+"""The local call of arXiv 2401.11647, Algorithm 2: epochs of training on the images of one place.
+
+The same call serves the device (`device_task`) and the server's calibration (`calibration_task`). It is a function of
+configuration, task, weights and images: equal inputs give equal bits on one machine with one number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lwfed.config import RunConfig
+from lwfed.errors import DataError, Diverged
+from lwfed.models.schedules import learning_rate
+from lwfed.models.step import Branches, prepare, train_step
+from lwfed.models.views import augment, draw_pair
+from lwfed.plan import StagePlan
+from lwfed.seeds import derive
+
+Images = np.ndarray[Any, np.dtype[np.uint8]] | Tensor  # uint8 [N, C, H, W]; a memmap is an ndarray
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    trained: tuple[str, ...]  # parts of lwfed.plan, the last of the model
+    epochs: int
+    batch_size: int  # images; fewer where there are fewer
+    lr: float  # per 256 images of the batch
+    seed: int  # of order and views
+    progress: tuple[float, float]  # where this call begins and ends in the whole run, 0 to 1; the schedule reads it
+
+
+@dataclass(frozen=True)
+class StepReport:
+    epoch: int  # 1-based, of `epochs`
+    epochs: int
+    step: int  # 1-based within the call, of `steps`
+    steps: int
+    loss: float
+    lr: float  # of this step
+
+
+@dataclass(frozen=True)
+class LocalSummary:
+    images: int  # that the place holds; its weight in the mean
+    steps: int
+    losses: tuple[float, ...]  # mean of each epoch
+
+
+def device_task(config: RunConfig, plan: StagePlan, seed: int, progress: tuple[float, float]) -> LocalTask:
+    """What a device does in one round."""
+    train = config.train
+    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, progress)
+
+
+def calibration_task(config: RunConfig, plan: StagePlan, seed: int, progress: tuple[float, float]) -> LocalTask:
+    """What the server does after aggregation, when it calibrates (v1-v3 of the paper)."""
+    calibration = config.calibration
+    return LocalTask(plan.calibrated, calibration.epochs, calibration.batch_size, calibration.lr, seed, progress)
+
+
+def train_local(
+    config: RunConfig,
+    task: LocalTask,
+    tensors: Mapping[str, Tensor],
+    images: Images,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> tuple[dict[str, Tensor], LocalSummary]:
+    """Train the parts `task.trained` of the model `tensors` (all parts present, left unchanged) on uint8 images [N, C, H, W].
+
+    Returns the trained tensors, without gradients, and a summary. Runs where `tensors` are.
+    Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
+    ValueError when the parts cannot be trained.
+    """
+    _check(config, images)
+    branches = prepare(config, tensors, task.trained)
+    batch = min(task.batch_size, len(images))
+    per_epoch = len(images) // batch  # the incomplete last batch is dropped
+    steps = task.epochs * per_epoch
+    start, end = task.progress
+    sums = [0.0] * task.epochs
+    for done, (epoch, indices) in enumerate(_batches(task, len(images), batch)):
+        lr = learning_rate(task.lr, batch, config.train.lr_schedule, start + (end - start) * done / steps)
+        loss = _step(config, task, branches, images, indices, done, lr)
+        if not math.isfinite(loss):
+            raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))
+        sums[epoch] += loss
+        if on_step:
+            on_step(StepReport(epoch + 1, task.epochs, done + 1, steps, loss, lr))
+    return _trained(branches, lr), LocalSummary(len(images), steps, tuple(total / per_epoch for total in sums))
+
+
+def _check(config: RunConfig, images: Images) -> None:
+    model = config.model
+    wanted = (model.channels, model.image_size, model.image_size)
+    if tuple(images.shape[1:]) != wanted or str(images.dtype).removeprefix("torch.") != "uint8":
+        raise DataError(f"images must be uint8 [N, {', '.join(map(str, wanted))}], not {images.dtype} {list(images.shape)}")
+    if len(images) < 2:
+        raise DataError(f"{len(images)} images cannot train: BatchNorm and the negatives need at least 2; add images to this place")
+
+
+def _batches(task: LocalTask, count: int, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, indices [batch]) of each step."""
+    for epoch in range(task.epochs):
+        generator = torch.Generator().manual_seed(derive(task.seed, "order", epoch))
+        order = torch.randperm(count, generator=generator)
+        for first in range(0, count - batch + 1, batch):
+            yield epoch, order[first : first + batch]
+
+
+def _step(config: RunConfig, task: LocalTask, branches: Branches, images: Images, indices: Tensor, done: int, lr: float) -> float:
+    size = config.model.image_size
+    chosen = images[indices].cpu() if isinstance(images, Tensor) else torch.from_numpy(images[indices.numpy()])
+    generator = torch.Generator().manual_seed(derive(task.seed, "views", done))
+    first, second = draw_pair(config.views, len(indices), size, generator)
+    device = branches.online.pos_embed.device
+    views = augment(chosen, first, size).to(device), augment(chosen, second, size).to(device)
+    return train_step(branches, views, lr, config)
+
+
+def _trained(branches: Branches, lr: float) -> dict[str, Tensor]:
+    named = branches.online.named_parameters()
+    result = {name: tensor.detach() for name, tensor in named if tensor.requires_grad}
+    for name, tensor in result.items():
+        if not bool(tensor.isfinite().all()):
+            raise Diverged(_advice(f"tensor {name} is not finite after the last step", lr))
+    return result
+
+
+def _advice(what: str, lr: float) -> str:
+    return f"training diverged: {what} (learning rate {lr:.3g}); lower train.lr or calibration.lr, or raise ssl.temperature"
