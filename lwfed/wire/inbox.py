@@ -23,6 +23,7 @@ from lwfed.wire.upload import contribution_id
 SILENCE_S = 10.0
 WAIT_S = 30.0  # a device asks again then, in case its grant was lost
 CHECKING_S = 5.0
+TELL_EVERY_S = 1.0  # more chunks than one are on their way when a device learns that it has no slot
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Inbox:
         self._granted: dict[str, _Transfer] = {}  # by contribution
         self._waiting: dict[str, _Transfer] = {}  # first come, first served
         self._checking: dict[str, _Transfer] = {}
+        self._told: dict[str, float] = {}  # when a device without a slot was last told so
 
     def offer(self, device: str, offer: Offer, now: float) -> list[Command]:
         """Answer an offer that the shell finds timely: grant, wait, done, or refuse."""
@@ -92,17 +94,18 @@ class Inbox:
             granted.append(self._tell(device, Wait(contribution=contribution, retry_s=WAIT_S)))
         return granted
 
-    def chunk(self, topic: UpdateChunk, data: bytes, now: float) -> None:
+    def chunk(self, topic: UpdateChunk, data: bytes, now: float) -> list[Command]:
         """Keep a chunk of a granted update; anything else is dropped, and asked for again after `fin`."""
         transfer = self._granted.get(topic.contribution)
         if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
-            return
+            return self._stop_stray(topic, now)
         transfer.heard_s = now
         if transfer.part is not None:
             try:
                 transfer.part.write(topic.index, data)
             except InvalidPayload:
                 self.bad_chunks += 1
+        return []
 
     def fin(self, device: str, fin: Fin, now: float) -> tuple[list[Command], ReceivedUpdate | None]:
         """The device has sent everything: ask for what is missing, or hand the update to the shell."""
@@ -167,6 +170,13 @@ class Inbox:
         # We were restarted, or its slot was given away: it must offer again.
         retry_s = WAIT_S if contribution in self._waiting else 0
         return [self._tell(device, Wait(contribution=contribution, retry_s=retry_s))]
+
+    def _stop_stray(self, topic: UpdateChunk, now: float) -> list[Command]:
+        """A device sends without a slot, since we were restarted or it was given away: what it sends is wasted."""
+        if topic.contribution in self._checking or now < self._told.get(topic.device, float("-inf")) + TELL_EVERY_S:
+            return []
+        self._told[topic.device] = now
+        return self._fin_without_slot(topic.device, topic.contribution)
 
     def _part(self, transfer: _Transfer) -> PartFile | None:
         manifest = transfer.offer.manifest

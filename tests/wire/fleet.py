@@ -103,7 +103,7 @@ class Server(Node):
                             self.recorded[update.offer.contribution] = update.path.read_bytes()
                             answers = [*answers, *self.inbox.accept(update.offer.contribution)]
             case t.UpdateChunk():
-                self.inbox.chunk(topic, payload, now)
+                answers = self.inbox.chunk(topic, payload, now)
         for command in answers:
             self.transport.execute(command)
 

@@ -62,10 +62,10 @@ def test_a_junk_state_of_the_server_is_invalid(payload):
         return
 
 
-@given(st.sampled_from(MODELS), st.binary(min_size=MAX_MESSAGE_BYTES + 1, max_size=MAX_MESSAGE_BYTES + 9))
-def test_too_long_is_refused_before_it_is_parsed(model, payload):
+@pytest.mark.parametrize("model", MODELS)
+def test_too_long_is_refused_before_it_is_parsed(model):
     with pytest.raises(InvalidMessage, match="exceeds"):
-        decode(model, payload)
+        decode(model, b"1" * (MAX_MESSAGE_BYTES + 1))
 
 
 def test_depth_is_refused():
