@@ -20,11 +20,11 @@ def explain_failure(error: Exception, address: BrokerAddress, timeout_s: float) 
         case socket.gaierror() | UnicodeError():
             return Unreachable(f"cannot find the host {address.host!r}: check its name and this machine's network (DNS)")
         case ssl.SSLCertVerificationError():
-            return Refused(f"the certificate of {address} is not trusted ({error.verify_message}): name its authority with --ca")
+            return Refused(f"the certificate of {address} is not trusted ({error}): name its authority with --ca")
         case ConnectionResetError() | BrokenPipeError() | ssl.SSLEOFError():
             return hangs_up(address)
         case ssl.SSLError():
-            return Unreachable(f"no TLS with {address} ({error.reason or error}): is this its TLS port? Use mqtt:// without TLS")
+            return Unreachable(f"no TLS with {address} ({error}): is this its TLS port? Use mqtt:// without TLS")
         case ConnectionRefusedError():
             return Unreachable(f"nothing listens at {address}: is the broker running, and is the port right?")
         case TimeoutError():

@@ -20,7 +20,6 @@ GATHER_S = 0.3
 FASTEST = 400.0  # chunks a second: 48 MB/s at 120 KiB
 SLOWEST = 4.0
 BURST = 8.0  # chunks that may go out at once after a pause
-ONE = 1 - 1e-6  # a whole chunk, but for the rounding of times
 RECOVERY = 0.1  # the pace grows by a tenth in each second of sending
 HALVE_EVERY_S = 1.0  # one overrun makes many devices ask: it counts once
 FORGET_S = 30.0  # a question repeated later than this after the last chunk says nothing about the pace
@@ -48,8 +47,8 @@ class Broadcast:
         self._chunk_bytes = chunk_bytes
         self._flights: dict[str, _Flight] = {}  # in the order in which blobs were first asked for
         self._start: float | None = None  # when gathering ends; None: nothing to send
-        self._allowance = BURST
-        self._refilled = 0.0
+        self._free_at = float("-inf")  # when the pace has caught up with what was sent
+        self._polled: float | None = None  # the last poll that could send
         self._halved = float("-inf")
         self._blocked = False  # the last poll ended for want of room
 
@@ -72,12 +71,11 @@ class Broadcast:
         """At most `room` chunks, as many as the pace allows."""
         if self._start is None or now < self._start:
             return []
-        self._refill(now)
         commands: list[Command] = []
-        while self._allowance >= ONE and len(commands) < room and (following := self._following()):
-            id, index = following
-            commands.append(self._send(id, index, now))
-            self._allowance -= 1
+        while now >= self._opens_at() and len(commands) < room and (following := self._following()):
+            commands.append(self._send(*following, now))
+            self._free_at = max(self._free_at, now) + 1 / self.pace
+        self._speed_up(now)
         if self._following() is None:
             self._start = None
         self._blocked = self._start is not None and len(commands) >= room
@@ -87,7 +85,11 @@ class Broadcast:
         """None while idle, and while the transport has no room: then its next event is the time to poll."""
         if self._start is None or self._blocked:
             return None
-        return max(now, self._start, self._refilled + (1 - self._allowance) / self.pace)
+        return max(now, self._start, self._opens_at())
+
+    def _opens_at(self) -> float:
+        """When the pace allows the next chunk."""
+        return self._free_at - (BURST - 1) / self.pace
 
     def _queue(self, device: str, want: Want, manifest: Manifest, now: float) -> bool:
         """Whether the wanted chunks could be queued; otherwise the device must see the manifest (again)."""
@@ -122,11 +124,10 @@ class Broadcast:
         self.sent_chunks += 1
         return Send(self._topics.blob_chunk(id, index), self._store.chunk(self._store.manifest(id, self._chunk_bytes), index))
 
-    def _refill(self, now: float) -> None:
-        passed = min(max(now - self._refilled, 0.0), 1.0)
-        self._refilled = now
-        self.pace = min(self.pace * (1 + RECOVERY * passed), FASTEST)
-        self._allowance = min(self._allowance + passed * self.pace, BURST)
+    def _speed_up(self, now: float) -> None:
+        if self._polled is not None:
+            self.pace = min(self.pace * (1 + RECOVERY * min(max(now - self._polled, 0.0), 1.0)), FASTEST)
+        self._polled = now
 
     def _slow_down(self, now: float) -> None:
         if now - self._halved >= HALVE_EVERY_S:

@@ -34,7 +34,7 @@ def test_wildcards_match_levels(network):
 def test_the_will_is_sent_after_a_cut_and_not_after_a_close(network):
     watcher = network.client().up(None, network.topic("#"))
     victim = network.client("victim").up(Will(network.topic("victim"), b"lost"))
-    leaver = network.client("leaver").up(Will(network.topic("leaver"), b"lost"))
+    leaver = network.client("leaver").up(Will(network.topic("leaver"), b"lost"), network.topic("unused"))
     leaver.transport.close()
     victim.transport.reconnect()
     watcher.wait(lambda: bool(watcher.received()), "the will")

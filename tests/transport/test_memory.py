@@ -1,0 +1,131 @@
+"""The faults of the broker in memory; what it shares with other transports is in `tests/contract`."""
+
+from __future__ import annotations
+
+import pytest
+
+from lwfed.errors import Unreachable
+from lwfed.transport.base import Connected, Disconnected, Received, Will
+from lwfed.transport.memory import Faults, MemoryBroker
+
+
+class Ear:
+    def __init__(self, broker: MemoryBroker, name: str, *filters: str, will: Will | None = None) -> None:
+        self.events = []
+        self.transport = broker.transport()
+        for filter in filters:
+            self.transport.subscribe(filter)
+        self.transport.open(name, will, self.events.append)
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [event.payload for event in self.events if isinstance(event, Received)]
+
+
+def hundred(faults: Faults | None) -> list[int]:
+    broker = MemoryBroker(faults)
+    ear, mouth = Ear(broker, "ear", "#"), Ear(broker, "mouth")
+    for number in range(100):
+        mouth.transport.publish("x", bytes([number]))
+    broker.pump()
+    return [payload[0] for payload in ear.payloads]
+
+
+def test_without_faults_everything_arrives_in_order():
+    assert hundred(None) == list(range(100))
+
+
+def test_faults_are_the_same_for_the_same_seed():
+    chances = {"drop": 0.2, "duplicate": 0.2, "reorder": 0.5}
+    first = hundred(Faults(1, **chances))
+    assert first == hundred(Faults(1, **chances))
+    assert first != hundred(Faults(2, **chances))
+
+
+@pytest.mark.parametrize(
+    ("chances", "check"),
+    [
+        ({"drop": 0.5}, lambda seen: 30 < len(seen) < 70 and seen == sorted(set(seen))),
+        ({"duplicate": 0.5}, lambda seen: 130 < len(seen) < 170 and seen == sorted(seen)),
+        ({"reorder": 0.5}, lambda seen: seen != sorted(seen) and sorted(seen) == list(range(100))),
+    ],
+)
+def test_each_fault_does_what_it_says(chances, check):
+    assert check(hundred(Faults(3, **chances)))
+
+
+def test_a_script_decides_what_arrives():
+    broker = MemoryBroker()
+    broker.interfere = lambda client, topic, payload: {b"lost": 0, b"twice": 2}.get(payload, 1)
+    ear, mouth = Ear(broker, "ear", "#"), Ear(broker, "mouth")
+    for payload in (b"lost", b"twice", b"once"):
+        mouth.transport.publish("x", payload)
+    broker.pump()
+    assert ear.payloads == [b"twice", b"twice", b"once"]
+    assert [payload for _, _, payload in broker.log] == [b"lost", b"twice", b"once"]
+
+
+def test_a_cut_loses_what_is_under_way_and_sends_the_will():
+    broker = MemoryBroker()
+    watcher = Ear(broker, "watcher", "will")
+    victim, mouth = Ear(broker, "victim", "x", will=Will("will", b"gone")), Ear(broker, "mouth")
+    broker.pump()
+    mouth.transport.publish("x", b"lost")
+    broker.cut("victim", reconnect=False)
+    mouth.transport.publish("x", b"not there")
+    broker.pump()
+    assert watcher.payloads == [b"gone"]
+    assert broker.retained == {"will": b"gone"}
+    assert isinstance(victim.events[-1], Disconnected)
+    broker.restore("victim")
+    mouth.transport.publish("x", b"back")
+    broker.pump()
+    assert victim.payloads == [b"back"]
+    assert [type(event) for event in victim.events] == [Connected, Disconnected, Connected, Received]
+
+
+def test_a_dead_broker_forgets_everything():
+    broker = MemoryBroker()
+    ear = Ear(broker, "ear", "#", will=Will("will", b"never"))
+    ear.transport.publish("state", b"kept", retain=True)
+    broker.pump()
+    broker.stop()
+    broker.pump()
+    assert isinstance(ear.events[-1].reason, Unreachable)
+    assert (ear.transport.pending, broker.retained) == (0, {})
+    ear.transport.publish("state", b"dropped")
+    broker.start()
+    broker.pump()
+    assert isinstance(ear.events[-1], Connected)
+    assert ear.payloads == [b"kept"]
+
+
+def test_an_empty_retained_message_clears():
+    broker = MemoryBroker()
+    mouth = Ear(broker, "mouth")
+    for payload in (b"x", b""):
+        mouth.transport.publish("state", payload, retain=True)
+    assert broker.retained == {}
+
+
+def test_a_second_client_of_the_same_name_takes_over():
+    broker = MemoryBroker()
+    first = Ear(broker, "name", "#", will=Will("will", b"gone"))
+    second = Ear(broker, "name", "#")
+    broker.pump()
+    assert isinstance(first.events[-1], Disconnected)
+    assert isinstance(second.events[0], Connected)
+    first.transport.close()
+    second.transport.publish("x", b"still here")
+    broker.pump()
+    assert second.payloads[-1] == b"still here"
+
+
+def test_pump_can_be_stopped_in_the_middle():
+    broker = MemoryBroker()
+    ear = Ear(broker, "ear", "#")
+    for _ in range(5):
+        ear.transport.publish("x", b"")
+    assert broker.pump(4) == 4
+    assert broker.pump() == 1 + 10 - 4
+    assert broker.pump() == 0

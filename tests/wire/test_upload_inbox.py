@@ -1,0 +1,349 @@
+"""The two ends of an upload, each against messages written by hand."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from lwfed.blobs import BlobStore
+from lwfed.wire.commands import Reconnect, Send
+from lwfed.wire.inbox import Inbox, ReceivedUpdate
+from lwfed.wire.messages import DOWN, UP, Done, Fin, Grant, Manifest, Miss, Offer, Refuse, Traffic, Wait, decode
+from lwfed.wire.topics import FromDevice, ToDevice, Topics, UpdateChunk
+from lwfed.wire.upload import Upload, contribution_id
+
+from .samples import REPORT
+
+TOPICS = Topics("f")
+CONTENT = Random(0).randbytes(6 * 1024)
+TRAFFIC = Traffic(down=10, up=20)
+
+
+@pytest.fixture
+def store(tmp_path) -> BlobStore:
+    return BlobStore(tmp_path / "device", durable=False)
+
+
+@pytest.fixture
+def spool(tmp_path) -> BlobStore:
+    return BlobStore(tmp_path / "spool", durable=False)
+
+
+@pytest.fixture
+def recorded() -> set[str]:
+    return set()
+
+
+@pytest.fixture
+def inbox(spool, recorded) -> Inbox:
+    return Inbox(TOPICS, spool, 10_000, recorded.__contains__, slots=2)
+
+
+def make_offer(store: BlobStore, device: str = "d1", content: bytes = CONTENT, round: int = 1) -> Offer:
+    manifest = store.manifest(store.put(content).id, 1024)
+    contribution = contribution_id("run", 1, round, device, manifest.blob.id)
+    return Offer(contribution=contribution, run="run", stage=1, round=round, participant=1, manifest=manifest, report=REPORT)
+
+
+@pytest.fixture
+def upload(store) -> Upload:
+    return Upload(TOPICS, "d1", make_offer(store), store, seed=0)
+
+
+def said(commands, table):
+    """The messages in `commands`, and the indices of chunks."""
+    found = []
+    for command in commands:
+        if isinstance(command, Reconnect):
+            found.append(command)
+            continue
+        assert isinstance(command, Send)
+        match TOPICS.parse(command.topic):
+            case FromDevice(_, kind) | ToDevice(_, kind):
+                found.append(decode(table[kind], command.payload))
+            case UpdateChunk(_, _, _, index):
+                found.append(index)
+    return found
+
+
+def grant(upload: Upload, missing: str, window: int = 4) -> Grant:
+    return Grant(contribution=upload._offer.contribution, worker="w0", missing=missing, window=window)
+
+
+# The device
+
+
+def test_from_offer_to_done(upload, store):
+    assert upload.next_wakeup(5.0) == 5.0
+    assert said(upload.poll(5.0, 4, TRAFFIC), UP) == [upload._offer]
+    upload.on_grant(grant(upload, "0-5"))
+    assert upload.state == "sending"
+    first = upload.poll(5.1, 4, TRAFFIC)
+    assert said(first, UP) == [0, 1, 2, 3]
+    assert first[1] == Send(TOPICS.update_chunk("d1", "w0", upload._offer.contribution, 1), CONTENT[1024:2048])
+    assert upload.poll(5.2, 0, TRAFFIC) == []
+    assert upload.progress() == (4, 6)
+    last = said(upload.poll(5.3, 4, TRAFFIC), UP)
+    assert last == [4, 5, Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)]
+    assert upload.state == "finishing"
+    upload.on_miss(Miss(contribution=upload._offer.contribution, missing="2"))
+    again = said(upload.poll(5.4, 4, TRAFFIC), UP)
+    assert again == [2, Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)]
+    upload.on_done(Done(contribution=upload._offer.contribution))
+    assert upload.state == "done"
+    assert upload.poll(99.0, 4, TRAFFIC) == []
+    assert upload.next_wakeup(99.0) is None
+
+
+def test_a_grant_of_nothing_goes_straight_to_fin(upload):
+    upload.poll(0.0, 4, TRAFFIC)
+    upload.on_grant(grant(upload, ""))
+    assert said(upload.poll(0.1, 0, TRAFFIC), UP) == [Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)]
+
+
+def test_the_window_is_the_servers(upload):
+    upload.on_grant(grant(upload, "0-5", window=2))
+    assert upload.window == 2
+    assert said(upload.poll(0.0, 50, TRAFFIC), UP) == [0, 1]
+
+
+def test_wait_puts_the_next_offer_off(upload):
+    upload.poll(0.0, 4, TRAFFIC)
+    upload.on_wait(Wait(contribution=upload._offer.contribution, retry_s=30))
+    assert upload.poll(1.0, 4, TRAFFIC) == []
+    assert upload.next_wakeup(1.0) == 31.0
+    assert said(upload.poll(31.0, 4, TRAFFIC), UP) == [upload._offer]
+
+
+def test_silence_repeats_the_question_and_then_doubts_the_connection(upload):
+    now, seen = 0.0, []
+    for _ in range(3):
+        seen.append(said(upload.poll(now, 4, TRAFFIC), UP))
+        assert upload.next_wakeup(now) > now
+        now = upload.next_wakeup(now)
+    assert seen[:2] == [[upload._offer], [upload._offer]]
+    assert [type(item) for item in seen[2]] == [Reconnect, Offer]
+    assert 3.75 + 7.5 <= now <= 100
+
+
+def test_a_link_that_takes_nothing_is_given_up(upload):
+    upload.on_grant(grant(upload, "0-5"))
+    assert upload.poll(0.0, 0, TRAFFIC) == []
+    assert upload.next_wakeup(0.0) == 60.0
+    assert isinstance(upload.poll(60.0, 0, TRAFFIC)[0], Reconnect)
+    assert upload.state == "offering"
+
+
+def test_after_a_reset_it_offers_again(upload):
+    upload.on_grant(grant(upload, "0-5"))
+    upload.poll(0.0, 4, TRAFFIC)
+    upload.reset()
+    assert said(upload.poll(0.1, 4, TRAFFIC), UP) == [upload._offer]
+
+
+def test_a_refused_digest_is_tried_three_times_and_others_never(upload, store):
+    refusal = Refuse(contribution=upload._offer.contribution, code="digest", reason="damaged")
+    for _ in range(3):
+        upload.on_refuse(refusal)
+        assert upload.state == "offering"
+    upload.on_refuse(refusal)
+    assert upload.state == "refused"
+    other = Upload(TOPICS, "d1", make_offer(store), store, seed=0)
+    final = Refuse(contribution=other._offer.contribution, code="stale", reason="over")
+    other.on_refuse(final)
+    assert (other.state, other.refusal) == ("refused", final)
+    other.reset()
+    other.on_grant(grant(other, "0"))
+    assert other.state == "refused"
+    assert other.poll(0.0, 4, TRAFFIC) == []
+
+
+def test_messages_about_another_contribution_or_out_of_bounds_change_nothing(upload):
+    other = "ff" * 16
+    upload.on_grant(Grant(contribution=other, worker="w0", missing="0", window=4))
+    upload.on_wait(Wait(contribution=other, retry_s=9))
+    upload.on_miss(Miss(contribution=other, missing="0"))
+    upload.on_done(Done(contribution=other))
+    upload.on_refuse(Refuse(contribution=other, code="stale", reason=""))
+    upload.on_refuse(Refuse(contribution=None, code="stale", reason=""))
+    upload.on_grant(grant(upload, "0-6"))
+    assert upload.state == "offering"
+    assert said(upload.poll(0.0, 4, TRAFFIC), UP) == [upload._offer]
+
+
+# The server
+
+
+def chunk(inbox: Inbox, offer: Offer, index: int, now: float = 0.0, device: str = "d1", content: bytes = CONTENT):
+    topic = UpdateChunk(device, "w0", offer.contribution, index)
+    return inbox.chunk(topic, content[index * 1024 : (index + 1) * 1024], now)
+
+
+def fin(offer: Offer) -> Fin:
+    return Fin(contribution=offer.contribution, traffic=TRAFFIC)
+
+
+def receive(inbox: Inbox, offer: Offer, device: str = "d1", content: bytes = CONTENT) -> ReceivedUpdate:
+    inbox.offer(device, offer, 0.0)
+    for index in range(6):
+        chunk(inbox, offer, index, device=device, content=content)
+    _, update = inbox.fin(device, fin(offer), 0.0)
+    assert update is not None
+    return update
+
+
+def test_an_update_is_received_checked_and_only_then_done(inbox, store, recorded):
+    offer = make_offer(store)
+    (answer,) = inbox.offer("d1", offer, 0.0)
+    assert answer.topic == TOPICS.to_device("d1", "grant")
+    assert said([answer], DOWN) == [Grant(contribution=offer.contribution, worker="w0", missing="0-5", window=4)]
+    for index in (5, 0, 0, 3, 2):
+        assert chunk(inbox, offer, index) == []
+    commands, update = inbox.fin("d1", fin(offer), 1.0)
+    assert said(commands, DOWN) == [Miss(contribution=offer.contribution, missing="1,4")]
+    assert update is None
+    chunk(inbox, offer, 1)
+    chunk(inbox, offer, 4)
+    commands, update = inbox.fin("d1", fin(offer), 2.0)
+    assert commands == []
+    assert update == ReceivedUpdate("d1", offer, update.path, TRAFFIC)
+    assert update.path.read_bytes() == CONTENT
+
+    assert inbox.fin("d1", fin(offer), 2.5) == ([], None)  # it is being checked
+    assert said(inbox.offer("d1", offer, 2.5), DOWN) == [Wait(contribution=offer.contribution, retry_s=5.0)]
+    recorded.add(offer.contribution)
+    done = [Done(contribution=offer.contribution)]
+    assert said(inbox.accept(offer.contribution), DOWN) == done
+    assert said(inbox.offer("d1", offer, 3.0), DOWN) == done
+    assert said(inbox.fin("d1", fin(offer), 3.0)[0], DOWN) == done
+    with pytest.raises(KeyError):
+        inbox.accept(offer.contribution)
+
+
+def test_a_new_inbox_resumes_from_the_part_and_from_a_finished_file(inbox, store, spool, recorded):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
+    for index in (0, 1, 4):
+        chunk(inbox, offer, index)
+    second = Inbox(TOPICS, spool, 10_000, recorded.__contains__)
+    assert said(second.fin("d1", fin(offer), 0.0)[0], DOWN) == [Wait(contribution=offer.contribution, retry_s=0)]
+    assert said(second.offer("d1", offer, 0.0), DOWN)[0].missing == "2-3,5"
+    for index in (2, 3, 5):
+        chunk(second, offer, index)
+    assert second.fin("d1", fin(offer), 0.0)[1] is not None
+
+    third = Inbox(TOPICS, spool, 10_000, recorded.__contains__)  # the server died before it recorded the update
+    assert said(third.offer("d1", offer, 0.0), DOWN)[0].missing == ""
+    assert third.fin("d1", fin(offer), 0.0)[1] is not None
+
+
+def test_who_finds_no_slot_waits_in_order_and_silence_loses_a_slot(inbox, store):
+    devices = ["d1", "d2", "d3", "d4"]
+    offers = {device: make_offer(store, device) for device in devices}
+    kinds = [type(said(inbox.offer(device, offers[device], 0.0), DOWN)[0]) for device in devices]
+    assert kinds == [Grant, Grant, Wait, Wait]
+    assert inbox.next_wakeup(0.0) == 10.0
+    chunk(inbox, offers["d2"], 0, now=6.0, device="d2")
+    assert inbox.poll(9.9) == []
+    (granted,) = inbox.poll(10.0)  # d1 was silent
+    assert granted.topic == TOPICS.to_device("d3", "grant")
+    assert inbox.next_wakeup(10.0) == 16.0
+    commands = inbox.refuse("d2", offers["d2"].contribution, "stale", "over") + inbox.poll(11.0)
+    assert [command.topic for command in commands] == [TOPICS.to_device("d2", "refuse"), TOPICS.to_device("d4", "grant")]
+    assert inbox.next_wakeup(11.0) is None
+
+
+def test_silence_costs_nothing_while_nobody_waits(inbox, store):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
+    assert inbox.next_wakeup(0.0) is None
+    assert inbox.poll(1000.0) == []
+    assert chunk(inbox, offer, 0, now=1000.0) == []
+
+
+def test_who_sends_without_a_slot_is_told_to_offer_again(inbox, store):
+    offer = make_offer(store)
+    assert said(chunk(inbox, offer, 0, now=0.0), DOWN) == [Wait(contribution=offer.contribution, retry_s=0)]
+    assert chunk(inbox, offer, 1, now=0.5) == []
+    assert len(chunk(inbox, offer, 2, now=1.5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"contribution": "00" * 16}, "identity"),
+        ({"round": 2}, "identity"),
+        ({}, "identity"),  # offered by another device
+    ],
+)
+def test_an_offer_under_a_false_name_is_refused(inbox, store, change, code):
+    offer = make_offer(store).model_copy(update=change)
+    (refusal,) = said(inbox.offer("d1" if change else "d2", offer, 0.0), DOWN)
+    assert (refusal.code, refusal.contribution) == (code, offer.contribution)
+
+
+def test_no_device_touches_the_update_of_another(inbox, store):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
+    chunk(inbox, offer, 0, device="d2")
+    assert inbox.fin("d2", fin(offer), 0.0)[1] is None
+    inbox.refuse("d2", offer.contribution, "stale", "")
+    chunk(inbox, offer, 1)
+    assert said(inbox.fin("d1", fin(offer), 0.0)[0], DOWN) == [Miss(contribution=offer.contribution, missing="0,2-5")]
+
+
+def test_too_large_is_refused_before_a_byte_is_kept(inbox, store, spool, tmp_path):
+    (refusal,) = said(inbox.offer("d1", make_offer(store, content=bytes(10_001)), 0.0), DOWN)
+    assert refusal.code == "too_large"
+    assert list((tmp_path / "spool" / "parts").iterdir()) == []
+
+
+def test_a_device_has_one_part_at_a_time(inbox, store, tmp_path):
+    for round in (1, 2, 3):
+        inbox.offer("d1", make_offer(store, content=bytes([round]) * 2000, round=round), 0.0)
+    assert len(list((tmp_path / "spool" / "parts").iterdir())) == 1
+    inbox.clear("stale", "the round is over")
+    assert list((tmp_path / "spool" / "parts").iterdir()) == []
+
+
+def test_damaged_chunks_are_counted_and_asked_for_again(inbox, store):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
+    inbox.chunk(UpdateChunk("d1", "w0", offer.contribution, 0), b"junk", 0.0)
+    inbox.chunk(UpdateChunk("d1", "w0", offer.contribution, 999), b"junk", 0.0)
+    assert inbox.bad_chunks == 2
+    assert said(inbox.fin("d1", fin(offer), 0.0)[0], DOWN) == [Miss(contribution=offer.contribution, missing="0-5")]
+
+
+def test_chunks_that_do_not_make_up_the_blob_are_refused_as_digest(inbox, store):
+    honest = make_offer(store)
+    swapped = honest.manifest.digests[::-1]
+    lie = honest.model_copy(update={"manifest": Manifest(blob=honest.manifest.blob, chunk_bytes=1024, digests=swapped)})
+    inbox.offer("d1", lie, 0.0)
+    for index in range(6):
+        data = CONTENT[(5 - index) * 1024 : (6 - index) * 1024]
+        inbox.chunk(UpdateChunk("d1", "w0", lie.contribution, index), data, 0.0)
+    commands, update = inbox.fin("d1", fin(lie), 0.0)
+    assert [item.code for item in said(commands, DOWN)] == ["digest"]
+    assert update is None
+    assert receive(inbox, honest).path.read_bytes() == CONTENT
+
+
+def test_two_devices_with_the_same_update_both_count(inbox, store):
+    offers = [make_offer(store, device) for device in ("d1", "d2")]
+    inbox.offer("d1", offers[0], 0.0)
+    inbox.offer("d2", offers[1], 0.0)
+    for index in range(6):
+        chunk(inbox, offers[index % 2], index, device=f"d{index % 2 + 1}")
+    updates = [inbox.fin(device, fin(offer), 0.0)[1] for device, offer in zip(("d1", "d2"), offers, strict=True)]
+    assert [update.path.read_bytes() for update in updates if update] == [CONTENT, CONTENT]
+
+
+def test_the_end_of_a_round_refuses_what_is_under_way_but_not_what_arrived(inbox, store):
+    update = receive(inbox, make_offer(store, "d1"))
+    for device in ("d2", "d3", "d4"):
+        inbox.offer(device, make_offer(store, device, content=device.encode()), 0.0)
+    refusals = said(inbox.clear("stale", "the round is over"), DOWN)
+    assert [refusal.code for refusal in refusals] == ["stale"] * 3
+    assert len(inbox.accept(update.offer.contribution)) == 1
