@@ -1,0 +1,129 @@
+"""Real processes for the system tests: started with ``--json``, watched through what they say."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+LONG_S = 300  # an upper bound for a loaded machine; nothing waits for it when all goes well
+SMALL = [
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "ssl.hidden_dim=32",
+    "ssl.output_dim=16",
+    "stages.rounds_per_stage=2",
+    "train.batch_size=64",
+    "train.epochs=2",
+    "rounds.min_devices=2",
+    "data.devices=2",
+    "evaluation.probe=false",
+]
+
+
+class Program:
+    """One of the console scripts as a process."""
+
+    def __init__(self, name, *arguments):
+        script = os.path.join(os.path.dirname(sys.executable), name)
+        self.name = name
+        self.said = []
+        self._fresh = queue.Queue()
+        self.process = subprocess.Popen(
+            [script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+        self.errors = []
+        self._threads = [threading.Thread(target=self._read_out), threading.Thread(target=self._read_errors)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_out(self):
+        for line in self.process.stdout:
+            self._fresh.put(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
+        self._fresh.put(None)
+
+    def _read_errors(self):
+        self.errors.extend(self.process.stderr)
+
+    def wait_for(self, event, **fields):
+        """The next event of that name with those fields; fails with what was said when the program ends first."""
+        while True:
+            said = self._fresh.get(timeout=LONG_S)
+            if said is None:
+                self._fresh.put(None)
+                pytest.fail(f"{self.name} ended without saying {event} {fields}:\n{self.transcript()}")
+            self.said.append(said)
+            if said["event"] == event and all(said.get(key) == value for key, value in fields.items()):
+                return said
+
+    def transcript(self):
+        return "\n".join([said["text"] for said in self.said] + self.errors)
+
+    def end(self, how=signal.SIGTERM):
+        """Send a signal, wait, and give the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(LONG_S)
+        for thread in self._threads:
+            thread.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
+
+    def result(self):
+        """Wait for its own end; the exit code."""
+        self.process.wait(LONG_S)
+        return self.end()
+
+
+@pytest.fixture
+def start():
+    programs = []
+
+    def start(name, *arguments):
+        programs.append(Program(name, *arguments))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Fleet:
+    """A server and its devices in one directory; each can be killed and started again."""
+
+    def __init__(self, start, root, port, *, broker="embedded", settings=()):
+        self._start, self._root, self._port, self._broker = start, root, port, broker
+        self._settings = [f"--set={setting}" for setting in (*SMALL, *settings)]
+
+    def server(self):
+        return self._start(
+            "cloud-server", "serve", "--config", "demo", *self._settings, "--broker", self._broker, "--port", self._port,
+            "--state", self._root / "server", "--until-done", "--json",
+        )  # fmt: skip
+
+    def device(self, number, data="digits"):
+        return self._start(
+            "edge-agent", "join", f"mqtt://127.0.0.1:{self._port}", "--data", data, "--name", f"device-{number}",
+            "--state", self._root / f"device-{number}", "--wait", 60, "--json",
+        )  # fmt: skip
+
+
+@pytest.fixture
+def fleet(start, tmp_path, port):
+    def fleet(name="fleet", **options):
+        return Fleet(start, tmp_path / name, port, **options)
+
+    return fleet

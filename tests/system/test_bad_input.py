@@ -1,0 +1,94 @@
+"""What goes wrong for people: a clear message, the documented exit code, no traceback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+def run(name, *arguments):
+    script = os.path.join(os.path.dirname(sys.executable), name)
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def fails(name, *arguments, code, says):
+    result = run(name, *arguments)
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
+    assert result.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "does not exist"), ({}, "no images"), ({"notes.txt": b"hello"}, "no images"), ({"a.jpg": b"junk"}, "no readable")],
+)
+def test_a_folder_without_images(tmp_path, content, says):
+    folder = tmp_path / "images"
+    if content is not None:
+        folder.mkdir()
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    fails("edge-agent", "join", "mqtt://127.0.0.1:1", "--data", folder, "--state", tmp_path / "state", code=66, says=says)
+
+
+def test_nobody_listens_at_the_broker_s_address(tmp_path, port):
+    url = f"mqtt://127.0.0.1:{port}"
+    fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, "--wait", 0, code=69, says=f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("url", ["http://host", "mqtt://", "mqtt://host:port", "nonsense"])
+def test_an_address_that_is_none(tmp_path, url):
+    fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, code=78, says="mqtt://")
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        fails("cloud-server", "serve", "--config", "demo", "--port", port, "--state", tmp_path, code=75, says=str(port))
+
+
+def test_a_configuration_with_several_mistakes(tmp_path):
+    fails(
+        "cloud-server",
+        "serve",
+        "--config",
+        "demo",
+        "--set",
+        "trian.lr=1",
+        "--set",
+        "train.lrr=2",
+        "--state",
+        tmp_path,
+        code=78,
+        says="2 problems",
+    )
+
+
+def test_a_state_directory_in_use(start, tmp_path, port):
+    server = start("cloud-server", "serve", "--config", "demo", "--broker", "embedded", "--port", port, "--state", tmp_path, "--json")
+    server.wait_for("run", status="started")
+    fails("cloud-server", "serve", "--config", "demo", "--state", tmp_path, code=73, says="in use")
+
+
+@pytest.mark.parametrize("name", ["edge-agent", "cloud-server", "lwfed"])
+def test_help_names_every_command(name):
+    result = run(name, "--help")
+    assert result.returncode == 0
+    commands = [line.split()[0] for line in result.stdout.partition("Commands:")[2].strip().splitlines()]
+    for command in commands:
+        assert run(name, command, "--help").returncode == 0
+
+
+def test_help_imports_no_heavy_library():
+    for module in ("edge_agent", "cloud_server", "tools"):
+        code = (
+            f"import sys, json; from lwfed.{module}.cli import main\n"
+            "try: main(['--help'])\nexcept SystemExit: pass\n"
+            "print(json.dumps([name for name in ('torch', 'numpy', 'pydantic', 'paho', 'sqlalchemy') if name in sys.modules]))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout.splitlines()[-1]) == []

@@ -1,0 +1,52 @@
+"""``lwfed``: tools for people, beside the programs of device and server. ``--help`` imports click and nothing heavier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lwfed import __version__
+from lwfed.cli import Program, setting_option
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Layer-wise federated self-supervised learning: see it work, and prepare runs."""
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default="demo-out", show_default=True, help="Folder for the results."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, splits, batches and views.")
+@click.option("--quick", is_flag=True, help="One round of one epoch per stage: shows that all works, not that it learns.")
+@setting_option
+def demo(out: Path, seed: int, quick: bool, settings: tuple[str, ...]) -> None:
+    """Train on real digits with a broker, a server and three devices, all on this machine.
+
+    First layer by layer, then end to end for comparison; leaves report.json, report.html and report.png in --out.
+    """
+    from lwfed.tools.demo import run_demo
+
+    run_demo(out, seed, quick, settings)
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[NAME|FILE]")
+@setting_option
+def config(name: str | None, settings: tuple[str, ...]) -> None:
+    """Check a configuration and print all its keys; without NAME, list the presets."""
+    import yaml
+
+    from lwfed.config import load_config, presets
+
+    if name is None:
+        click.echo("\n".join(presets()))
+    else:
+        click.echo(yaml.safe_dump(load_config(name, settings).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+if __name__ == "__main__":
+    main()

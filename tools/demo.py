@@ -1,0 +1,134 @@
+"""The main job, shown: a broker, a server and devices as processes of this machine train on real digits.
+
+The same run is made twice, layer by layer and end to end, so that what layer-wise training saves is measured and not
+claimed. The devices are started one after the other, because participant numbers, which decide on splits and seeds,
+go by the order of arrival: the same seed gives the same encoder on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lwfed.config import RunConfig, load_config
+from lwfed.errors import ConfigError, MissingDependency, StateError
+from lwfed.tools import account
+from lwfed.tools.programs import Programs
+from lwfed.tools.screen import Screen
+
+DATA = "digits"
+QUICK = ("stages.rounds_per_stage=1", "train.epochs=1", "calibration.epochs=1")
+PACKAGES = ("lwfed", "torch", "numpy", "paho-mqtt", "amqtt", "scikit-learn")
+
+
+def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None:
+    """Leave report.json, report.html, report.png and encoder.safetensors in `out`."""
+    settings = (*(QUICK if quick else ()), *settings, f"run.seed={seed}")
+    config = load_config("demo", settings)
+    if config.evaluation.data is None or not config.evaluation.probe:
+        raise ConfigError("the demo shows accuracy: leave evaluation.data and evaluation.probe as they are")
+    figure = _figure_module()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+    began = time.monotonic()
+    screen = Screen(sys.stdout.isatty())
+    with tempfile.TemporaryDirectory(prefix="lwfed-demo-") as scratch:
+        staged = run_fleet("layer_wise", settings, Path(scratch) / "layer_wise", screen)
+        shutil.copyfile(_encoder(staged), out / "encoder.safetensors")
+        whole = run_fleet("end_to_end", settings, Path(scratch) / "end_to_end", screen)
+    report = make_report(config, staged, whole)
+    report["encoder_sha256"] = hashlib.sha256((out / "encoder.safetensors").read_bytes()).hexdigest()
+    report["seconds"] = round(time.monotonic() - began, 1)
+    report["command"] = " ".join(["lwfed demo", f"--seed {seed}", *(["--quick"] if quick else [])])
+    _write(out, report, figure)
+    screen.table(report, out)
+
+
+def run_fleet(strategy: str, settings: Sequence[str], state: Path, screen: Screen) -> list[account.Event]:
+    """One whole run as processes; all events of its server. Raises WorkerFailed when a program fails."""
+    config = load_config("demo", [*settings, f"stages.strategy={strategy}"])
+    sets = [f"--set={setting}" for setting in (*settings, f"stages.strategy={strategy}")]
+    events: list[account.Event] = []
+    with Programs() as programs, screen.run(config):
+        place = ("--broker", "embedded", "--port", "0", "--state", str(state / "server"))
+        programs.start("server", "lwfed.cloud_server.cli", "serve", "--config", "demo", *sets, *place, "--until-done")
+        url, joined = "", 0
+        while (line := programs.next()).said is not None or line.program != "server":
+            if line.said is None:
+                continue
+            screen.show(line.program, line.said)
+            if line.program != "server":
+                continue
+            events.append(line.said)
+            url = line.said["url"] if line.said["event"] == "broker" else url
+            joined += line.said["event"] == "device" and line.said["status"] == "joined"
+            if line.said["event"] in ("broker", "device") and joined < config.data.devices:
+                start_device(programs, f"device-{joined}", url, state)
+    return events
+
+
+def start_device(programs: Programs, name: str, url: str, state: Path) -> None:
+    programs.start(name, "lwfed.edge_agent.cli", "join", url, "--data", DATA, "--name", name, "--state", str(state / name), "--wait", "60")
+
+
+def make_report(config: RunConfig, staged: Sequence[account.Event], whole: Sequence[account.Event]) -> dict[str, Any]:
+    return {
+        "random": account.baseline(staged, "random"),
+        "raw_pixels": account.baseline(staged, "raw_pixels"),
+        "stages": account.stages(staged),
+        "end_to_end": account.total(account.stages(whole)),
+        "seed": config.run.seed,
+        "config": config.model_dump(mode="json"),
+        "machine": {
+            "processor": _processor(),
+            "cores": psutil.cpu_count(),
+            "memory_mb": round(psutil.virtual_memory().total / 1e6),
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+        },
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _write(out: Path, report: dict[str, Any], figure: Any) -> None:
+    from lwfed.tools.page import page
+
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    picture = figure.draw(report)
+    (out / "report.png").write_bytes(picture)
+    (out / "report.html").write_text(page(report, picture), encoding="utf-8")
+
+
+def _figure_module() -> Any:
+    """Before anything runs: the demo must not fail at its end for want of matplotlib."""
+    try:
+        from lwfed.tools import figure
+    except ImportError as error:
+        raise MissingDependency(f"the demo needs {error.name}: pip install 'lwfed[demo]'") from None
+    return figure
+
+
+def _encoder(events: Sequence[account.Event]) -> Path:
+    return Path(next(event["encoder"] for event in events if event["event"] == "finished"))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.machine()
