@@ -1,0 +1,166 @@
+"""The broker that a server starts for itself: mosquitto where it is installed, or the embedded one; on loopback only.
+
+It runs as a child process and ends with the server, even when that is killed. `ensure` starts it again when it died.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from lwfed.cloud_server import tethered
+from lwfed.errors import MissingDependency, PortInUse, StateError, TransportError, Unreachable
+from lwfed.transport.address import BrokerAddress
+
+Kind = Literal["auto", "mosquitto", "embedded"]
+HOST = "127.0.0.1"
+RELEASE_S = 2.0  # an earlier server's broker needs a moment to let its port go
+START_S = 20.0
+STEP_S = 0.02
+MOSQUITTO_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+
+CONFIGURATION = """\
+# Written by cloud-server at every start; changes are lost.
+listener {port} {host}
+allow_anonymous true
+# 2.0 allows 256 MB and 2.1 2 MB: say it. Chunks are far smaller.
+max_packet_size 1048576
+# Messages beyond this are dropped although their publisher got an acknowledgement; 0 would be without bound.
+max_queued_messages 2000
+persistence true
+persistence_location {folder}/
+autosave_on_changes true
+autosave_interval 5
+log_dest stderr
+log_type error
+log_type warning
+"""
+
+
+class ManagedBroker:
+    """A broker as our child. Nothing runs before `start`."""
+
+    def __init__(self, kind: Kind, port: int, folder: Path, sleep: Callable[[float], None] = time.sleep) -> None:
+        """`port` 0 takes a free one; `folder` keeps configuration, messages and log. Raises MissingDependency."""
+        self.kind = _resolve(kind)
+        self._port = port
+        self._folder = folder
+        self._sleep = sleep
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> BrokerAddress:
+        return BrokerAddress(HOST, self._port)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Returns when it accepts connections. Raises PortInUse, StateError, and Unreachable with what it said."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._port = self._reserve()
+            program = self._mosquitto() if self.kind == "mosquitto" else self._embedded()
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    tethered.command(program), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            raise StateError(f"cannot start the broker in {self._folder}: {error.strerror or error}") from error
+        self._await()
+
+    def ensure(self) -> bool:
+        """Start it again if it has died; whether that was so."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        self.start()
+        return True
+
+    def close(self) -> None:
+        """End it; idempotent."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "broker.log"
+
+    def _mosquitto(self) -> list[str]:
+        text = CONFIGURATION.format(host=HOST, port=self._port, folder=self._folder.absolute())
+        if os.geteuid() == 0:
+            text += "# Otherwise it drops to a user of its own, who may not write here.\nuser root\n"
+        path = self._folder / "mosquitto.conf"
+        path.write_text(text)
+        return [str(find_mosquitto()), "-c", str(path)]
+
+    def _embedded(self) -> list[str]:
+        return [sys.executable, "-m", "lwfed.cloud_server.embedded", HOST, str(self._port)]
+
+    def _reserve(self) -> int:
+        """The port, free at this moment."""
+        until = time.monotonic() + RELEASE_S
+        while True:
+            try:
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((HOST, self._port))
+                    return int(probe.getsockname()[1])
+            except OSError as error:
+                if time.monotonic() >= until:
+                    raise _port_error(self._port, error) from None
+            self._sleep(STEP_S)
+
+    def _await(self) -> None:
+        assert self._process is not None
+        until = time.monotonic() + START_S
+        while self._process.poll() is None and time.monotonic() < until:
+            try:
+                with socket.create_connection((HOST, self._port), timeout=1):
+                    return
+            except OSError:
+                self._sleep(STEP_S)
+        code = self._process.poll()
+        self.close()
+        said = self._log.read_text(errors="replace").strip().splitlines()[-5:]
+        what = "did not answer" if code is None else f"ended with code {code}"
+        raise Unreachable("\n  ".join([f"the {self.kind} broker {what} at {self.address}; it said:", *(said or ["nothing"])]))
+
+
+def find_mosquitto() -> Path | None:
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *MOSQUITTO_FOLDERS])
+    found = shutil.which("mosquitto", path=path)
+    return Path(found) if found else None
+
+
+def _resolve(kind: Kind) -> Literal["mosquitto", "embedded"]:
+    if kind in ("auto", "mosquitto") and find_mosquitto():
+        return "mosquitto"
+    if kind == "mosquitto":
+        raise MissingDependency("mosquitto is not installed: `apt install mosquitto`, or --broker embedded, or --broker mqtt://host")
+    if importlib.util.find_spec("amqtt") is None:
+        raise MissingDependency("no broker here: `apt install mosquitto`, or `pip install 'lwfed[server]'`, or --broker mqtt://host")
+    return "embedded"
+
+
+def _port_error(port: int, error: OSError) -> TransportError:
+    if isinstance(error, PermissionError):
+        return Unreachable(f"port {port} needs more permissions than this user has: choose one above 1023 with --port")
+    return PortInUse(
+        f"something else listens on {HOST}:{port}: choose another port with --port (0 takes a free one), "
+        f"or use that broker with --broker mqtt://{HOST}:{port}"
+    )

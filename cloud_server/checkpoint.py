@@ -1,0 +1,92 @@
+"""Trained models out of a run: which blobs make up a checkpoint, which may go, and an encoder for others to load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from lwfed import __version__
+from lwfed.config import RunConfig
+from lwfed.errors import StateError
+from lwfed.models.shapes import part_shapes
+from lwfed.plan import PREDICTOR, PROJECTOR
+from lwfed.wire import tensors
+
+Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
+
+
+def referenced(config_blob: str, current: Mapping[str, str], checkpoints: Checkpoints) -> set[str]:
+    """The blobs that somebody may still ask for."""
+    return {config_blob, *current.values(), *(blob for parts in checkpoints.values() for blob in parts.values())}
+
+
+def choose(checkpoints: Checkpoints, stage: int | None) -> tuple[int, Mapping[str, str]]:
+    """(stage, parts) of the last checkpoint, or of the last one of `stage`. Raises StateError when there is none."""
+    stages = {place[0]: parts for place, parts in sorted(checkpoints.items())}
+    if not stages:
+        raise StateError("there is nothing to export yet: the first round is not finished; see `cloud-server status`")
+    wanted = max(stages) if stage is None else stage
+    if wanted not in stages:
+        raise StateError(f"there is no model of stage {wanted} yet; stages with one: {', '.join(map(str, sorted(stages)))}")
+    return wanted, stages[wanted]
+
+
+def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callable[[str], Path], out: Path) -> None:
+    """Write the encoder (stem, layers, norm) as one safetensors file with timm's names; the same model gives the same bytes.
+
+    Its metadata holds under ``lwfed`` (JSON): run, stage, ``config_sha256``, the arguments of
+    timm.create_model and how pixels are normalised.
+    `find` gives the file of a blob. Raises StateError when `out` cannot be written.
+    """
+    encoder = [part for part in parts if part not in (PROJECTOR, PREDICTOR)]
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for part in encoder:
+        found |= tensors.decode(find(parts[part]), part_shapes(config, part))
+    about = {
+        "version": __version__,
+        "run": config.run.name,
+        "strategy": config.stages.strategy,
+        "stage": stage,
+        "config_sha256": config.digest,
+        "timm": timm_arguments(config, encoder),
+        "input": {"mean": 0.5, "std": 0.5},  # of pixels in [0, 1], in every channel
+    }
+    # One key only: the format does not fix the order of several.
+    data = save({name: found[name] for name in sorted(found)}, metadata={"lwfed": json.dumps(about, sort_keys=True)})
+    _write(out, data)
+
+
+def timm_arguments(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:
+    """``timm.create_model("vit_tiny_patch16_224", num_classes=0, **these)`` takes the exported tensors."""
+    model = config.model
+    return {
+        "img_size": model.image_size,
+        "patch_size": model.patch_size,
+        "in_chans": model.channels,
+        "embed_dim": model.width,
+        "depth": sum(part.startswith("layer.") for part in parts),
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        "class_token": model.pooling == "token",
+        "global_pool": "token" if model.pooling == "token" else "avg",
+    }
+
+
+def _write(out: Path, data: bytes) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(f".{out.name}-{os.getpid()}")
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(out)
+    except OSError as error:
+        raise StateError(f"cannot write {out}: {error.strerror or error}") from error

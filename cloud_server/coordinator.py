@@ -1,0 +1,228 @@
+"""Stages and rounds of a run as one pure function: (rules, state, event, now) -> (state, notices).
+
+    preparing --Prepared--> [evaluating: base lines, stage 1] --Evaluated--> waiting
+    waiting --enough devices--> training --all answered, or time is up with a quorum--> aggregating
+    aggregating --Aggregated--> [calibrating --Calibrated-->] a checkpoint: next round (waiting), or the stage ends:
+    [evaluating --Evaluated-->] preparing of the next stage, or finished
+
+`duty(state)` says what the phase wants done. The shell stores each state together with what caused it; after a crash it
+loads the last one, hands over `Started` and does that duty again: every duty is a function of what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lwfed.cloud_server.rounds import (
+    Begun,
+    Closed,
+    Event,
+    Extended,
+    GivenUp,
+    IllegalEvent,
+    Notice,
+    Presence,
+    Rules,
+    State,
+    assign_more,
+    with_presence,
+)
+from lwfed.cloud_server.sampling import sample
+
+RETURN_S = 60.0  # a round waits so long for devices that are merely away, so that a restart loses nobody
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The server runs (again): who is there must be seen anew, and clocks begin anew."""
+
+
+@dataclass(frozen=True)
+class Present(Event):
+    participant: int
+
+
+@dataclass(frozen=True)
+class Absent(Event):
+    participant: int
+    for_good: bool  # it said goodbye, instead of just falling silent
+
+
+@dataclass(frozen=True)
+class TimeUp(Event):
+    """`state.due` has come."""
+
+
+@dataclass(frozen=True)
+class Prepared(Event):
+    parts: dict[str, str]  # part -> blob
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    pass
+
+
+@dataclass(frozen=True)
+class Contributed(Event):
+    participant: int
+    contribution: str
+
+
+@dataclass(frozen=True)
+class CannotTrain(Event):
+    participant: int
+    refused: bool  # we found its update wrong: it is not asked again in this round
+
+
+@dataclass(frozen=True)
+class Aggregated(Event):
+    parts: dict[str, str]  # those that changed
+
+
+@dataclass(frozen=True)
+class Calibrated(Event):
+    parts: dict[str, str]  # those that changed
+
+
+Result = tuple[State, list[Notice]]
+Transition = Callable[[Rules, State, Any, float], Result]
+
+
+def advance(rules: Rules, state: State, event: Event, now: float) -> Result:
+    """Apply `event`; raises IllegalEvent, and then nothing has changed."""
+    transition = TRANSITIONS.get((state.phase, type(event))) or ALWAYS.get(type(event))
+    if transition is None:
+        raise IllegalEvent(event, state)
+    return transition(rules, state, event, now)
+
+
+def _started(rules: Rules, state: State, event: Started, now: float) -> Result:
+    devices: dict[int, Presence] = {participant: "away" if there == "here" else there for participant, there in state.devices.items()}
+    due = None if state.due is None else now + (rules.deadline_s if state.phase == "training" else RETURN_S)
+    return replace(state, devices=devices, due=due), []
+
+
+def _present(rules: Rules, state: State, event: Present, now: float) -> Result:
+    return _proceed(rules, with_presence(state, event.participant, "here"), now)
+
+
+def _absent(rules: Rules, state: State, event: Absent, now: float) -> Result:
+    return _proceed(rules, with_presence(state, event.participant, "gone" if event.for_good else "away"), now)
+
+
+def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
+    ready = replace(state, parts={**state.parts, **event.parts}, round=1)
+    if rules.evaluate and state.stage == 1:
+        return replace(ready, phase="evaluating"), []
+    return _wait(rules, ready, now)
+
+
+def _evaluated(rules: Rules, state: State, event: Evaluated, now: float) -> Result:
+    return _end_stage(rules, state) if state.trained else _wait(rules, state, now)
+
+
+def _contributed(rules: Rules, state: State, event: Contributed, now: float) -> Result:
+    if event.participant not in state.owing:
+        raise IllegalEvent(event, state)
+    return _proceed(rules, replace(state, contributed={**state.contributed, event.participant: event.contribution}), now)
+
+
+def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) -> Result:
+    if event.participant not in state.owing:
+        raise IllegalEvent(event, state)
+    failed = {**state.failed, event.participant: "refused" if event.refused else "failed"}
+    return _proceed(rules, replace(state, failed=failed), now)
+
+
+def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
+    """Go on without those who did not return, as soon as a quorum is there."""
+    missing = [participant for participant, there in state.devices.items() if there == "away"]
+    given_up = replace(state, devices={**state.devices, **dict.fromkeys(missing, "gone")}, due=now + RETURN_S, patient=False)
+    following, notices = _proceed(rules, given_up, now)
+    return following, [*(GivenUp(participant) for participant in missing), *notices]
+
+
+def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
+    if len(state.contributed) >= state.needed:
+        return _close(state)
+    forgiven = {participant: how for participant, how in state.failed.items() if how == "refused"}
+    again = replace(state, failed=forgiven, due=now + rules.deadline_s)
+    following, notices = assign_more(rules, again, ignore_away=True)
+    return following, [Extended(state.stage, state.round, len(state.contributed), state.needed), *notices]
+
+
+def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:
+    merged = replace(state, parts={**state.parts, **event.parts})
+    if rules.calibrates(state.round):
+        return replace(merged, phase="calibrating"), []
+    return _end_round(rules, merged, now)
+
+
+def _calibrated(rules: Rules, state: State, event: Calibrated, now: float) -> Result:
+    return _end_round(rules, replace(state, parts={**state.parts, **event.parts}), now)
+
+
+TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
+    ("preparing", Prepared): _prepared,
+    ("evaluating", Evaluated): _evaluated,
+    ("waiting", TimeUp): _waited,
+    ("training", Contributed): _contributed,
+    ("training", CannotTrain): _cannot_train,
+    ("training", TimeUp): _deadline,
+    ("aggregating", Aggregated): _aggregated,
+    ("calibrating", Calibrated): _calibrated,
+}
+ALWAYS: dict[type[Event], Transition] = {Started: _started, Present: _present, Absent: _absent}
+
+
+def _proceed(rules: Rules, state: State, now: float) -> Result:
+    """What follows by itself when devices come, go or answer."""
+    if state.phase == "waiting" and _enough(rules, state):
+        return _begin(rules, state, now)
+    if state.phase == "training":
+        state, notices = assign_more(rules, state)
+        if not state.expected and len(state.contributed) >= state.needed:
+            return _close(state)
+        return state, notices
+    return state, []
+
+
+def _enough(rules: Rules, state: State) -> bool:
+    here = len(state.here)
+    if not state.begun or state.patient:
+        return here >= rules.min_devices and not (state.patient and "away" in state.devices.values())
+    return here >= rules.quorum_of(rules.min_devices)
+
+
+def _wait(rules: Rules, state: State, now: float) -> Result:
+    waiting = replace(state, phase="waiting", due=now + RETURN_S, patient=True, chosen=(), contributed={}, failed={}, needed=0)
+    return _proceed(rules, waiting, now)
+
+
+def _begin(rules: Rules, state: State, now: float) -> Result:
+    chosen = sample(rules.seed, state.stage, state.round, state.here, rules.sample)
+    needed = rules.quorum_of(len(chosen))
+    training = replace(state, phase="training", begun=True, chosen=chosen, needed=needed, due=now + rules.deadline_s)
+    return training, [Begun(state.stage, state.round, chosen)]
+
+
+def _close(state: State) -> Result:
+    return replace(state, phase="aggregating", due=None, trained=True), [Closed(state.stage, state.round, len(state.contributed))]
+
+
+def _end_round(rules: Rules, state: State, now: float) -> Result:
+    if state.round < rules.rounds:
+        return _wait(rules, replace(state, round=state.round + 1), now)
+    if rules.evaluate:
+        return replace(state, phase="evaluating"), []
+    return _end_stage(rules, state)
+
+
+def _end_stage(rules: Rules, state: State) -> Result:
+    fresh = replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None)
+    if state.stage < rules.stages:
+        return replace(fresh, phase="preparing", stage=state.stage + 1, round=1), []
+    return replace(fresh, phase="finished"), []

@@ -1,0 +1,130 @@
+"""The run on this server: coordinator, store and blobs, moved together by one event at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lwfed.blobs import BlobStore
+from lwfed.cloud_server.aggregate import Share, mean_by_part
+from lwfed.cloud_server.checkpoint import export, referenced
+from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
+from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
+from lwfed.cloud_server.store import Step, Store
+from lwfed.config import RunConfig
+from lwfed.models.shapes import shapes
+from lwfed.plan import StagePlan
+from lwfed.wire import tensors
+from lwfed.wire.messages import Run
+
+Write = Callable[[Step], None]
+MODEL_FOLDER = "model"
+SIZE_SLACK = 1.1
+HEADER_BYTES = 64 * 1024  # names and shapes beside the numbers
+
+
+class Course:
+    def __init__(self, config: RunConfig, root: Path, durable: bool = True) -> None:
+        """Begin the run below `root`, or take it up again. Raises StateError."""
+        self.config = config
+        self.root = root
+        self.rules = Rules.of(config)
+        self.store = Store(root, durable=durable)
+        try:
+            self.state, self.epoch, self.resumed = self.store.begin(config)
+            self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here
+            self.spool = BlobStore(root / "updates", durable)
+            self.config_ref = self.blobs.put(config.to_bytes())
+        except BaseException:
+            self.store.close()
+            raise
+        self._seq = 0
+
+    @property
+    def plan(self) -> StagePlan:
+        return self.config.plan(self.state.stage)
+
+    @property
+    def encoder_path(self) -> Path:
+        return self.root / "encoder.safetensors"
+
+    def apply(self, event: Event, now: float, write: Write | None = None) -> list[Notice]:
+        """Take `event`; it and what it causes (with `write`) are on disk when this returns."""
+        before = self.state
+        after, notices = advance(self.rules, before, event, now)
+        if after == before and write is None:
+            return notices
+        with self.store.step(after) as step:
+            if write:
+                write(step)
+            for notice in notices:
+                _record(step, before, after, notice)
+            if isinstance(event, Aggregated | Calibrated) and after.phase != "calibrating":
+                step.checkpoint(before.stage, before.round, after.parts)
+        self.state = after
+        return notices
+
+    def tidy(self) -> None:
+        """Delete what nobody will ask for any more."""
+        self.blobs.forget(referenced(self.config_ref.id, self.state.parts, self.store.checkpoints()))
+        if self.state.phase not in ("training", "aggregating"):
+            self.spool.forget(())
+
+    def announcement(self) -> Run:
+        """Each is newer than all before it, also than those of earlier starts."""
+        self._seq += 1
+        state = self.state
+        return Run(
+            run=self.config.run.name,
+            epoch=self.epoch,
+            seq=self._seq,
+            phase=state.phase,
+            stage=state.stage,
+            stages=self.rules.stages,
+            round=state.round,
+            rounds=self.rules.rounds,
+            config=self.config_ref,
+            parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
+        )
+
+    def update_limit(self) -> int:
+        """The largest update that can be one of this stage, in bytes."""
+        count = 0
+        for shape in shapes(self.config, self.plan.uploaded).values():
+            size = 4
+            for length in shape:
+                size *= length
+            count += size
+        return int(count * SIZE_SLACK) + HEADER_BYTES
+
+    def check_update(self, path: Path) -> None:
+        """Raises InvalidPayload unless the file holds what this stage uploads."""
+        tensors.check_update(path, shapes(self.config, self.plan.uploaded))
+
+    def aggregate(self) -> dict[str, str]:
+        """The mean of the round's contributions: part -> blob."""
+        found = self.store.contributions(self.state.stage, self.state.round)
+        counted = [one for one in found if self.state.contributed.get(one.participant) == one.id]
+        shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
+        means = mean_by_part(self.config, self.plan.uploaded, shares)
+        return {part: self.blobs.put(tensors.encode(mean)).id for part, mean in means}
+
+    def adopt(self, files: dict[str, str]) -> dict[str, str]:
+        """Take over the parts that the worker wrote: part -> file becomes part -> blob."""
+        return {part: self.blobs.adopt(Path(file)).id for part, file in files.items()}
+
+    def files(self, parts: dict[str, str]) -> dict[str, str]:
+        """Part -> path, for the worker."""
+        return {part: str(self.blobs.path(blob)) for part, blob in parts.items()}
+
+    def export(self) -> Path:
+        export(self.config, self.state.stage, self.state.parts, self.blobs.path, self.encoder_path)
+        return self.encoder_path
+
+
+def _record(step: Step, before: State, after: State, notice: Notice) -> None:
+    match notice:
+        case Begun() | Joined():
+            step.begin_round(after.stage, after.round, after.chosen)
+        case Closed(stage, round):
+            step.close_round(stage, round)

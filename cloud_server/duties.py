@@ -1,0 +1,111 @@
+"""Doing what the coordinator's phase asks for, and handing the result back as its event.
+
+Everything here may be done twice with the same result: after a crash the duty of the stored phase simply begins again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lwfed.child import Json
+from lwfed.cloud_server.coordinator import Aggregated, Calibrated, Evaluated, Prepared
+from lwfed.cloud_server.course import Course, Write
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.rounds import Aggregate, Calibrate, Duty, Evaluate, Event, Export, Prepare, duty
+from lwfed.cloud_server.store import Scores, Step
+from lwfed.cloud_server.workshop import FromChild, Starter, Workshop
+from lwfed.errors import Diverged
+
+Apply = Callable[[Event, float, Write | None], None]
+
+
+class Duties:
+    def __init__(self, course: Course, news: News, start: Starter, deliver: Callable[[FromChild], None], apply: Apply) -> None:
+        self.finished = False  # nothing is left to be done, ever
+        self._course, self._news, self._apply = course, news, apply
+        self._workshop = Workshop(start, deliver, course.root / "work", course.config.worker.linger_s)
+        self._duty: Duty | None = None  # done, or being done
+
+    def follow(self, now: float) -> bool:
+        """Begin the duty of the present phase unless it is begun; whether that moved the run on at once."""
+        wanted = duty(self._course.state)
+        if wanted == self._duty:
+            return False
+        self._duty = wanted
+        match wanted:
+            case Prepare(stage):
+                self._news.doing(f"making the weights that stage {stage} begins with")
+                parts = self._course.files(self._course.state.parts) if self._course.config.stages.layer_init == "copy" else {}
+                self._submit("prepare", parts, stage=stage)
+            case Evaluate(_, baselines):
+                self._news.doing("measuring random weights and raw pixels" if baselines else "measuring the trained encoder")
+                names = ["random", "raw_pixels"] if baselines else ["trained"]
+                self._submit("evaluate", {} if baselines else self._course.files(self._course.state.parts), names=names)
+            case Aggregate():
+                self._apply(Aggregated(self._course.aggregate()), now, None)
+                return True
+            case Calibrate(stage, round):
+                self._submit("calibrate", self._course.files(self._course.state.parts), stage=stage, round=round)
+            case Export():
+                self._export()
+        return False
+
+    def on(self, event: FromChild, now: float) -> None:
+        """What the worker says. Raises the LwfedError with which a job failed for good."""
+        try:
+            result = self._workshop.on(event, now)
+        except Diverged as error:
+            if not isinstance(self._duty, Calibrate):
+                raise
+            # The aggregate is sound: the run must not end for want of a finer one.
+            self._news.warning(f"calibration is left out in this round: {error}")
+            self._apply(Calibrated({}), now, None)
+            return
+        if result is not None:
+            self._take(result, now)
+
+    def poll(self, now: float) -> None:
+        self._workshop.poll(now)
+
+    def next_wakeup(self) -> float | None:
+        return self._workshop.next_wakeup()
+
+    def end(self) -> None:
+        """Idempotent."""
+        self._workshop.end()
+
+    def _submit(self, job: str, parts: dict[str, str], **more: Any) -> None:
+        course = self._course
+        places = {"config": course.blobs.path(course.config_ref.id), "out": self._workshop.folder, "kept": course.root / "images"}
+        self._workshop.submit({"do": job, "parts": parts, **{name: str(path) for name, path in places.items()}, **more})
+
+    def _take(self, result: Json, now: float) -> None:
+        match self._duty, result["event"]:
+            case Prepare(), "prepared":
+                self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
+            case Calibrate(stage, round), "calibrated":
+                loss, seconds = result["loss"], result["seconds"]
+                self._news.calibration(stage, round, loss, seconds)
+                parts = self._course.adopt(result["parts"])
+                self._apply(Calibrated(parts), now, lambda step: step.calibrated(stage, round, loss, seconds))
+            case Evaluate(stage, baselines), "evaluated":
+                self._evaluated(0 if baselines else stage, result["scores"], now)
+
+    def _evaluated(self, stage: int, found: dict[str, dict[str, float | None]], now: float) -> None:
+        scores = {name: Scores(knn=one["knn"] or 0.0, probe=one["probe"]) for name, one in found.items()}
+        for name, one in scores.items():
+            self._news.evaluation(stage, name, one)
+
+        def write(step: Step) -> None:
+            for name, one in scores.items():
+                step.evaluated(stage, name, one)
+
+        self._apply(Evaluated(), now, write)
+
+    def _export(self) -> None:
+        encoder = self._course.export()
+        started, finished = self._course.store.times
+        self._news.finished(encoder, (finished or started) - started)
+        self._workshop.end()
+        self.finished = True

@@ -1,0 +1,112 @@
+"""Who the devices are, and whom to remind of its task. No clock and no socket.
+
+A device is admitted by its first hello and keeps its participant number for ever. Its retained state says whether it is
+there; a state of an earlier boot (a last will that came late) says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lwfed.cloud_server.store import Store
+from lwfed.wire.commands import Command, Send
+from lwfed.wire.messages import DeviceState, Hello, State, Task, encode
+from lwfed.wire.topics import Topics
+
+REMIND_S = 15.0
+MAX_DEVICES = 10_000  # what anybody who may connect can make us store
+
+
+@dataclass
+class Member:
+    id: str
+    participant: int
+    hello: Hello
+    boot: int
+    state: DeviceState | None = None  # None: not seen since the server started
+
+    @property
+    def there(self) -> bool:
+        return self.state in ("ready", "training")
+
+
+class Fleet:
+    def __init__(self, topics: Topics, store: Store, min_images: int) -> None:
+        self.members: dict[str, Member] = {}
+        self._topics = topics
+        self._store = store
+        self._min_images = min_images
+        self._task: Task | None = None  # of no participant: which round reminders are about
+        self._asked: dict[int, float] = {}  # participant -> when its task was last sent
+        self.reminded = False  # the last tasks included some that had been sent before
+        self._begun: set[int] = set()
+        for device in store.devices():
+            self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
+
+    def name(self, participant: int) -> str:
+        return next((member.id for member in self.members.values() if member.participant == participant), "?")
+
+    def can_train(self, member: Member) -> bool:
+        """A device that cannot count its images beforehand says 0."""
+        return member.hello.images == 0 or member.hello.images >= self._min_images
+
+    def greet(self, device: str, hello: Hello) -> Member | None:
+        """The member, admitted now if it is new; None when there is no room for another one."""
+        if device not in self.members and len(self.members) >= MAX_DEVICES:
+            return None
+        participant, _ = self._store.admit(device, hello)
+        member = self.members.setdefault(device, Member(device, participant, hello, hello.boot))
+        member.hello, member.boot = hello, hello.boot
+        if not member.there:
+            member.state = "ready"
+        self.remind(participant)
+        return member
+
+    def note(self, device: str, state: State) -> Member | None:
+        """The member whose state this is; None when it is unknown or the message belongs to the past."""
+        member = self.members.get(device)
+        if member is None or state.boot < member.boot:
+            return None
+        member.boot, member.state = state.boot, state.state
+        if state.state == "training" and member.participant in self._asked:
+            self._begun.add(member.participant)
+        return member
+
+    def begun(self, participant: int) -> None:
+        """It works on its task: no reminder is needed."""
+        self._begun.add(participant)
+
+    def remind(self, participant: int | None = None) -> None:
+        """Send its task again at the next opportunity; or everybody's, after our own connection was lost."""
+        for one in [participant] if participant is not None else list(self._asked):
+            self._asked.pop(one, None)
+            self._begun.discard(one)
+
+    def tasks(self, run: str, stage: int, round: int, owing: Iterable[int], now: float) -> list[Command]:
+        """The tasks that are due among those who still owe an update."""
+        task = Task(run=run, stage=stage, round=round, participant=0)
+        if task != self._task:
+            self._task = task
+            self._asked.clear()
+            self._begun.clear()
+        wanted = set(owing)
+        commands: list[Command] = []
+        self.reminded = False
+        for member in self.members.values():
+            if member.participant in wanted and member.there and self._due(member.participant) <= now:
+                self.reminded |= member.participant in self._asked
+                self._asked[member.participant] = now
+                payload = encode(task.model_copy(update={"participant": member.participant}))
+                commands.append(Send(self._topics.to_device(member.id, "task"), payload))
+        return commands
+
+    def next_wakeup(self, owing: Iterable[int]) -> float | None:
+        wanted = set(owing)
+        due = [self._due(one.participant) for one in self.members.values() if one.participant in wanted and one.there]
+        return min((time for time in due if time != float("inf")), default=None)
+
+    def _due(self, participant: int) -> float:
+        if participant in self._begun:
+            return float("inf")
+        return self._asked.get(participant, float("-inf")) + REMIND_S

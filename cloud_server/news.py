@@ -1,0 +1,150 @@
+"""Everything that `cloud-server serve` says to people and, as JSON, to programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lwfed.cloud_server.figures import StageFigures
+from lwfed.cloud_server.fleet import Member
+from lwfed.cloud_server.rounds import Rules
+from lwfed.cloud_server.store import Contribution, Scores
+from lwfed.config import RunConfig
+from lwfed.console import Console
+from lwfed.wire.messages import Beat
+
+LABEL = 12  # characters
+PROGRESS_EVERY_S = 30.0  # to people; programs get every beat
+NAMES = {"random": "random weights", "raw_pixels": "raw pixels", "trained": "trained encoder"}
+
+
+class News:
+    def __init__(self, console: Console, config: RunConfig, url: str) -> None:
+        self._console = console
+        self._config = config
+        self._url = url
+        self._next_progress = float("-inf")
+
+    def broker(self, kind: str) -> None:
+        where = "" if kind == "external" else ", for this machine only (others: --broker mqtt://HOST of a broker they can reach)"
+        self._say("broker", "broker", f"{kind} at {self._url}{where}", url=self._url, kind=kind)
+
+    def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
+        name, strategy = self._config.run.name, self._config.stages.strategy
+        course = f"{name}: {strategy}, {_count(rules.stages, 'stage')} of {_count(rules.rounds, 'round')}"
+        text = {"started": course, "resumed": f"{course}; goes on at {place}", "finished": f"{course}; finished"}[status]
+        self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
+
+    def doing(self, what: str) -> None:
+        self._say("doing", "server", what)
+
+    def waiting(self, here: int, needed: int) -> None:
+        text = f"{here} of {needed} devices are here; start one with: {self.join_command()}"
+        self._say("waiting", "waiting", text, devices=here, needed=needed, command=self.join_command())
+
+    def waiting_for(self, participants: Iterable[int], seconds: float) -> None:
+        named = _devices(participants)
+        self._say("waiting", "waiting", f"for {named} to come back, at most {seconds:g} s")
+
+    def join_command(self) -> str:
+        fleet = self._config.run.fleet
+        return f"edge-agent join {self._url} --data FOLDER" + ("" if fleet == "default" else f" --fleet {fleet}")
+
+    def device(self, member: Member, status: str, detail: str = "") -> None:
+        label = f"device {member.participant}"
+        self._say("device", label, f"{status}{detail}", device=member.id, participant=member.participant, status=status)
+
+    def joined(self, member: Member, status: str) -> None:
+        hello = member.hello
+        images = f"{hello.images} images" if hello.images else f"images of {hello.source}"
+        about = f"{hello.machine}, {_count(hello.cores, 'core')}, {hello.memory_mb:.0f} MB, {images}"
+        self.device(member, status, f": {member.id} ({about})")
+
+    def round_started(self, rules: Rules, stage: int, round: int, chosen: tuple[int, ...]) -> None:
+        place = {"stage": stage, "round": round, "rounds": rules.rounds}
+        text = f"round {round} of {rules.rounds}: {_devices(chosen)} train{'s' if len(chosen) == 1 else ''}"
+        self._say("round", f"stage {stage}", text, **place, status="started", devices=len(chosen), loss=None)
+
+    def round_closed(self, rules: Rules, stage: int, round: int, devices: int, loss: float | None) -> None:
+        place = {"stage": stage, "round": round, "rounds": rules.rounds}
+        shown = "" if loss is None else f", loss {loss:.4f}"
+        text = f"round {round} of {rules.rounds}: done with {_count(devices, 'update')}{shown}"
+        self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
+
+    def contribution(self, one: Contribution) -> None:
+        report, memory = one.report, one.report.memory
+        text = (
+            f"update: loss {report.losses[-1]:.4f} over {_count(report.images, 'image')} in {report.seconds:.1f} s, "
+            f"peak memory {memory.peak_mb:.0f} MB ({memory.baseline_mb:.0f} before training)"
+        )
+        fields = {"stage": one.stage, "round": one.round, "participant": one.participant, "loss": report.losses[-1]}
+        measured = {"peak_mb": memory.peak_mb, "baseline_mb": memory.baseline_mb, "images": report.images}
+        self._say("contribution", f"device {one.participant}", text, **fields, **measured)
+
+    def progress(self, participant: int, beat: Beat, now: float) -> None:
+        if not self._console.as_json:
+            if now < self._next_progress:
+                return
+            self._next_progress = now + PROGRESS_EVERY_S
+        share = beat.step / beat.steps
+        text = f"epoch {beat.epoch} of {beat.epochs}, {share:.0%} done, loss {beat.loss:.4f}, memory {beat.rss_mb:.0f} MB"
+        self._say("progress", f"device {participant}", text, participant=participant, **beat.model_dump(exclude={"v", "run"}))
+
+    def calibration(self, stage: int, round: int, loss: float, seconds: float) -> None:
+        text = f"round {round}: calibrated in {seconds:.1f} s, loss {loss:.4f}"
+        self._say("calibration", f"stage {stage}", text, stage=stage, round=round, loss=loss, seconds=seconds)
+
+    def evaluation(self, stage: int, name: str, scores: Scores) -> None:
+        text = f"{NAMES[name]}: {_scores(scores)}"
+        self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, knn=scores.knn, probe=scores.probe)
+
+    def stage_started(self, rules: Rules, stage: int, trained: Iterable[str]) -> None:
+        text = f"begins; devices train {', '.join(trained)}"
+        self._say("stage", f"stage {stage}/{rules.stages}", text, stage=stage, stages=rules.stages, status="started")
+
+    def stage_ended(self, rules: Rules, stage: int, seconds: float, scores: Scores | None, figures: StageFigures | None) -> None:
+        fields: dict[str, Any] = {"knn": scores.knn if scores else None, "probe": scores.probe if scores else None, "seconds": seconds}
+        text = f"done in {_duration(seconds)}"
+        if figures:
+            text += (
+                f"; worker peak {figures.worker_peak_mb:.0f} MB ({figures.worker_baseline_mb:.0f} before training); "
+                f"per device {_bytes(figures.bytes_down)} down, {_bytes(figures.bytes_up)} up"
+            )
+            fields |= vars(figures)
+        self._say("stage", f"stage {stage}/{rules.stages}", text, stage=stage, stages=rules.stages, status="ended", **fields)
+
+    def finished(self, encoder: Path, seconds: float) -> None:
+        text = f"after {_duration(seconds)}: encoder in {encoder}"
+        self._say("finished", "finished", text, encoder=str(encoder), seconds=seconds)
+
+    def warning(self, text: str, **fields: Any) -> None:
+        self._say("warning", "warning", text, **fields)
+
+    def _say(self, event: str, label: str, text: str, **fields: Any) -> None:
+        self._console.say(event, f"{label:<{LABEL}}{text}", **fields)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _devices(participants: Iterable[int]) -> str:
+    numbers = sorted(participants)
+    listed = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    return f"device {listed}" if len(numbers) == 1 else f"devices {listed}"
+
+
+def _scores(scores: Scores) -> str:
+    return f"kNN {scores.knn:.1%}" + ("" if scores.probe is None else f", linear probe {scores.probe:.1%}")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes / 60:.1f} h"

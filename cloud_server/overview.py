@@ -1,0 +1,78 @@
+"""Looking into a run's folder from outside, also while its server is at work."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lwfed.cloud_server import checkpoint
+from lwfed.cloud_server.course import MODEL_FOLDER
+from lwfed.cloud_server.news import NAMES
+from lwfed.cloud_server.rounds import Rules
+from lwfed.cloud_server.store import FILE_NAME, Store
+from lwfed.config import RunConfig
+from lwfed.errors import StateError
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folders of runs. Raises StateError when there is none."""
+    found = sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+    if not found:
+        raise StateError(f"there is no run in {folder}: begin one with `cloud-server serve --config demo`, or give its --state")
+    return found
+
+
+def overview(root: Path) -> str:
+    """Where a run stands, as a few aligned lines. Raises StateError when there is none."""
+    with _opened(root) as (store, config):
+        state, rules = store.state, Rules.of(config)
+        lines = [
+            ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
+            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds}, {state.phase}"),
+        ]
+        if state.phase == "training":
+            lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
+        for device in store.devices():
+            seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.seen_s))
+            there = state.devices.get(device.participant, "gone")
+            lines.append((f"device {device.participant}", f"{there}; {device.id}, {device.hello.machine}, last greeting {seen}"))
+        for (stage, name), scores in store.scores().items():
+            probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
+            lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
+        closed = [row for row in store.rounds() if row.closed_s is not None]
+        if closed:
+            loss = store.loss(closed[-1].stage, closed[-1].round)
+            lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
+    return "\n".join(f"{label:<12}{text}" for label, text in lines)
+
+
+def export_from(root: Path, out: Path, stage: int | None) -> int:
+    """Write the encoder of the newest checkpoint, or of the last one of `stage`; returns its stage."""
+    with _opened(root) as (store, config):
+        found, parts = checkpoint.choose(store.checkpoints(), stage)
+        checkpoint.export(config, found, parts, lambda blob: _intact(root / MODEL_FOLDER / blob), out)
+    return found
+
+
+def _intact(path: Path) -> Path:
+    """The file of a blob. Not through a BlobStore: opening one tidies up, and its server may be at work in there."""
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
+        raise StateError(f"{path} is missing or damaged; if the run is going on, try again")
+    return path
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[tuple[Store, RunConfig]]:
+    if not (root / FILE_NAME).is_file():
+        raise StateError(f"there is no run in {root}: give the --state that `cloud-server serve` was given")
+    store = Store(root)
+    try:
+        config = store.config
+        if config is None:
+            raise StateError(f"the run in {root} has not begun: start it with `cloud-server serve`")
+        yield store, config
+    finally:
+        store.close()

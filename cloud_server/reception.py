@@ -1,0 +1,175 @@
+"""What devices say, checked and passed on to fleet, inbox, broadcast and course.
+
+Nothing that a device sends may harm the run: what does not parse is counted and ignored, what does not fit is refused
+with a reason, and both are said once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present
+from lwfed.cloud_server.course import Course, Write
+from lwfed.cloud_server.fleet import Fleet, Member
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.rounds import Event
+from lwfed.cloud_server.store import Contribution
+from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
+from lwfed.wire.broadcast import Broadcast
+from lwfed.wire.commands import Command
+from lwfed.wire.inbox import Inbox, ReceivedUpdate
+from lwfed.wire.messages import UP, Beat, Fail, Fin, Hello, Message, Need, Offer, RefuseCode, State, decode
+from lwfed.wire.topics import FromDevice, Topics, UpdateChunk
+
+Apply = Callable[[Event, float, Write | None], None]
+MAX_COMPLAINTS = 1000  # kinds of trouble that are told apart; the names in topics are whatever a sender likes
+
+
+class Reception:
+    def __init__(self, topics: Topics, course: Course, fleet: Fleet, inbox: Inbox, broadcast: Broadcast, news: News, apply: Apply) -> None:
+        self.complaints: Counter[tuple[str, str]] = Counter()  # (device, what) -> how often
+        self._topics, self._course, self._fleet = topics, course, fleet
+        self.broadcast, self._inbox, self._news, self._apply = broadcast, inbox, news, apply
+
+    def receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
+        """Take a message; what is to be answered."""
+        parsed = self._topics.parse(topic)
+        if isinstance(parsed, UpdateChunk):
+            self._inbox.chunk(parsed, payload, now)
+            return []
+        if not isinstance(parsed, FromDevice) or parsed.kind not in UP:
+            return []
+        try:
+            message = decode(UP[parsed.kind], payload)
+        except ProtocolMismatch as error:
+            self._complain(parsed.device, "version", f"device {parsed.device}: {error}")
+            return self._inbox.refuse(parsed.device, None, "version", str(error)) if parsed.kind == "hello" else []
+        except InvalidMessage as error:
+            self._complain(parsed.device, parsed.kind, f"device {parsed.device} sent what cannot be read, ignored: {error}")
+            return []
+        return self._dispatch(parsed.device, message, now)
+
+    def _dispatch(self, device: str, message: Message, now: float) -> list[Command]:
+        match message:
+            case Hello():
+                return self._on_hello(device, message, now)
+            case Need():
+                return self.broadcast.need(device, message, now)
+            case State():
+                return self._on_state(device, message, now)
+        member = self._fleet.members.get(device)
+        if member is None:
+            return []  # it must greet first, and does so whenever it sees the server
+        match message:
+            case Beat() if self._is_on(message):
+                self._fleet.begun(member.participant)
+                self._news.progress(member.participant, message, now)
+            case Offer():
+                return self._on_offer(member, message, now)
+            case Fin():
+                commands, received = self._inbox.fin(device, message, now)
+                return commands + (self._on_update(member, received, now) if received else [])
+            case Fail() if self._is_on(message):
+                self._on_fail(member, message, now)
+        return []
+
+    # Who is there
+
+    def _on_hello(self, device: str, hello: Hello, now: float) -> list[Command]:
+        known = self._fleet.members.get(device)
+        was_there = known is not None and known.there
+        member = self._fleet.greet(device, hello)
+        if member is None:
+            self._complain(device, "full", f"device {device} is one too many and gets no task")
+            return []
+        if not was_there:
+            self._news.joined(member, "joined" if known is None else "is back")
+        if not self._fleet.can_train(member):
+            least = self._course.config.data.min_images
+            text = f"device {member.participant} has {hello.images} images and is not asked to train: data.min_images is {least}"
+            self._complain(device, "images", text)
+            self._apply(Absent(member.participant, for_good=True), now, None)
+            return []
+        self._apply(Present(member.participant), now, None)
+        return []
+
+    def _on_state(self, device: str, state: State, now: float) -> list[Command]:
+        known = self._fleet.members.get(device)
+        before = known.state if known else None
+        member = self._fleet.note(device, state)
+        if member is None or not self._fleet.can_train(member):
+            return []
+        if member.there:
+            if before in ("lost", "stopped", None):
+                self._news.device(member, "is back")
+            self._apply(Present(member.participant), now, None)
+        else:
+            if member.state != before:
+                self._news.device(member, "has left" if member.state == "stopped" else "is lost; it may return")
+            self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
+        return []
+
+    # Updates
+
+    def _is_on(self, message: Beat | Fail) -> bool:
+        state = self._course.state
+        here = (self._course.config.run.name, state.stage, state.round, "training")
+        return (message.run, message.stage, message.round, state.phase) == here
+
+    def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
+        if member.participant in self._course.state.owing:
+            self._news.warning(f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}", code=fail.code)
+            self._fleet.remind(member.participant)  # should it be asked again after the deadline
+            self._apply(CannotTrain(member.participant, refused=False), now, None)
+
+    def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
+        objection = None if self._course.store.has_contribution(offer.contribution) else self._objection(member, offer)
+        if objection is None:
+            self._fleet.begun(member.participant)
+            return self._inbox.offer(member.id, offer, now)
+        return self._refuse(member, offer, *objection)
+
+    def _objection(self, member: Member, offer: Offer) -> tuple[RefuseCode, str] | None:
+        state = self._course.state
+        if offer.participant != member.participant:
+            return "identity", f"this device is number {member.participant}, not {offer.participant}"
+        name = self._course.config.run.name
+        if (offer.run, offer.stage, offer.round) != (name, state.stage, state.round) or state.phase != "training":
+            where = f"stage {state.stage}, round {state.round} of run {name}, {state.phase}"
+            return "stale", f"it is of stage {offer.stage}, round {offer.round} of run {offer.run}; the server is at {where}"
+        if member.participant not in state.owing:
+            return "not_chosen", "this round expects no update of this device"
+        return None
+
+    def _on_update(self, member: Member, received: ReceivedUpdate, now: float) -> list[Command]:
+        """Complete and on disk: record it, and only then acknowledge it."""
+        offer, course = received.offer, self._course
+        objection = self._objection(member, offer)
+        if objection is None:
+            try:
+                course.check_update(received.path)
+            except InvalidPayload as error:
+                objection = ("not_finite" if "not finite" in str(error) else "content"), str(error)
+        if objection is not None:
+            commands = self._refuse(member, offer, *objection)
+            if objection[0] in ("content", "not_finite"):
+                course.spool.remove(offer.manifest.blob.id)
+                self._apply(CannotTrain(member.participant, refused=True), now, None)
+            return commands
+        contribution = Contribution.of(offer, received.traffic)
+        self._news.contribution(contribution)
+        self._apply(Contributed(member.participant, contribution.id), now, lambda step: step.contribute(contribution))
+        return self._inbox.accept(offer.contribution)
+
+    def _refuse(self, member: Member, offer: Offer, code: RefuseCode, reason: str) -> list[Command]:
+        self._complain(member.id, code, f"refused an update of device {member.participant} ({code}): {reason}")
+        return self._inbox.refuse(member.id, offer.contribution, code, reason)
+
+    def _complain(self, device: str, what: str, text: str) -> None:
+        key = (device, what)
+        if key not in self.complaints and len(self.complaints) >= MAX_COMPLAINTS:
+            return
+        self.complaints[key] += 1
+        if self.complaints[key] == 1:
+            self._news.warning(f"{text} (said once)")

@@ -1,0 +1,100 @@
+"""The tables of the server's store. A change of them is a new VERSION."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+VERSION = 1  # PRAGMA user_version
+
+metadata = MetaData()
+
+
+def _run(primary_key: bool = True) -> Column[str]:
+    return Column("run", String, ForeignKey("runs.name"), primary_key=primary_key, nullable=False)
+
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("config", LargeBinary, nullable=False),  # RunConfig.to_bytes
+    Column("started_s", Float, nullable=False),  # Unix time, as all times here
+    Column("finished_s", Float),
+    Column("epoch", Integer, nullable=False),  # starts of the server
+    Column("state", String, nullable=False),  # of the coordinator, JSON
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    _run(),
+    Column("participant", Integer, primary_key=True, autoincrement=False),  # by order of admission, from 0
+    Column("device", String, nullable=False),
+    Column("hello", JSON, nullable=False),
+    Column("seen_s", Float, nullable=False),
+    UniqueConstraint("run", "device"),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    _run(),
+    Column("stage", Integer, primary_key=True, autoincrement=False),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("chosen", JSON, nullable=False),  # participants
+    Column("begun_s", Float, nullable=False),
+    Column("closed_s", Float),
+    Column("calibration_loss", Float),
+    Column("calibration_seconds", Float),
+)
+
+contributions = Table(
+    "contributions",
+    metadata,
+    Column("id", String, primary_key=True),
+    _run(primary_key=False),
+    Column("stage", Integer, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("participant", Integer, nullable=False),
+    Column("blob", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("images", Integer, nullable=False),
+    Column("report", JSON, nullable=False),
+    Column("down_bytes", Integer, nullable=False),  # since the device joined the run
+    Column("up_bytes", Integer, nullable=False),
+    Column("received_s", Float, nullable=False),
+    UniqueConstraint("run", "stage", "round", "participant"),
+    ForeignKeyConstraint(["run", "participant"], ["devices.run", "devices.participant"]),
+    ForeignKeyConstraint(["run", "stage", "round"], ["rounds.run", "rounds.stage", "rounds.round"]),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    _run(),
+    Column("stage", Integer, primary_key=True, autoincrement=False),
+    Column("name", String, primary_key=True),  # random | raw_pixels | trained
+    Column("knn", Float, nullable=False),
+    Column("probe", Float),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _run(),
+    Column("stage", Integer, primary_key=True, autoincrement=False),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("parts", JSON, nullable=False),  # part -> blob
+)

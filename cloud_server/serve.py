@@ -1,0 +1,86 @@
+"""Putting a server together: run, broker, transport; and taking it apart again, however it ends."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lwfed.cli import Connection
+from lwfed.cloud_server.broker import ManagedBroker
+from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.telling import place
+from lwfed.cloud_server.workshop import starter
+from lwfed.config import RunConfig
+from lwfed.console import Console
+from lwfed.data import open_source
+from lwfed.errors import ConfigError, MissingDependency
+from lwfed.transport.address import BrokerAddress
+
+MANAGED: tuple[Literal["auto", "mosquitto", "embedded"], ...] = ("auto", "mosquitto", "embedded")
+
+
+@dataclass(frozen=True)
+class Options:
+    broker: str  # auto | mosquitto | embedded | URL
+    port: int
+    connection: Connection
+    until_done: bool
+
+
+def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
+    """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
+    check_sources(config)
+    with ExitStack() as stack:
+        course = Course(config, root)
+        stack.callback(course.store.close)
+        finished = course.state.phase == "finished"
+        if finished and options.until_done:
+            _say_finished(News(console, config, ""), course)
+            return
+        broker = _broker(options, root)
+        if broker is not None:
+            broker.start()
+            stack.callback(broker.close)
+        address = broker.address if broker else BrokerAddress.parse(options.broker)
+        news = News(console, config, str(address))
+        news.broker(broker.kind if broker else "external")
+        news.run(course.rules, "finished" if finished else "resumed" if course.resumed else "started", place(course), root)
+        server = Server(
+            course,
+            options.connection.transport(address),
+            news,
+            starter(config.train.threads),
+            until_done=options.until_done,
+            revive=broker.ensure if broker else lambda: False,
+        )
+        server.run()
+
+
+def check_sources(config: RunConfig) -> None:
+    """What a run needs on this machine, found wanting before anybody joins. Raises DataError and MissingDependency."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependency("the server needs torch: pip install 'lwfed[server]'")
+    for spec in (config.calibration.data if config.calibration.every != "never" else None, config.evaluation.data):
+        if spec is not None:
+            open_source(spec).check()
+
+
+def _broker(options: Options, root: Path) -> ManagedBroker | None:
+    for kind in MANAGED:
+        if options.broker == kind:
+            return ManagedBroker(kind, options.port, root / "broker")
+    if "://" not in options.broker:
+        raise ConfigError(f"--broker {options.broker!r}: write auto, mosquitto, embedded, or the address of a broker, mqtt://HOST")
+    return None
+
+
+def _say_finished(news: News, course: Course) -> None:
+    news.run(course.rules, "finished", place(course), course.root)
+    started, finished = course.store.times
+    news.finished(course.export(), (finished or started) - started)

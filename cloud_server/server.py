@@ -1,0 +1,251 @@
+"""The server's control process: one thread and one queue of what happened, around the pure parts.
+
+    transport --Received--> reception --events--> course (coordinator + store) --duty--> workshop (torch), aggregation
+                                                        \\--announcement, tasks--> transport
+
+It never imports torch. What it must not forget is on disk before anybody hears of it, so it may be killed at any time.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lwfed.child import Ended, Said
+from lwfed.cloud_server.coordinator import Started, TimeUp
+from lwfed.cloud_server.course import Course, Write
+from lwfed.cloud_server.duties import Duties
+from lwfed.cloud_server.fleet import Fleet
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.reception import Reception
+from lwfed.cloud_server.rounds import Event
+from lwfed.cloud_server.telling import tell, waiting
+from lwfed.cloud_server.workshop import Starter
+from lwfed.errors import Refused, Unreachable
+from lwfed.transport import base
+from lwfed.transport.base import Transport, Will
+from lwfed.wire.broadcast import Broadcast
+from lwfed.wire.commands import Command, Send
+from lwfed.wire.inbox import Inbox
+from lwfed.wire.messages import ServerState, encode
+from lwfed.wire.topics import Topics
+
+SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
+FIRST_CONNECTION_S = 15.0
+PACKET_MARGIN_BYTES = 512  # topic and headers of a chunk's packet
+FAREWELL_S = 10.0  # at most, for devices to be told that the run is finished
+
+
+class Stop:
+    """A person or the system wants the server to end."""
+
+
+Raw = base.Event | Said | Ended | Stop
+
+
+class Server:
+    """`revive` is called when the connection is lost, and says whether it had to start a broker again."""
+
+    def __init__(
+        self,
+        course: Course,
+        transport: Transport,
+        news: News,
+        start_worker: Starter,
+        *,
+        until_done: bool = False,
+        revive: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        config = course.config
+        self.over = False
+        self._course, self._transport, self._news = course, transport, news
+        self._until_done, self._revive, self._clock = until_done, revive, clock
+        self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
+        self._topics = Topics(config.run.fleet)
+        self._fleet = Fleet(self._topics, course.store, config.data.min_images)
+        self._chunk_bytes = config.transfer.chunk_bytes
+        self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
+        known = course.store.has_contribution
+        transfer = config.transfer
+        self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
+        self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
+        self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
+        self._connected = False
+        self._give_up_at: float | None = None  # until there has been a connection
+        self._told_lost = False
+        self._announced: tuple[object, ...] | None = None
+        self._farewell_until: float | None = None
+
+    @property
+    def state_topic(self) -> str:
+        return self._topics.server_state
+
+    def run(self) -> None:
+        """Until the run is finished (`until_done`), SIGINT or SIGTERM; raises what makes it impossible to go on."""
+        with self._signals():
+            try:
+                self.begin()
+                while not self.over:
+                    self.handle(self._next())
+            finally:
+                self.end()
+
+    def begin(self) -> None:
+        now = self._clock()
+        self._apply(Started(), now, None)
+        self._give_up_at = now + FIRST_CONNECTION_S
+        self._transport.subscribe(self._topics.from_all_devices)
+        self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
+        self._follow(now)
+        waiting(self._news, self._course)
+
+    def end(self) -> None:
+        """Idempotent."""
+        self._transport.publish(self.state_topic, self._state(False), retain=True)
+        self._transport.close()
+        self._duties.end()
+
+    def drain(self) -> int:
+        """Handle what has happened without waiting for more; how much there was."""
+        count = 0
+        while not self._queue.empty():
+            self.handle(self._queue.get())
+            count += 1
+        return count
+
+    def handle(self, event: Raw | None) -> None:
+        """React to `event`, and to time; None is time alone."""
+        now = self._clock()
+        match event:
+            case base.Received(topic, payload):
+                self._execute(self._reception.receive(topic, payload, now))
+            case base.Connected():
+                self._on_connected()
+            case base.Disconnected(reason):
+                self._on_disconnected(reason)
+            case Said() | Ended():
+                self._duties.on(event, now)
+            case Stop():
+                self.over = True
+                return
+        self._on_time(now)
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When to call `handle(None)` if nothing happens before."""
+        state = self._course.state
+        times = [state.due, self._duties.next_wakeup(), self._give_up_at, self._farewell_until]
+        if self._connected:
+            owing = state.owing
+            times += [self._broadcast.next_wakeup(now), self._inbox.next_wakeup(now), self._fleet.next_wakeup(owing)]
+        return min((one for one in times if one is not None), default=None)
+
+    # Connection
+
+    def _on_connected(self) -> None:
+        if self._told_lost:
+            self._news.doing("connected again")
+        self._connected, self._told_lost, self._give_up_at = True, False, None
+        self._fit_chunks()
+        self._transport.publish(self.state_topic, self._state(True), retain=True)
+        self._announced = None
+        self._fleet.remind()
+
+    def _fit_chunks(self) -> None:
+        """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
+        limit = self._transport.packet_limit
+        fitting = self._course.config.transfer.chunk_bytes if limit is None else min(self._chunk_bytes, limit - PACKET_MARGIN_BYTES)
+        if fitting != self._chunk_bytes:
+            self._chunk_bytes = fitting
+            self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)
+
+    def _on_disconnected(self, reason: Exception) -> None:
+        self._connected = False
+        if self._give_up_at is not None and isinstance(reason, Refused):
+            raise reason
+        if self._revive():
+            self._news.warning("the broker had died and was started again")
+        elif self._give_up_at is None and not self._told_lost:
+            self._told_lost = True
+            self._news.warning(f"{reason}; trying again until it is back")
+
+    def _state(self, online: bool) -> bytes:
+        return encode(ServerState(online=online, epoch=self._course.epoch))
+
+    # The run
+
+    def _apply(self, event: Event, now: float, write: Write | None) -> None:
+        before = self._course.state
+        notices = self._course.apply(event, now, write)
+        tell(self._news, self._course, before, notices)
+
+    def _on_time(self, now: float) -> None:
+        if self._give_up_at is not None and now >= self._give_up_at:
+            raise Unreachable(f"no connection to the broker within {FIRST_CONNECTION_S:g} s: check its address and that it runs")
+        if self._course.state.due is not None and now >= self._course.state.due:
+            self._apply(TimeUp(), now, None)
+        self._duties.poll(now)
+        self._follow(now)
+        if self._connected:
+            self._execute(self._inbox.poll(now))
+            self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
+        self._take_leave(now)
+
+    def _follow(self, now: float) -> None:
+        """Do what the state asks for, and let everybody know of it, until nothing follows at once."""
+        while True:
+            self._announce()
+            if not self._duties.follow(now):
+                break
+        state = self._course.state
+        if self._connected and state.owing:
+            self._execute(self._fleet.tasks(self._course.config.run.name, state.stage, state.round, state.owing, now))
+            if self._fleet.reminded:  # a task without its announcement cannot begin either
+                self._publish_announcement()
+
+    def _announce(self) -> None:
+        state = self._course.state
+        where = (state.phase, state.stage, state.round, tuple(state.parts.items()))
+        if where == self._announced:
+            return
+        self._announced = where
+        if state.phase != "training":
+            self._execute(self._inbox.clear("stale", "the round is closed"))
+            self._course.tidy()
+        self._inbox.limit_bytes = self._course.update_limit()
+        self._publish_announcement()
+
+    def _publish_announcement(self) -> None:
+        self._execute([Send(self._topics.run, encode(self._course.announcement()), retain=True)])
+
+    def _take_leave(self, now: float) -> None:
+        """When all is done, end as soon as the broker has the last announcement."""
+        if not (self._until_done and self._duties.finished):
+            return
+        if self._farewell_until is None:
+            self._farewell_until = now + FAREWELL_S
+        self.over = now >= self._farewell_until or (self._connected and self._transport.pending == 0)
+
+    def _execute(self, commands: list[Command]) -> None:
+        for command in commands:
+            self._transport.execute(command)
+
+    def _next(self) -> Raw | None:
+        now = self._clock()
+        wakeup = self.next_wakeup(now)
+        try:
+            return self._queue.get(timeout=None if wakeup is None else max(0.0, wakeup - now))
+        except queue.Empty:
+            return None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, lambda *_: self._queue.put(Stop())) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,290 @@
+"""What the server knows, in SQLite: it survives a crash at any moment.
+
+Everything that one event causes is written in one transaction, with the coordinator's state that results from it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import SQLAlchemyError
+
+from lwfed.cloud_server import schema
+from lwfed.cloud_server.rounds import State
+from lwfed.config import RunConfig
+from lwfed.config.explain import keys
+from lwfed.errors import StateError
+from lwfed.wire.messages import Hello, Offer, Report, Traffic
+
+FILE_NAME = "run.sqlite"
+
+
+@dataclass(frozen=True)
+class Contribution:
+    id: str
+    stage: int
+    round: int
+    participant: int
+    blob: str
+    size: int  # bytes
+    report: Report
+    traffic: Traffic
+
+    @classmethod
+    def of(cls, offer: Offer, traffic: Traffic) -> Contribution:
+        blob = offer.manifest.blob
+        return cls(offer.contribution, offer.stage, offer.round, offer.participant, blob.id, blob.size, offer.report, traffic)
+
+
+@dataclass(frozen=True)
+class Device:
+    participant: int
+    id: str
+    hello: Hello
+    seen_s: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    knn: float
+    probe: float | None
+
+
+class Store:
+    """One run. `clock` gives Unix time, for people only; `durable=False` survives no power cut, for simulations."""
+
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time, durable: bool = True) -> None:
+        """Open or create the store below `root`. Raises StateError when it is unusable or of another version."""
+        self._path = root / FILE_NAME
+        self._clock = clock
+        self._engine = _engine(self._path, durable)
+        self._run = ""
+        with self._transaction() as connection:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if version == 0:
+                schema.metadata.create_all(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
+            elif version != schema.VERSION:
+                self._engine.dispose()
+                raise StateError(
+                    f"{self._path} is of schema version {version}, and this cloud-server needs {schema.VERSION}: "
+                    "finish the run with the version that began it, or use another --state"
+                )
+            self._run = connection.execute(select(schema.runs.c.name)).scalar() or ""
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # Runs
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The configuration of the run that is stored here; None for a new store."""
+        with self._transaction() as connection:
+            data = connection.execute(select(schema.runs.c.config)).scalar()
+        return None if data is None else RunConfig.from_bytes(data)
+
+    def begin(self, config: RunConfig) -> tuple[State, int, bool]:
+        """(state, epoch, resumed): a new run, or the stored one as it was left. Raises StateError for another configuration."""
+        stored = self.config
+        if stored is not None and stored.digest != config.digest:
+            raise StateError(_differences(self._path.parent, stored, config))
+        with self._transaction() as connection:
+            if stored is None:
+                self._run = config.run.name
+                row = {"name": self._run, "config": config.to_bytes(), "started_s": self._clock(), "epoch": 0, "state": State().to_json()}
+                connection.execute(schema.runs.insert(), row)
+            epoch = connection.execute(schema.runs.update().values(epoch=schema.runs.c.epoch + 1).returning(schema.runs.c.epoch))
+            return self._state(connection), epoch.scalar_one(), stored is not None
+
+    @property
+    def state(self) -> State:
+        with self._transaction() as connection:
+            return self._state(connection)
+
+    @property
+    def times(self) -> tuple[float, float | None]:
+        """When the run was started, and when it was finished if it is; Unix times."""
+        with self._transaction() as connection:
+            row = connection.execute(select(schema.runs.c.started_s, schema.runs.c.finished_s)).one()
+            return row.started_s, row.finished_s
+
+    @contextmanager
+    def step(self, state: State) -> Iterator[Step]:
+        """One transaction: what is written to the Step, and the coordinator's `state` that follows from it."""
+        with self._transaction() as connection:
+            yield Step(connection, self._run, self._clock())
+            values: dict[str, Any] = {"state": state.to_json()}
+            if state.phase == "finished":
+                values["finished_s"] = func.coalesce(schema.runs.c.finished_s, self._clock())
+            connection.execute(schema.runs.update().values(**values))
+
+    # Devices
+
+    def admit(self, device: str, hello: Hello) -> tuple[int, bool]:
+        """(participant number, whether it is new): numbers are given in order of admission and kept for ever."""
+        table = schema.devices
+        with self._transaction() as connection:
+            known = connection.execute(select(table.c.participant).where(table.c.device == device)).scalar()
+            number = connection.execute(select(func.count()).select_from(table)).scalar_one() if known is None else known
+            row = {"run": self._run, "participant": number, "device": device}
+            seen = {"hello": hello.model_dump(mode="json"), "seen_s": self._clock()}
+            statement = insert(table).values(**row, **seen)
+            connection.execute(statement.on_conflict_do_update(index_elements=["run", "participant"], set_=seen))
+            return number, known is None
+
+    def devices(self) -> list[Device]:
+        with self._transaction() as connection:
+            rows = connection.execute(select(schema.devices).order_by(schema.devices.c.participant))
+            return [Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s) for row in rows]
+
+    # What happened
+
+    def has_contribution(self, id: str) -> bool:
+        with self._transaction() as connection:
+            return connection.execute(select(schema.contributions.c.id).where(schema.contributions.c.id == id)).scalar() is not None
+
+    def contributions(self, stage: int | None = None, round: int | None = None) -> list[Contribution]:
+        """In order of stage, round and participant."""
+        table = schema.contributions
+        wanted = select(table).order_by(table.c.stage, table.c.round, table.c.participant)
+        if stage is not None:
+            wanted = wanted.where(table.c.stage == stage)
+        if round is not None:
+            wanted = wanted.where(table.c.round == round)
+        with self._transaction() as connection:
+            return [_contribution(row) for row in connection.execute(wanted)]
+
+    def scores(self) -> dict[tuple[int, str], Scores]:
+        """(stage, name) -> accuracy."""
+        table = schema.evaluations
+        with self._transaction() as connection:
+            rows = connection.execute(select(table).order_by(table.c.stage, table.c.name))
+            return {(row.stage, row.name): Scores(row.knn, row.probe) for row in rows}
+
+    def loss(self, stage: int, round: int) -> float | None:
+        """Of the last local epochs of a round, mean by images; None before the first contribution."""
+        found = [(one.report.images, one.report.losses[-1]) for one in self.contributions(stage, round)]
+        return sum(images * loss for images, loss in found) / sum(images for images, _ in found) if found else None
+
+    def stage_began_s(self, stage: int) -> float | None:
+        with self._transaction() as connection:
+            return connection.execute(select(func.min(schema.rounds.c.begun_s)).where(schema.rounds.c.stage == stage)).scalar()
+
+    def rounds(self) -> list[Any]:
+        """Rows of `schema.rounds`, in order."""
+        with self._transaction() as connection:
+            return list(connection.execute(select(schema.rounds).order_by(schema.rounds.c.stage, schema.rounds.c.round)))
+
+    def checkpoints(self) -> dict[tuple[int, int], dict[str, str]]:
+        """(stage, round) -> part -> blob, in order."""
+        table = schema.checkpoints
+        with self._transaction() as connection:
+            return {(row.stage, row.round): row.parts for row in connection.execute(select(table).order_by(table.c.stage, table.c.round))}
+
+    def _state(self, connection: Connection) -> State:
+        return State.from_json(connection.execute(select(schema.runs.c.state)).scalar_one())
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            reason = getattr(error, "orig", None) or error
+            raise StateError(f"the store {self._path} cannot be used: {reason}; check free space, permissions and the file") from error
+
+
+class Step:
+    """What may be written together with a new state."""
+
+    def __init__(self, connection: Connection, run: str, now: float) -> None:
+        self._connection = connection
+        self._run = run
+        self._now = now
+
+    def begin_round(self, stage: int, round: int, chosen: tuple[int, ...]) -> None:
+        """Also for devices chosen later: the round keeps its beginning."""
+        row = {"run": self._run, "stage": stage, "round": round, "chosen": list(chosen), "begun_s": self._now}
+        statement = insert(schema.rounds).values(**row)
+        self._connection.execute(statement.on_conflict_do_update(index_elements=["run", "stage", "round"], set_={"chosen": row["chosen"]}))
+
+    def contribute(self, contribution: Contribution) -> None:
+        row = {
+            "id": contribution.id,
+            "run": self._run,
+            "stage": contribution.stage,
+            "round": contribution.round,
+            "participant": contribution.participant,
+            "blob": contribution.blob,
+            "bytes": contribution.size,
+            "images": contribution.report.images,
+            "report": contribution.report.model_dump(mode="json"),
+            "down_bytes": contribution.traffic.down,
+            "up_bytes": contribution.traffic.up,
+            "received_s": self._now,
+        }
+        self._connection.execute(schema.contributions.insert(), row)
+
+    def close_round(self, stage: int, round: int) -> None:
+        self._update_round(stage, round, closed_s=self._now)
+
+    def calibrated(self, stage: int, round: int, loss: float, seconds: float) -> None:
+        self._update_round(stage, round, calibration_loss=loss, calibration_seconds=seconds)
+
+    def evaluated(self, stage: int, name: str, scores: Scores) -> None:
+        values = {"knn": scores.knn, "probe": scores.probe}
+        statement = insert(schema.evaluations).values(run=self._run, stage=stage, name=name, **values)
+        self._connection.execute(statement.on_conflict_do_update(index_elements=["run", "stage", "name"], set_=values))
+
+    def checkpoint(self, stage: int, round: int, parts: dict[str, str]) -> None:
+        """Replaces the one of the stage's previous round."""
+        table = schema.checkpoints
+        self._connection.execute(table.delete().where(table.c.stage == stage))
+        self._connection.execute(table.insert(), {"run": self._run, "stage": stage, "round": round, "parts": parts})
+
+    def _update_round(self, stage: int, round: int, **values: float) -> None:
+        table = schema.rounds
+        self._connection.execute(table.update().where(table.c.stage == stage, table.c.round == round).values(**values))
+
+
+def _engine(path: Path, durable: bool) -> Engine:
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, record: object) -> None:
+        cursor = connection.cursor()
+        synchronous = "FULL" if durable else "OFF"  # FULL: a commit survives a power cut, which NORMAL does not promise in WAL
+        for pragma in ("journal_mode = WAL", f"synchronous = {synchronous}", "foreign_keys = ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return engine
+
+
+def _contribution(row: Any) -> Contribution:
+    traffic = Traffic(down=row.down_bytes, up=row.up_bytes)
+    report = Report.model_validate(row.report)
+    return Contribution(row.id, row.stage, row.round, row.participant, row.blob, row.bytes, report, traffic)
+
+
+def _differences(root: Path, stored: RunConfig, wanted: RunConfig) -> str:
+    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+    lines = []
+    for key in keys(RunConfig):
+        section, _, name = key.partition(".")
+        if old[section][name] != new[section][name]:
+            lines.append(f"  {key}: {old[section][name]} there, {new[section][name]} now")
+    shown = lines[:12] + ([f"  and {len(lines) - 12} more"] if len(lines) > 12 else [])
+    return (
+        f"{root} holds run {stored.run.name!r} of another configuration:\n" + "\n".join(shown) + "\n"
+        "go on with the old settings, or begin a new run with another --state or --set run.name=NAME"
+    )

@@ -1,0 +1,62 @@
+"""What is said when the run has moved: derived from the coordinator's state before and after."""
+
+from __future__ import annotations
+
+import time
+
+from lwfed.cloud_server.coordinator import RETURN_S
+from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.figures import stage_figures
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.rounds import Begun, Closed, Extended, GivenUp, Joined, Notice, State
+
+
+def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
+    after = course.state
+    if before.phase == "preparing" != after.phase:
+        news.stage_started(course.rules, after.stage, course.plan.trained)
+    for notice in notices:
+        _notice(news, course, notice)
+    if before.phase in ("aggregating", "calibrating", "evaluating") and after.phase in ("preparing", "finished"):
+        stage_ended(news, course, before.stage)
+    if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
+        waiting(news, course)
+
+
+def waiting(news: News, course: Course) -> None:
+    """Whom the run waits for; nothing while it does not wait."""
+    state, rules = course.state, course.rules
+    if state.phase != "waiting":
+        return
+    needed = rules.min_devices if state.patient or not state.begun else rules.quorum_of(rules.min_devices)
+    if len(state.here) < needed:
+        news.waiting(len(state.here), needed)
+    elif away := [participant for participant, there in state.devices.items() if there == "away"]:
+        news.waiting_for(away, RETURN_S)
+
+
+def place(course: Course) -> str:
+    state, rules = course.state, course.rules
+    return f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds}, {state.phase}"
+
+
+def stage_ended(news: News, course: Course, stage: int) -> None:
+    began = course.store.stage_began_s(stage)
+    seconds = time.time() - began if began is not None else 0.0
+    figures = stage_figures(course.store.contributions(), stage)
+    news.stage_ended(course.rules, stage, max(0.0, seconds), course.store.scores().get((stage, "trained")), figures)
+
+
+def _notice(news: News, course: Course, notice: Notice) -> None:
+    match notice:
+        case Begun(stage, round, chosen):
+            news.round_started(course.rules, stage, round, chosen)
+        case Joined(participants):
+            listed = ", ".join(map(str, participants))
+            news.warning(f"asked device {listed} to train as well, in place of those that cannot")
+        case Extended(_, round, contributions, needed):
+            news.warning(f"round {round}: {contributions} updates at the deadline and {needed} are needed: waiting as long again")
+        case Closed(stage, round, devices):
+            news.round_closed(course.rules, stage, round, devices, course.store.loss(stage, round))
+        case GivenUp(participant):
+            news.warning(f"device {participant} has not come back; going on without it until it does")

@@ -1,0 +1,127 @@
+"""The server's torch process: ``python -m lwfed.cloud_server.worker``, driven by JSON lines (`lwfed.child`).
+
+In:   {"do": "prepare",   "config", "stage", "parts": {part: file}, "out": folder}
+      {"do": "calibrate", "config", "stage", "round", "parts", "kept": folder, "out"}
+      {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}
+Out:  {"event": "ready"}                                       after the imports, once
+      {"event": "prepared" , "parts": {part: file}}            the parts that the stage adds
+      {"event": "calibrated", "parts", "loss", "seconds"}      the parts that were trained; the loss of the last epoch
+      {"event": "evaluated", "scores": {name: {"knn", "probe"}}}
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lwfed.child import Json, serve
+from lwfed.cloud_server.halves import halves
+from lwfed.config import RunConfig
+from lwfed.data.images import Images
+from lwfed.data.load import auxiliary_images, labelled_images
+from lwfed.models.encoder import load_encoder
+from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
+from lwfed.models.initial import grow, init_parts
+from lwfed.models.local import calibration_task, train_local
+from lwfed.models.shapes import part_shapes
+from lwfed.plan import by_part
+from lwfed.seeds import derive
+from lwfed.wire import tensors as wire
+
+Say = Callable[[Json], None]
+Loader = Callable[[RunConfig, Path], Images]
+
+
+class Worker:
+    """Keeps the images between jobs: decoding them takes longer than a small round."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, str], Images] = {}
+
+    def handle(self, data: Json, say: Say) -> None:
+        config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
+        torch.set_num_threads(config.train.threads)
+        jobs = {"prepare": self._prepare, "calibrate": self._calibrate, "evaluate": self._evaluate}
+        say(jobs[data["do"]](config, data))
+
+    def _prepare(self, config: RunConfig, data: Json) -> Json:
+        added = grow(config, config.plan(data["stage"]), _load(config, data["parts"]))
+        return {"event": "prepared", "parts": _write(added, Path(data["out"]))}
+
+    def _calibrate(self, config: RunConfig, data: Json) -> Json:
+        started = time.monotonic()
+        stage, round = data["stage"], data["round"]
+        task = calibration_task(
+            config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), _share(config, stage, round)
+        )
+        images = self._load_images("auxiliary", auxiliary_images, config, data)
+        trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
+        files = _write(trained, Path(data["out"]))
+        return {"event": "calibrated", "parts": files, "loss": summary.losses[-1], "seconds": time.monotonic() - started}
+
+    def _evaluate(self, config: RunConfig, data: Json) -> Json:
+        images = self._load_images("labelled", labelled_images, config, data)
+        scores = {name: _scores(config, _represent(config, name, data["parts"], images), images) for name in data["names"]}
+        return {"event": "evaluated", "scores": scores}
+
+    def _load_images(self, role: str, load: Loader, config: RunConfig, data: Json) -> Images:
+        key = role, config.digest
+        if key not in self._images:
+            self._images[key] = load(config, Path(data["kept"]))
+        return self._images[key]
+
+
+def _represent(config: RunConfig, name: str, parts: Mapping[str, str], images: Images) -> Tensor:
+    """Features [N, D] of all images: of the trained encoder, of the whole encoder at its beginning, or the pixels themselves."""
+    if name == "raw_pixels":
+        return raw_pixels(images.pixels)
+    if name == "random":
+        return features(load_encoder(config.model, init_parts(config, config.plan(config.stage_count).present)), images.pixels)
+    return features(load_encoder(config.model, _load(config, parts)), images.pixels)
+
+
+def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float | None]:
+    assert images.labels is not None
+    labels = torch.from_numpy(np.array(images.labels))
+    bank, queries = (torch.from_numpy(rows) for rows in halves(images.labels, config.run.seed))
+    halved = found[bank], labels[bank], found[queries], labels[queries]
+    probe = probe_accuracy(*halved) if config.evaluation.probe else None
+    return {"knn": knn_accuracy(*halved, config.evaluation.neighbours), "probe": probe}
+
+
+def _share(config: RunConfig, stage: int, round: int) -> tuple[float, float]:
+    """Where the round begins and ends in the whole run, 0 to 1."""
+    rounds, done = config.stage_count * config.rounds_in_stage, (stage - 1) * config.rounds_in_stage + round - 1
+    return done / rounds, (done + 1) / rounds
+
+
+def _load(config: RunConfig, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for part, file in parts.items():
+        arrays: Iterable[tuple[str, Any]] = wire.decode(Path(file), part_shapes(config, part)).items()
+        found |= {name: torch.from_numpy(array) for name, array in arrays}
+    return found
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
+    """One file a part; the server makes them durable when it takes them over."""
+    files = {}
+    for part, held in by_part(tensors).items():
+        path = folder / f"{part}.safetensors"
+        path.write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
+        files[part] = str(path)
+    return files
+
+
+def main() -> None:
+    serve(Worker().handle, {"event": "ready"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""A whole fleet in one thread and in virtual time: the real server over the memory broker, the transfer machines of real
+devices, and numpy in place of torch."""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+
+import click
+import numpy as np
+import pytest
+
+from lwfed.blobs import BlobStore
+from lwfed.child import Said
+from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.server import Server
+from lwfed.config import RunConfig, load_config
+from lwfed.console import Console
+from lwfed.models.shapes import part_shapes, shapes
+from lwfed.seeds import derive
+from lwfed.transport.base import Connected, Received, Will
+from lwfed.transport.memory import MemoryBroker
+from lwfed.wire import messages, tensors
+from lwfed.wire.download import Downloads
+from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encode
+from lwfed.wire.topics import ToDevice, Topics
+from lwfed.wire.upload import Upload, contribution_id
+
+TINY = [
+    "model.image_size=8", "model.width=8", "model.depth=2", "model.heads=2", "ssl.hidden_dim=8", "ssl.output_dim=4",
+    "stages.rounds_per_stage=2", "rounds.min_devices=2", "rounds.deadline_s=100", "transfer.chunk_bytes=1024",
+    "calibration.every=round", "evaluation.data=digits",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny():
+    return lambda *settings: load_config("demo", [*TINY, *settings])
+
+
+def drawn(shape, *labels):
+    """Random tensors that depend on nothing but the labels."""
+    stream = derive(0, "test", *labels)
+    return np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32]).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture
+def make_report():
+    return report
+
+
+def report(images=10, loss=1.0, peak_mb=300.0):
+    memory = Memory(baseline_mb=200, peak_mb=peak_mb, peak_source="VmHWM", curve=())
+    execution = Execution(prefix="torch", precision="fp32", threads=1, torch="2", machine="x86_64")
+    return Report(images=images, skipped=0, steps=3, losses=(loss,), seconds=1, memory=memory, execution=execution)
+
+
+class NumpyWorker:
+    """Does the jobs of the torch process at once; results depend on their inputs alone."""
+
+    def __init__(self, deliver, jobs):
+        self._deliver, self._jobs = deliver, jobs
+
+    def send(self, job):
+        self._jobs.append(job["do"])
+        with open(job["config"], "rb") as file:
+            config = RunConfig.from_bytes(file.read())
+        self._deliver(
+            Said(self, {"prepare": self._prepare, "calibrate": self._calibrate, "evaluate": self._evaluate}[job["do"]](config, job))
+        )
+
+    def _write(self, job, part, found):
+        path = f"{job['out']}/{part}"
+        with open(path, "wb") as file:
+            file.write(tensors.encode(found))
+        return path
+
+    def _prepare(self, config, job):
+        new = {
+            part: {name: drawn(shape, "init", name) for name, shape in part_shapes(config, part).items()}
+            for part in config.plan(job["stage"]).added
+        }
+        return {"event": "prepared", "parts": {part: self._write(job, part, found) for part, found in new.items()}}
+
+    def _calibrate(self, config, job):
+        files = {}
+        for part in config.plan(job["stage"]).calibrated:
+            with open(job["parts"][part], "rb") as file:
+                held = tensors.decode(file.read(), part_shapes(config, part))
+            files[part] = self._write(job, part, {name: value + np.float32(job["round"]) / 8 for name, value in held.items()})
+        return {"event": "calibrated", "parts": files, "loss": 0.5, "seconds": 0.1}
+
+    def _evaluate(self, config, job):
+        return {"event": "evaluated", "scores": {name: {"knn": 0.5, "probe": 0.25} for name in job["names"]}}
+
+    def kill(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class FakeDevice:
+    """What a device does on the wire; its training is a function of the model, the participant, the stage and the round."""
+
+    def __init__(self, broker, root, name, *, images=10, fails=0, spoil=lambda update: update):
+        self.name, self.images, self.fails, self.spoil = name, images, fails, spoil
+        self.topics = Topics("default")
+        self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
+        self.transport = broker.transport()
+        self.boot = 1
+        self.tasks, self.refusals, self.sent = [], [], 0
+        self.open()
+
+    def open(self):
+        self.downloads = Downloads(self.topics, self.name, self.held, seed=1)
+        self.upload = self.task = self.run = self.done_task = None
+        self.online = None
+        for filter in self.topics.for_device(self.name):
+            self.transport.subscribe(filter)
+        self.transport.open(self.name, Will(self.topics.from_device(self.name, "state"), encode(self.state("lost"))), self.handle)
+
+    def state(self, state):
+        return messages.State(state=state, boot=self.boot)
+
+    def tell(self, kind, message, retain=False):
+        self.transport.publish(self.topics.from_device(self.name, kind), encode(message), retain=retain)
+
+    def handle(self, event):
+        match event:
+            case Connected():
+                self.online = None
+                self.tell("state", self.state("ready"), retain=True)
+            case Received(topic, payload):
+                parsed = self.topics.parse(topic)
+                if topic == self.topics.server_state:
+                    self.on_server(messages.decode_server_state(payload))
+                elif topic == self.topics.run:
+                    self.run = messages.decode(messages.Run, payload)
+                elif isinstance(parsed, ToDevice):
+                    self.on_order(messages.decode(messages.DOWN[parsed.kind], payload))
+                else:
+                    self.downloads.on_chunk(parsed.blob, parsed.index, payload)
+
+    def on_server(self, state):
+        if state != self.online and state.online:
+            hello = messages.Hello(
+                boot=self.boot, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100,
+                images=self.images, source="folder",
+            )  # fmt: skip
+            self.tell("hello", hello)
+            self.downloads.reset()
+            if self.upload:
+                self.upload.reset()
+        self.online = state
+
+    def on_order(self, message):
+        match message:
+            case messages.Task():
+                if message not in (self.task, self.done_task):
+                    self.tasks.append((message.stage, message.round))
+                    self.task, self.upload = message, None
+            case messages.Manifest():
+                self.downloads.on_manifest(message)
+            case _ if self.upload:
+                handlers = {"Grant": self.upload.on_grant, "Wait": self.upload.on_wait, "Miss": self.upload.on_miss,
+                            "Done": self.upload.on_done, "Refuse": self.upload.on_refuse}  # fmt: skip
+                handlers[type(message).__name__](message)
+                if isinstance(message, messages.Refuse):
+                    self.refusals.append(message.code)
+            case messages.Refuse():
+                self.refusals.append(message.code)
+
+    def poll(self, now):
+        if self.online is None or not self.online.online:
+            return
+        if self.task and self.run and (self.run.stage, self.run.round, self.run.phase) == (self.task.stage, self.task.round, "training"):
+            self.downloads.want([self.run.config, *self.run.parts.values()])
+            if self.downloads.complete:
+                self.train()
+        commands = self.downloads.poll(now)
+        if self.upload:
+            commands += self.upload.poll(now, self.upload.window - self.transport.pending, Traffic(down=self.sent * 100, up=self.sent * 10))
+        for command in commands:
+            self.transport.execute(command)
+
+    def train(self):
+        config = RunConfig.from_bytes(self.held.read(self.run.config.id))
+        task, plan = self.task, config.plan(self.task.stage)
+        if self.fails:
+            self.fails, self.task = self.fails - 1, None
+            self.tell("fail", messages.Fail(run=task.run, stage=task.stage, round=task.round, code="memory", reason="out of memory"))
+            return
+        current = {}
+        for part in plan.present:
+            current |= tensors.decode(self.held.path(self.run.parts[part].id), part_shapes(config, part))
+        update = {
+            name: current[name] + drawn(shape, task.participant, task.stage, task.round, name)
+            for name, shape in shapes(config, plan.uploaded).items()
+        }
+        blob = self.spool.put(tensors.encode(self.spoil(update)))
+        offer = Offer(
+            contribution=contribution_id(task.run, task.stage, task.round, self.name, blob.id), run=task.run, stage=task.stage,
+            round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, 1024),
+            report=report(images=self.images * (task.participant + 1)),
+        )  # fmt: skip
+        self.task, self.done_task = None, task
+        self.sent += 1
+        self.upload = Upload(self.topics, self.name, offer, self.spool, seed=task.participant)
+
+    def next_wakeup(self, now):
+        if self.online is None or not self.online.online:
+            return None
+        times = [self.downloads.next_wakeup(now), self.upload.next_wakeup(now) if self.upload else None]
+        return min((time for time in times if time is not None), default=None)
+
+
+@dataclass
+class World:
+    """`settle` lets everything happen that follows by itself, letting time pass where something waits for it."""
+
+    root: object
+    config: RunConfig
+    broker: MemoryBroker
+    devices: list = field(default_factory=list)
+    jobs: list = field(default_factory=list)
+    now: float = 0.0
+    server: Server | None = None
+    course: Course | None = None
+
+    def start(self, **options):
+        self.course = Course(self.config, self.root / "server", durable=False)
+        news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
+        self.server = Server(
+            self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self.jobs), clock=lambda: self.now, **options
+        )
+        self.server.begin()
+
+    def kill(self):
+        """As SIGKILL does: nothing is said and nothing is saved."""
+        self.broker.cut("lwfed-default-server", reconnect=False)
+        self.course.store.close()
+        self.broker.restore("lwfed-default-server")
+        self.server = None
+
+    def join(self, name, **options):
+        device = FakeDevice(self.broker, self.root, name, **options)
+        self.devices.append(device)
+        self.settle(until=lambda: True)
+        return device
+
+    def quiet(self):
+        """Everything that needs no time to pass."""
+        while True:
+            count = self.broker.pump() + (self.server.drain() if self.server else 0)
+            for device in self.devices:
+                device.poll(self.now)
+            if self.server:
+                self.server.handle(None)
+            if count == 0 and self.broker.pump() == 0:
+                return
+
+    def settle(self, until, limit=400):
+        for _ in range(limit):
+            self.quiet()
+            if until():
+                return
+            parties = [*self.devices, *([self.server] if self.server else [])]
+            times = [time for party in parties if (time := party.next_wakeup(self.now)) is not None]
+            assert times, f"nothing will ever happen: {self.course.state}"
+            self.now = max(self.now + 1e-3, min(times))
+        raise AssertionError(f"no end in sight: {self.course.state}")
+
+    def finish(self):
+        self.settle(until=lambda: self.course.state.phase == "finished")
+        self.quiet()
+        return self.course.encoder_path.read_bytes()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the server says, as events."""
+    events = []
+    monkeypatch.setattr(click, "echo", lambda line: events.append(json.loads(line)))
+    return events
+
+
+@pytest.fixture
+def world(tmp_path, tiny, said):
+    worlds = []
+    numbers = itertools.count()
+
+    def world(*settings, faults=None):
+        root = tmp_path / f"world-{next(numbers)}"
+        (root / "server").mkdir(parents=True)
+        worlds.append(World(root, tiny(*settings), MemoryBroker(faults)))
+        return worlds[-1]
+
+    yield world
+    for one in worlds:
+        if one.course:
+            one.course.store.close()

@@ -1,0 +1,99 @@
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from lwfed.cloud_server import broker as managed
+from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
+from lwfed.errors import PortInUse, Unreachable
+from lwfed.transport.base import Connected, Received
+from lwfed.transport.mqtt import MqttTransport
+
+KINDS = [
+    "embedded",
+    pytest.param("mosquitto", marks=pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")),
+]
+
+
+@pytest.fixture
+def broker(tmp_path):
+    brokers = []
+
+    def broker(kind, port=0):
+        brokers.append(ManagedBroker(kind, port, tmp_path / "broker"))
+        return brokers[-1]
+
+    yield broker
+    for one in brokers:
+        one.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, tmp_path):
+    one = broker(kind)
+    one.start()
+    assert one.address.port > 0
+    assert not one.ensure()
+    exchange(one)
+    os.kill(one.pid, signal.SIGKILL)
+    psutil.Process(one.pid).wait(10)
+    port = one.address.port
+    assert one.ensure()
+    assert one.address.port == port
+    exchange(one)
+    if kind == "embedded":
+        assert (tmp_path / "broker" / "broker.log").read_bytes() == b""
+
+
+def exchange(broker):
+    events = queue.Queue()
+    transport = MqttTransport(broker.address)
+    transport.subscribe("lwfed/test")
+    transport.open("test", None, events.put)
+    event = events.get(timeout=20)
+    assert isinstance(event, Connected), event
+    transport.publish("lwfed/test", b"hello")
+    while not isinstance(event, Received):
+        event = events.get(timeout=20)
+    assert event.payload == b"hello"
+    transport.close()
+
+
+def test_a_port_in_use_is_explained(broker, monkeypatch):
+    monkeypatch.setattr(managed, "RELEASE_S", 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(PortInUse, match=rf"127\.0\.0\.1:{port}.*--port"):
+            broker("embedded", port).start()
+
+
+def test_a_broker_that_fails_says_what_it_said(broker, monkeypatch):
+    one = broker("embedded")
+    monkeypatch.setattr(one, "_embedded", lambda: [sys.executable, "-c", "import sys; sys.exit('no such option')"])
+    with pytest.raises(Unreachable, match="no such option"):
+        one.start()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_ends_with_a_server_that_is_killed(kind, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from lwfed.cloud_server.broker import ManagedBroker\n"
+        f"broker = ManagedBroker({kind!r}, 0, Path({str(tmp_path)!r})); broker.start(); print(broker.pid, flush=True); sys.stdin.read()"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    broker = psutil.Process(int(server.stdout.readline()))
+    server.kill()
+    server.communicate()
+    broker.wait(20)
+
+
+def test_the_embedded_broker_listens_on_loopback_only():
+    command = [sys.executable, "-m", "lwfed.cloud_server.embedded", "0.0.0.0", "1883"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "loopback" in result.stderr

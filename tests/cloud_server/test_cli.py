@@ -1,0 +1,130 @@
+"""The program's commands on the folder of a run, in this process."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import load
+from safetensors.torch import load_file
+
+from lwfed.cloud_server.checkpoint import choose
+from lwfed.cloud_server.cli import main
+from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.errors import StateError
+from lwfed.models.encoder import load_encoder
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+@pytest.fixture
+def finished(world):
+    fleet = world("run.name=small")
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name)
+    fleet.finish()
+    fleet.server.end()
+    return fleet
+
+
+def test_status_of_a_finished_run(finished, run, monkeypatch):
+    monkeypatch.undo()  # the console is the program's own again
+    result = run("status", "--state", finished.root / "server")
+    assert result.exit_code == 0
+    assert "small (layer_wise)" in result.output
+    assert "stage 2 of 2, round 2 of 2, finished" in result.output
+    assert "device 1" in result.output
+    assert "kNN 50.0%, linear probe 25.0%" in result.output
+
+
+def test_status_finds_the_runs_of_this_user(run, tmp_path, monkeypatch, finished):
+    monkeypatch.undo()
+    environ = {"XDG_STATE_HOME": str(tmp_path)}
+    nothing = CliRunner().invoke(main, ["status"], env=environ)
+    assert nothing.exit_code == 73
+    assert "cloud-server serve" in nothing.output
+    (tmp_path / "cloud-server").mkdir()
+    os.rename(finished.root / "server", tmp_path / "cloud-server" / "small")
+    assert "small" in CliRunner().invoke(main, ["status"], env=environ).output
+    os.rename(tmp_path / "cloud-server" / "small", finished.root / "server")
+
+
+def test_export_of_the_newest_model_and_of_a_stage(finished, run, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    newest, early = tmp_path / "newest.safetensors", tmp_path / "sub" / "early.safetensors"
+    assert "stage 2" in run("export", "--state", finished.root / "server", "--out", newest).output
+    assert newest.read_bytes() == finished.course.encoder_path.read_bytes()
+    assert stat.S_IMODE(newest.stat().st_mode) == 0o666 & ~umask()
+    assert "stage 1" in run("export", "--state", finished.root / "server", "--stage", 1, "--out", early).output
+    assert not any(name.startswith("blocks.1.") for name in load(early.read_bytes()))
+    result = run("export", "--state", finished.root / "server", "--stage", 9, "--out", early)
+    assert result.exit_code == 73
+    assert "stages with one: 1, 2" in result.output
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_timm_loads_an_export_and_computes_the_same(finished):
+    import_torchvision()  # which timm needs, in whatever condition
+    import timm
+
+    path = finished.course.encoder_path
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["lwfed"])
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **about["timm"]).eval()
+    tensors = load_file(path)
+    model.load_state_dict(tensors, strict=True)
+    images = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        ours = load_encoder(finished.config.model, tensors).features(images)
+        theirs = model((images - about["input"]["mean"]) / about["input"]["std"])
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert about["config_sha256"] == finished.config.digest
+
+
+def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    finished.course.store.close()
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(finished.config.model_dump(mode="json")))
+    options = ("serve", "--config", path, "--state", finished.root / "server", "--until-done", "--json")
+    result = run(*options)
+    assert result.exit_code == 0
+    assert [json.loads(line)["event"] for line in result.output.splitlines()] == ["run", "finished"]
+    other = run(*options, "--set", "train.lr=0.5")
+    assert other.exit_code == 73
+    assert "train.lr: 0.01 there, 0.5 now" in other.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["serve", "--config", "demo", "--broker", "mosquito"], 78, "auto, mosquitto, embedded"),
+        (["serve", "--config", "demo", "--broker", "http://host"], 78, "mqtt://"),
+        (["serve", "--config", "dmo"], 78, "'demo'"),
+        (["serve", "--config", "demo", "--set", "evaluation.data=nowhere"], 66, "nowhere"),
+        (["export", "--state", "nowhere", "--out", "x"], 73, "no run"),
+        (["serve"], 2, "--config"),
+    ],
+)
+def test_what_cannot_be_is_explained(run, tmp_path, arguments, code, says):
+    state = ["--state", tmp_path / "state"] if arguments[0] == "serve" else []
+    result = run(*arguments, *state)
+    assert result.exit_code == code
+    assert says in result.output
+
+
+def test_nothing_to_export_yet():
+    with pytest.raises(StateError, match="nothing to export yet"):
+        choose({}, None)

@@ -1,0 +1,293 @@
+"""The server in a fleet of simulated devices: undisturbed, disturbed, killed, and lied to."""
+
+import json
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load
+
+from lwfed.cloud_server.course import Course
+from lwfed.errors import Refused, StateError
+from lwfed.models.shapes import shapes
+from lwfed.transport.base import Disconnected
+from lwfed.transport.memory import Faults
+from lwfed.wire import messages
+
+
+def undisturbed(world):
+    fleet = world()
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name)
+    return fleet
+
+
+def unreliable(random):
+    """Loses and doubles what the machines repeat; who is there is said once, and arrives."""
+
+    def copies(client, topic, payload):
+        if topic.rsplit("/", 1)[1] in ("state", "hello"):
+            return 1
+        return random.choices([0, 1, 2], [0.05, 0.9, 0.05])[0]
+
+    return copies
+
+
+def of(said, event, **fields):
+    return [one for one in said if one["event"] == event and all(one.get(key) == value for key, value in fields.items())]
+
+
+def test_a_run_from_first_device_to_encoder(world, said):
+    fleet = undisturbed(world)
+    encoder = load(fleet.finish())
+    config = fleet.config
+    assert encoder.keys() == shapes(config, ["stem", "layer.1", "layer.2", "norm"]).keys()
+    assert [device.tasks for device in fleet.devices] == [[(1, 1), (1, 2), (2, 1), (2, 2)]] * 2
+    assert fleet.jobs == ["prepare", "evaluate", "calibrate", "calibrate", "evaluate", "prepare", "calibrate", "calibrate", "evaluate"]
+    assert {(one["stage"], one["name"]) for one in of(said, "evaluation")} == {
+        (0, "random"), (0, "raw_pixels"), (1, "trained"), (2, "trained"),
+    }  # fmt: skip
+    assert [(one["stage"], one["round"]) for one in of(said, "round", status="closed", devices=2)] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    ended = of(said, "stage", status="ended")[1]
+    assert (ended["worker_peak_mb"], ended["worker_baseline_mb"], ended["knn"]) == (300, 200, 0.5)
+    assert (ended["bytes_down"], ended["bytes_up"]) == (200, 20)
+    assert len(fleet.course.store.contributions()) == 8
+    assert not of(said, "warning")
+
+
+def test_the_model_is_the_weighted_mean_of_the_updates(world):
+    fleet = world("calibration.every=never", "stages.rounds_per_stage=1", "stages.strategy=end_to_end")
+    fleet.start()
+    sent = []
+    for name in ("a", "b"):
+        fleet.join(name, spoil=lambda update: sent.append(update) or update)
+    fleet.settle(until=lambda: fleet.course.state.round == 2)
+    name = "blocks.1.mlp.fc1.weight"
+    by_weight = sorted((update[name] for update in sent[:2]), key=lambda tensor: not np.array_equal(tensor, sent[0][name]))
+    part = fleet.course.blobs.read(fleet.course.state.parts["layer.2"])
+    mean = (by_weight[0].astype(float) * 1 + by_weight[1].astype(float) * 2) / 3
+    assert np.allclose(load(part)[name], mean, atol=1e-6)
+
+
+def test_the_waiting_server_names_the_command_that_joins(world, said):
+    fleet = world()
+    fleet.start()
+    fleet.quiet()
+    waiting = of(said, "waiting")[-1]
+    assert (waiting["devices"], waiting["needed"]) == (0, 2)
+    assert "edge-agent join mqtt://127.0.0.1:1883 --data" in waiting["text"]
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), kills=st.sets(st.integers(1, 60), max_size=4))
+def test_faults_and_kills_change_no_bit(world, seed, kills):
+    expected = undisturbed(world).finish()
+    fleet = world(faults=Faults(seed, reorder=0.1))
+    fleet.broker.interfere = unreliable(Random(seed))
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name)
+    steps = 0
+
+    def until():
+        nonlocal steps
+        steps += 1
+        if steps in kills and fleet.course.state.phase != "finished":
+            fleet.kill()
+            fleet.start()
+        return fleet.course.state.phase == "finished"
+
+    fleet.settle(until)
+    assert fleet.finish() == expected
+    assert len(fleet.course.store.contributions()) == 8
+
+
+@pytest.mark.parametrize("phase", ["preparing", "evaluating", "waiting", "training", "calibrating", "finished"])
+def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, phase, said):
+    expected = undisturbed(world).finish()
+    fleet = undisturbed(world)
+    if phase == "finished":
+        fleet.finish()
+    announced = [messages.decode(messages.Run, fleet.broker.retained["lwfed/default/all/run"]).epoch]
+    while fleet.course.state.phase not in (phase, "finished"):
+        fleet.broker.pump(1)
+        if fleet.server._queue.empty():
+            fleet.settle(until=lambda: True)
+            fleet.now += 0.1
+        else:
+            fleet.server.handle(fleet.server._queue.get())
+        if fleet.course.state.stage == 2:
+            break
+    fleet.kill()
+    fleet.start()
+    assert fleet.course.resumed
+    assert fleet.finish() == expected
+    announced.append(messages.decode(messages.Run, fleet.broker.retained["lwfed/default/all/run"]).epoch)
+    assert announced == [1, 2]
+
+
+def test_an_update_that_does_not_fit_is_refused_and_harms_nobody(world, said):
+    def poisoned(update):
+        return {name: np.full_like(value, np.nan) for name, value in update.items()}
+
+    expected = None
+    for spoil in (poisoned, lambda update: {**update, "extra": np.zeros(1, np.float32)}, lambda update: dict(list(update.items())[1:])):
+        fleet = world("rounds.quorum=0.5", "rounds.min_devices=2")
+        fleet.start()
+        fleet.join("honest")
+        liar = fleet.join("liar", spoil=spoil)
+        result = fleet.finish()
+        assert expected in (None, result)
+        expected = result
+        assert set(liar.refusals) <= {"content", "not_finite"}
+        assert len(liar.refusals) == 4
+        assert liar.tasks == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert {one.participant for one in fleet.course.store.contributions()} == {0}
+        assert not list((fleet.root / "server" / "updates").glob("*-*"))
+    assert of(said, "warning")
+
+
+def test_an_update_larger_than_the_plan_allows_is_not_even_received(world):
+    fleet = world()
+    fleet.start()
+    fleet.join("honest")
+    big = fleet.join("big", spoil=lambda update: {**update, "extra": np.zeros(100_000, np.float32)})
+    fleet.settle(until=lambda: big.refusals != [])
+    assert big.refusals == ["too_large"]
+
+
+def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("odd")
+    for payload in (b"\xff", b"{}", b"[" * 5000, b'{"v": 1, "blobs": 3}'):
+        for kind in ("need", "offer", "fin", "beat", "fail", "nonsense"):
+            device.transport.publish(fleet.server._topics.from_device("odd", kind), payload)
+    fleet.quiet()
+    assert len(of(said, "warning")) == 5
+    fleet.join("even")
+    fleet.finish()
+
+
+def test_a_device_of_another_version_is_told_so(world, said):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("old")
+    device.transport.publish(fleet.server._topics.from_device("old", "hello"), json.dumps({"v": 2}).encode())
+    fleet.quiet()
+    assert device.refusals == ["version"]
+    assert "protocol version 2" in of(said, "warning")[0]["text"]
+
+
+def test_a_device_with_too_few_images_is_not_asked(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    poor = fleet.join("poor", images=3)
+    assert fleet.course.state.phase == "waiting"
+    fleet.join("rich")
+    fleet.finish()
+    assert poor.tasks == []
+    assert "data.min_images is 8" in of(said, "warning")[0]["text"]
+
+
+def test_an_acknowledged_update_offered_again_is_acknowledged_again(world):
+    fleet = world("rounds.quorum=1")
+    fleet.start()
+    first, _ = fleet.join("first"), fleet.join("second")
+    fleet.settle(until=lambda: first.upload is not None and first.upload.state == "done")
+    before = fleet.course.store.contributions()
+    first.upload = type(first.upload)(first.topics, "first", first.upload._offer, first.spool, 3)
+    fleet.settle(until=lambda: first.upload.state == "done")
+    assert [one.id for one in fleet.course.store.contributions()][: len(before)] == [one.id for one in before]
+    fleet.finish()
+    assert len(fleet.course.store.contributions()) == 8
+
+
+def test_a_device_that_goes_for_good_is_not_waited_for_and_may_return(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("stays")
+    goes = fleet.join("goes", spoil=lambda update: goes.tell("state", goes.state("stopped"), retain=True) or update)
+    fleet.settle(until=lambda: of(said, "device", participant=1, status="has left") != [])
+    fleet.devices.remove(goes)
+    fleet.broker.cut("goes", reconnect=False)
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert of(said, "round", status="closed")[0]["devices"] == 1
+    assert fleet.now < 90
+    fleet.finish()
+
+
+def test_a_lost_device_costs_its_round_until_the_deadline_only(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("stays")
+    lost = fleet.join("lost")
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.devices.remove(lost)
+    fleet.broker.cut("lost", reconnect=False)
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert 100 <= fleet.now < 110
+    fleet.finish()
+    assert "has not come back" in " ".join(one["text"] for one in of(said, "warning"))
+
+
+def test_a_device_that_failed_is_asked_again_after_the_deadline(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("moody", fails=1)
+    fleet.settle(until=lambda: len(device.tasks) >= 2)
+    assert fleet.now >= 100
+    assert "out of memory" in of(said, "warning")[0]["text"]
+    fleet.finish()
+
+
+def test_a_task_is_repeated_until_it_is_begun(world):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    lost = []
+    fleet.broker.interfere = lambda client, topic, payload: 0 if topic.endswith("dn/task") and not lost.append(topic) else 1
+    device = fleet.join("deaf")
+    fleet.settle(until=lambda: len(lost) == 3)
+    assert 30 <= fleet.now < 31
+    assert device.tasks == []
+    fleet.broker.interfere = None
+    fleet.finish()
+
+
+def test_another_configuration_in_the_same_state_is_refused(world, tiny):
+    fleet = undisturbed(world)
+    with pytest.raises(StateError, match=r"train\.lr: 0\.01 there, 0\.5 now\n.*another --state"):
+        Course(tiny("train.lr=0.5"), fleet.root / "server")
+
+
+def test_until_done_ends_when_the_last_announcement_is_out(world):
+    fleet = world()
+    fleet.start(until_done=True)
+    for name in ("a", "b"):
+        fleet.join(name)
+    fleet.settle(until=lambda: fleet.server.over)
+    fleet.server.end()
+    fleet.broker.pump()
+    assert messages.decode(messages.Run, fleet.broker.retained["lwfed/default/all/run"]).phase == "finished"
+    assert not messages.decode_server_state(fleet.broker.retained["lwfed/default/srv/state"]).online
+
+
+def test_a_broker_that_dies_is_started_again_and_the_run_goes_on(world, said):
+    fleet = world()
+    fleet.start(revive=lambda: fleet.broker.start() or True)
+    for name in ("a", "b"):
+        fleet.join(name)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.broker.stop()
+    fleet.finish()
+    assert "started again" in of(said, "warning")[0]["text"]
+
+
+def test_a_broker_that_refuses_us_ends_the_server(world):
+    fleet = world()
+    fleet.start()
+    with pytest.raises(Refused, match="bad password"):
+        fleet.server.handle(Disconnected(Refused("bad password")))

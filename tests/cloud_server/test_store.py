@@ -1,0 +1,147 @@
+import sqlite3
+
+import pytest
+
+from lwfed.cloud_server.figures import stage_figures
+from lwfed.cloud_server.rounds import State
+from lwfed.cloud_server.store import FILE_NAME, Contribution, Scores, Store
+from lwfed.errors import StateError
+from lwfed.wire.messages import Hello, Traffic
+
+HELLO = Hello(boot=1, lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path, clock=lambda: 1000.0, durable=False)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def contribution(make_report):
+    def contribution(id, participant=0, stage=1, round=1, down=0, up=0, **report):
+        return Contribution(id, stage, round, participant, "b" * 64, 9, make_report(**report), Traffic(down=down, up=up))
+
+    return contribution
+
+
+def test_a_run_is_begun_once_and_taken_up_again(store, tiny, tmp_path):
+    assert store.config is None
+    assert store.begin(tiny()) == (State(), 1, False)
+    with store.step(State(phase="waiting", parts={"stem": "x"})):
+        pass
+    store.close()
+    again = Store(tmp_path)
+    assert again.begin(tiny()) == (State(phase="waiting", parts={"stem": "x"}), 2, True)
+    assert again.config == tiny()
+    again.close()
+
+
+def test_another_configuration_is_named_key_by_key(store, tiny):
+    store.begin(tiny())
+    with pytest.raises(StateError) as error:
+        store.begin(tiny("run.seed=5", "ssl.temperature=0.7"))
+    assert "run.seed: 0 there, 5 now" in str(error.value)
+    assert "ssl.temperature" in str(error.value)
+    assert "--state" in str(error.value)
+
+
+def test_participant_numbers_follow_admission_and_stay(store, tiny):
+    store.begin(tiny())
+    assert [store.admit(name, HELLO) for name in ("b", "a", "b", "c")] == [(0, True), (1, True), (0, False), (2, True)]
+    assert [(device.participant, device.id) for device in store.devices()] == [(0, "b"), (1, "a"), (2, "c")]
+
+
+def test_what_one_event_causes_is_written_together_or_not_at_all(store, tiny, contribution):
+    store.begin(tiny())
+    store.admit("a", HELLO)
+
+    def interrupted():
+        with store.step(State(phase="training")) as step:
+            step.begin_round(1, 1, (0,))
+            step.contribute(contribution("c1"))
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError, match="power"):
+        interrupted()
+    assert store.state.phase == "preparing"
+    assert store.contributions() == []
+    assert store.rounds() == []
+
+
+def test_a_contribution_counts_once(store, tiny, contribution):
+    store.begin(tiny())
+    store.admit("a", HELLO)
+    with store.step(State()) as step:
+        step.begin_round(1, 1, (0,))
+        step.contribute(contribution("c1", loss=3.0))
+    assert store.has_contribution("c1")
+    assert not store.has_contribution("c2")
+    for id in ("c1", "c2"):
+        with pytest.raises(StateError, match="UNIQUE"), store.step(State()) as step:
+            step.contribute(contribution(id))
+    assert store.contributions() == [contribution("c1", loss=3.0)]
+
+
+def test_a_contribution_of_nobody_is_refused_by_foreign_keys(store, tiny, contribution):
+    store.begin(tiny())
+    with pytest.raises(StateError, match="FOREIGN KEY"), store.step(State()) as step:
+        step.contribute(contribution("c1", participant=4))
+
+
+def test_the_loss_of_a_round_is_weighted_by_images(store, tiny, contribution):
+    store.begin(tiny())
+    for name in ("a", "b"):
+        store.admit(name, HELLO)
+    with store.step(State()) as step:
+        step.begin_round(1, 1, (0, 1))
+        step.contribute(contribution("c1", images=30, loss=1.0))
+        step.contribute(contribution("c2", participant=1, images=10, loss=5.0))
+        step.close_round(1, 1)
+    assert store.loss(1, 1) == 2.0
+    assert store.loss(1, 2) is None
+    assert store.stage_began_s(1) == 1000.0
+
+
+def test_results_and_the_last_checkpoint_of_each_stage(store, tiny):
+    store.begin(tiny())
+    with store.step(State(phase="finished")) as step:
+        step.evaluated(1, "trained", Scores(0.5, None))
+        step.evaluated(1, "trained", Scores(0.6, None))
+        for round in (1, 2):
+            step.checkpoint(1, round, {"stem": f"blob{round}"})
+        step.checkpoint(2, 1, {"stem": "blob3"})
+    assert store.scores() == {(1, "trained"): Scores(0.6, None)}
+    assert store.checkpoints() == {(1, 2): {"stem": "blob2"}, (2, 1): {"stem": "blob3"}}
+    assert store.times == (1000.0, 1000.0)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path, tiny):
+    Store(tmp_path).close()
+    connection = sqlite3.connect(tmp_path / FILE_NAME)
+    connection.execute("PRAGMA user_version = 99")
+    connection.commit()
+    connection.close()
+    with pytest.raises(StateError, match="schema version 99"):
+        Store(tmp_path)
+
+
+def test_a_file_that_is_no_store_is_explained(tmp_path):
+    (tmp_path / FILE_NAME).write_bytes(b"not a database at all" * 100)
+    with pytest.raises(StateError, match="cannot be used"):
+        Store(tmp_path)
+
+
+def test_figures_of_a_stage(contribution):
+    reports = [
+        contribution("1", 0, stage=1, down=100, up=10, peak_mb=300.0),
+        contribution("2", 1, stage=1, down=300, up=30, peak_mb=310.0),
+        contribution("3", 0, stage=2, round=1, down=150, up=15, peak_mb=400.0),
+        contribution("4", 0, stage=2, round=2, down=180, up=20, peak_mb=350.0),
+        contribution("5", 1, stage=2, down=40, up=4, peak_mb=1.0),  # its journal was lost
+    ]
+    first, second = stage_figures(reports, 1), stage_figures(reports, 2)
+    assert (first.bytes_down, first.bytes_up, first.worker_peak_mb) == (200, 20, 310)
+    assert (second.bytes_down, second.bytes_up, second.worker_peak_mb) == (60, 7, 400)
+    assert stage_figures(reports, 3) is None

@@ -1,0 +1,156 @@
+"""The torch process, its jobs and the side that gives them."""
+
+import queue
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lwfed.child import Ended, Said
+from lwfed.cloud_server.halves import halves
+from lwfed.cloud_server.worker import Worker
+from lwfed.cloud_server.workshop import Workshop, starter
+from lwfed.errors import DataError, Diverged, WorkerFailed
+from lwfed.models.shapes import part_shapes
+
+
+@pytest.fixture
+def job(tmp_path, tiny):
+    config = tiny("calibration.batch_size=64", "calibration.epochs=1")
+    (tmp_path / "config").write_bytes(config.to_bytes())
+    (tmp_path / "out").mkdir()
+    places = {"config": str(tmp_path / "config"), "out": str(tmp_path / "out"), "kept": str(tmp_path / "kept"), "parts": {}}
+    return lambda do, **more: {"do": do, **places, **more}
+
+
+def do(worker, job):
+    results = []
+    worker.handle(job, results.append)
+    return results[-1]
+
+
+def test_jobs_prepare_calibrate_evaluate(job, tiny):
+    worker = Worker()
+    prepared = do(worker, job("prepare", stage=1))
+    assert set(prepared["parts"]) == set(tiny().plan(1).added)
+    initial = load_file(prepared["parts"]["layer.1"])
+    assert {name: value.shape for name, value in initial.items()} == part_shapes(tiny(), "layer.1")
+
+    calibrated = do(worker, job("calibrate", stage=1, round=1, parts=prepared["parts"]))
+    assert set(calibrated["parts"]) == set(tiny().plan(1).calibrated)
+    assert calibrated["loss"] > 0
+    trained = load_file(calibrated["parts"]["layer.1"])
+    assert not np.array_equal(trained["blocks.0.mlp.fc1.weight"], initial["blocks.0.mlp.fc1.weight"])
+
+    scores = do(worker, job("evaluate", names=["random", "raw_pixels", "trained"], parts=calibrated["parts"]))["scores"]
+    assert scores["raw_pixels"]["knn"] > 0.8  # digits of 8x8 pixels are easy
+    assert 0 < scores["trained"]["knn"] < scores["raw_pixels"]["knn"]
+    assert do(Worker(), job("evaluate", names=["random"]))["scores"]["random"] == scores["random"]
+
+
+def test_halves_are_stratified_disjoint_and_repeatable():
+    labels = np.repeat([0, 1, 2], [10, 5, 1])
+    bank, queries = halves(labels, 7)
+    assert sorted([*bank, *queries]) == list(range(16))
+    assert np.bincount(labels[bank]).tolist() == [5, 3, 1]
+    assert halves(labels, 7)[0].tolist() == bank.tolist() != halves(labels, 8)[0].tolist()
+
+
+class Script:
+    """A process that says what it is told to say, one answer a job."""
+
+    def __init__(self, answers):
+        self.answers, self.jobs, self.started, self.events = answers, [], 0, queue.SimpleQueue()
+
+    def start(self, deliver):
+        self.started += 1
+        return Process(self)
+
+
+class Process:
+    def __init__(self, script):
+        self.script = script
+
+    def send(self, job):
+        self.script.jobs.append(job)
+        answer = self.script.answers.pop(0)
+        self.script.events.put(Ended(self, "ended by SIGKILL") if answer == "dies" else Said(self, answer))
+
+    def kill(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    def workshop(*answers):
+        script = Script(list(answers))
+        return Workshop(script.start, script.events.put, tmp_path / "work", linger_s=10), script
+
+    return workshop
+
+
+DONE = {"event": "prepared", "parts": {}}
+ERROR = {"event": "error", "kind": "OutOfMemory", "message": "no memory"}
+
+
+def play(workshop, script):
+    while workshop.busy:
+        result = workshop.on(script.events.get_nowait(), now=0.0)
+    return result
+
+
+def test_a_job_is_done_again_when_the_process_dies_or_runs_out_of_memory(workshop):
+    one, script = workshop("dies", ERROR, DONE)
+    one.submit({"do": "prepare"})
+    assert play(one, script) == DONE
+    assert script.started == 3
+    assert script.jobs == [{"do": "prepare"}] * 3
+
+
+def test_a_process_that_keeps_dying_is_an_error(workshop):
+    one, script = workshop("dies", "dies", "dies")
+    one.submit({"do": "prepare"})
+    with pytest.raises(WorkerFailed, match=r"could not prepare in 3 attempts.*SIGKILL.*state is safe"):
+        play(one, script)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("DataError", DataError), ("Diverged", Diverged)])
+def test_an_error_that_repetition_cannot_mend_is_raised_at_once(workshop, kind, error):
+    one, script = workshop({"event": "error", "kind": kind, "message": "as it is"})
+    one.submit({"do": "calibrate"})
+    with pytest.raises(error, match="as it is"):
+        play(one, script)
+    assert not one.busy
+
+
+def test_the_process_is_kept_for_a_while_and_then_ended(workshop):
+    one, script = workshop(DONE, DONE, DONE)
+    one.submit({"do": "prepare"})
+    play(one, script)
+    assert one.next_wakeup() == 10
+    one.submit({"do": "prepare"})
+    play(one, script)
+    assert script.started == 1
+    one.poll(now=10)
+    one.submit({"do": "prepare"})
+    assert script.started == 2
+
+
+def test_one_job_at_a_time(workshop):
+    one, _ = workshop(DONE)
+    one.submit({"do": "prepare"})
+    with pytest.raises(RuntimeError, match="busy"):
+        one.submit({"do": "prepare"})
+
+
+def test_the_real_process_does_a_job(tmp_path, job):
+    events = queue.Queue()
+    one = Workshop(starter(threads=1), events.put, tmp_path / "out", linger_s=1)
+    one.submit(job("prepare", stage=1))
+    while one.busy:
+        result = one.on(events.get(timeout=60), now=0.0)
+    one.end()
+    assert result["event"] == "prepared"
