@@ -14,7 +14,8 @@ from lwfed.wire.commands import Command, Send
 from lwfed.wire.messages import DeviceState, Hello, State, Task, encode
 from lwfed.wire.topics import Topics
 
-REMIND_S = 15.0
+REMIND_S = 15.0  # after a task that nothing was heard of
+SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
 MAX_DEVICES = 10_000  # what anybody who may connect can make us store
 
 
@@ -40,7 +41,7 @@ class Fleet:
         self._task: Task | None = None  # of no participant: which round reminders are about
         self._asked: dict[int, float] = {}  # participant -> when its task was last sent
         self.reminded = False  # the last tasks included some that had been sent before
-        self._begun: set[int] = set()
+        self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
         for device in store.devices():
             self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
@@ -63,25 +64,25 @@ class Fleet:
         self.remind(participant)
         return member
 
-    def note(self, device: str, state: State) -> Member | None:
+    def note(self, device: str, state: State, now: float) -> Member | None:
         """The member whose state this is; None when it is unknown or the message belongs to the past."""
         member = self.members.get(device)
         if member is None or state.boot < member.boot:
             return None
         member.boot, member.state = state.boot, state.state
         if state.state == "training" and member.participant in self._asked:
-            self._begun.add(member.participant)
+            self.works(member.participant, now)
         return member
 
-    def begun(self, participant: int) -> None:
-        """It works on its task: no reminder is needed."""
-        self._begun.add(participant)
+    def works(self, participant: int, now: float) -> None:
+        """It works on its task of this round: no reminder is needed for a while."""
+        self._heard[participant] = now
 
     def remind(self, participant: int | None = None) -> None:
         """Send its task again at the next opportunity; or everybody's, after our own connection was lost."""
         for one in [participant] if participant is not None else list(self._asked):
             self._asked.pop(one, None)
-            self._begun.discard(one)
+            self._heard.pop(one, None)
 
     def tasks(self, run: str, stage: int, round: int, owing: Iterable[int], now: float) -> list[Command]:
         """The tasks that are due among those who still owe an update."""
@@ -89,7 +90,7 @@ class Fleet:
         if task != self._task:
             self._task = task
             self._asked.clear()
-            self._begun.clear()
+            self._heard.clear()
         wanted = set(owing)
         commands: list[Command] = []
         self.reminded = False
@@ -103,10 +104,8 @@ class Fleet:
 
     def next_wakeup(self, owing: Iterable[int]) -> float | None:
         wanted = set(owing)
-        due = [self._due(one.participant) for one in self.members.values() if one.participant in wanted and one.there]
-        return min((time for time in due if time != float("inf")), default=None)
+        return min((self._due(one.participant) for one in self.members.values() if one.participant in wanted and one.there), default=None)
 
     def _due(self, participant: int) -> float:
-        if participant in self._begun:
-            return float("inf")
-        return self._asked.get(participant, float("-inf")) + REMIND_S
+        never = float("-inf")
+        return max(self._asked.get(participant, never) + REMIND_S, self._heard.get(participant, never) + SILENCE_S)

@@ -36,8 +36,7 @@ class Reception:
         """Take a message; what is to be answered."""
         parsed = self._topics.parse(topic)
         if isinstance(parsed, UpdateChunk):
-            self._inbox.chunk(parsed, payload, now)
-            return []
+            return self._inbox.chunk(parsed, payload, now)
         if not isinstance(parsed, FromDevice) or parsed.kind not in UP:
             return []
         try:
@@ -63,7 +62,7 @@ class Reception:
             return []  # it must greet first, and does so whenever it sees the server
         match message:
             case Beat() if self._is_on(message):
-                self._fleet.begun(member.participant)
+                self._fleet.works(member.participant, now)
                 self._news.progress(member.participant, message, now)
             case Offer():
                 return self._on_offer(member, message, now)
@@ -97,7 +96,7 @@ class Reception:
     def _on_state(self, device: str, state: State, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
         before = known.state if known else None
-        member = self._fleet.note(device, state)
+        member = self._fleet.note(device, state, now)
         if member is None or not self._fleet.can_train(member):
             return []
         if member.there:
@@ -124,11 +123,12 @@ class Reception:
             self._apply(CannotTrain(member.participant, refused=False), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
-        objection = None if self._course.store.has_contribution(offer.contribution) else self._objection(member, offer)
-        if objection is None:
-            self._fleet.begun(member.participant)
+        if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one
             return self._inbox.offer(member.id, offer, now)
-        return self._refuse(member, offer, *objection)
+        if objection := self._objection(member, offer):
+            return self._refuse(member, offer, *objection)
+        self._fleet.works(member.participant, now)
+        return self._inbox.offer(member.id, offer, now)
 
     def _objection(self, member: Member, offer: Offer) -> tuple[RefuseCode, str] | None:
         state = self._course.state

@@ -58,7 +58,7 @@ class Worker:
         started = time.monotonic()
         stage, round = data["stage"], data["round"]
         task = calibration_task(
-            config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), _share(config, stage, round)
+            config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), config.share_of_run(stage, round)
         )
         images = self._load_images("auxiliary", auxiliary_images, config, data)
         trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
@@ -93,12 +93,6 @@ def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float
     halved = found[bank], labels[bank], found[queries], labels[queries]
     probe = probe_accuracy(*halved) if config.evaluation.probe else None
     return {"knn": knn_accuracy(*halved, config.evaluation.neighbours), "probe": probe}
-
-
-def _share(config: RunConfig, stage: int, round: int) -> tuple[float, float]:
-    """Where the round begins and ends in the whole run, 0 to 1."""
-    rounds, done = config.stage_count * config.rounds_in_stage, (stage - 1) * config.rounds_in_stage + round - 1
-    return done / rounds, (done + 1) / rounds
 
 
 def _load(config: RunConfig, parts: Mapping[str, str]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def main() -> None:
 @click.option("--fleet", default="default", show_default=True, help="As on the server.")
 @click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for journal, model and decoded images.")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0), default=15, show_default=True, help="Seconds to try the first connection.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=1), default=15, show_default=True, help="Seconds to try the first connection.")
 @connection_options
 @json_option
 def join(url: str, data: str, fleet: str, name: str, state: Path | None, wait_s: float, connection: Connection, as_json: bool) -> None:

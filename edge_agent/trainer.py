@@ -36,12 +36,6 @@ def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path]) -> dict
     return loaded
 
 
-def round_of_run(config: RunConfig, stage: int, round: int) -> tuple[float, float]:
-    """Where the round begins and ends in the whole run, 0 to 1."""
-    rounds, done = config.stage_count * config.rounds_in_stage, (stage - 1) * config.rounds_in_stage + round - 1
-    return done / rounds, (done + 1) / rounds
-
-
 def train(
     config: RunConfig,
     stage: int,
@@ -54,5 +48,5 @@ def train(
     """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
     plan = config.plan(stage)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, round_of_run(config, stage, round)), tensors, pixels, on_step)
+    trained, summary = train_local(config, device_task(config, plan, seed, config.share_of_run(stage, round)), tensors, pixels, on_step)
     return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

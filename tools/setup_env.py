@@ -26,20 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = "constraints.txt"  # also of the merged one in .venv
 STAMP = ".installed-"  # the Makefile's targets
-OLDEST_PYTHON = (3, 10)
 RESOLVING_PIP = (23, 3)  # the first whose --dry-run leaves the wheels, GBs of them, where they are
+FORECAST_S = 120  # a slow index; the installation itself has all the time it needs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # pytorch.org, "Get Started"
-PIN = re.compile(r"^(?P<name>[\w.-]+)\s*==\s*(?P<version>[^\s;#]+)\s*(?:;(?P<marker>[^#]*))?")
+PIN = re.compile(r"^(?P<name>[\w.-]+)\s*==\s*(?P<version>[^\s;#]+)\s*(?:;\s*(?P<marker>[^#]*?))?\s*(?:#.*)?$")
 CUDA = re.compile(r"^(nvidia|cuda|triton)(-|$)")
 PROBE = """
-import importlib.metadata, json
-found = {}
-for name in ("pip", "torch"):
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-print(json.dumps(found))
+import importlib.metadata as metadata, importlib.util as util, json
+first = {name: next(iter(metadata.distributions(name=name)), None) for name in ("pip", "torch")}
+print(json.dumps({name: found.version for name, found in first.items() if found and util.find_spec(name)}))
 """
 
 
@@ -67,9 +62,9 @@ def warning(coming: Forecast) -> str | None:
     """What to know before pip starts; None when the build is for the CPU."""
     if not coming.cuda and "+cu" not in coming.version:
         return None
-    companions = f", {len(coming.cuda)} packages of CUDA among its requirements ({coming.cuda[0]}, ...)" if coming.cuda else ""
+    brings = f" and brings {len(coming.cuda)} more packages ({coming.cuda[0]}, ...)" if coming.cuda else ""
     return (
-        f"torch {coming.version} is a build for CUDA{companions}: several GB. It works without a GPU too. For a build without CUDA,\n"
+        f"torch {coming.version} is a build for CUDA{brings}: several GB. It works without a GPU too. For one without CUDA,\n"
         "stop this with Ctrl-C and name an index that has one, for example PyTorch's own:\n"
         f'    make setup PIP_OPTIONS="--extra-index-url {CPU_INDEX}"'
     )
@@ -80,10 +75,10 @@ def keep_torch(constraints: str, version: str) -> str:
 
     Pins of torch and torchvision with one marker belong together; where that torch is another one, both give way.
     """
-    pins = [match for match in map(PIN.match, constraints.splitlines()) if match]
-    public = version.split("+")[0]
-    other = {_marker(pin) for pin in pins if pin["name"] == "torch" and pin["version"] not in (version, public)}
-    kept = [line for line in constraints.splitlines() if not _gives_way(PIN.match(line), other)]
+    lines = [(line, PIN.match(line)) for line in constraints.splitlines()]
+    right = (version, version.split("+")[0])
+    other = {pin["marker"] for _, pin in lines if pin and pin["name"] == "torch" and pin["version"] not in right}
+    kept = [line for line, pin in lines if not (pin and pin["name"] in ("torch", "torchvision") and pin["marker"] in other)]
     return "\n".join([*kept, f"torch=={version}"]) + "\n"
 
 
@@ -109,14 +104,6 @@ def read_extras(root: Path) -> tuple[str, dict[str, list[str]]]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _marker(pin: re.Match[str]) -> str:
-    return " ".join((pin["marker"] or "").split())
-
-
-def _gives_way(pin: re.Match[str] | None, other: set[str]) -> bool:
-    return pin is not None and pin["name"] in ("torch", "torchvision") and _marker(pin) in other
 
 
 def set_up(extra: str, venv: Path, options: Sequence[str]) -> None:
@@ -145,9 +132,7 @@ def _make_venv(venv: Path) -> Path:
         flags.append("--system-site-packages")
     _say(f"Making {venv} with {sys.executable}" + (f", sharing its torch {theirs}" if theirs else ""))
     if subprocess.run([sys.executable, "-m", "venv", *flags, str(venv)]).returncode:
-        raise SetupError(
-            f"{sys.executable} could not make {venv}; on Debian, Ubuntu and Raspberry Pi OS this needs: apt install python3-venv"
-        )
+        raise SetupError(f"{sys.executable} could not make {venv}; Debian and its relatives need: apt install python3-venv")
     found = _probe(python)
     if "pip" not in found:
         raise SetupError(f"{venv} has no pip that works; delete it and try again")
@@ -171,7 +156,10 @@ def _constraints(python: Path, venv: Path, options: Sequence[str]) -> Path:
 
 def _foretell(python: Path, constraints: Path, options: Sequence[str]) -> None:
     command = ["--dry-run", "--quiet", "--report", "-", "--constraint", str(constraints), "torch", *options]
-    answer = subprocess.run([str(python), "-m", "pip", "install", *command], capture_output=True, text=True)
+    try:
+        answer = subprocess.run([str(python), "-m", "pip", "install", *command], capture_output=True, text=True, timeout=FORECAST_S)
+    except subprocess.TimeoutExpired:
+        return
     coming = forecast(json.loads(answer.stdout)) if answer.returncode == 0 else None  # what failed here fails again, aloud
     text = warning(coming) if coming else None
     if text:
@@ -189,8 +177,10 @@ def _probe(python: Path) -> dict[str, str]:
 
 def _pip(python: Path, arguments: Sequence[str]) -> None:
     if subprocess.run([str(python), "-m", "pip", "install", *arguments]).returncode:
-        hint = "A torch that is already installed is never replaced; if it stands in the way, remove it or delete .venv.\n"
-        raise SetupError(f"pip failed; it says why above. {hint}The same command goes on from here; PIP_OPTIONS names another index.")
+        raise SetupError(
+            "pip failed, and says above why. The same command goes on from here; PIP_OPTIONS names another index.\n"
+            "A torch that was already here is never replaced: if it stands in the way, remove it, or name another PYTHON and delete .venv"
+        )
 
 
 def _say(text: str) -> None:
@@ -203,10 +193,8 @@ def main() -> int:
     parser.add_argument("extra", help="of setup.cfg: demo, test, ...")
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     arguments = parser.parse_args()
-    if sys.version_info < OLDEST_PYTHON:
-        parser.error(
-            f"{sys.executable} is older than Python {'.'.join(map(str, OLDEST_PYTHON))}; name a newer one: make PYTHON=python3.12 ..."
-        )
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever calls it may have an older one
+        parser.error(f"{sys.executable} is older than Python 3.10; name a newer one: make PYTHON=python3.12 ...")
     try:
         set_up(arguments.extra, arguments.venv.absolute(), shlex.split(os.environ.get("PIP_OPTIONS", "")))
     except (SetupError, OSError, ValueError) as error:

@@ -189,6 +189,11 @@ class RunConfig(Section):
             self.stages.strategy, stage, self.model.depth, self.stages.layers_per_stage, self.calibration.scope, self.calibration.every
         )
 
+    def share_of_run(self, stage: int, round: int) -> tuple[float, float]:
+        """Where a round (both 1-based) begins and ends in the whole run, 0 to 1; learning-rate schedules go by it."""
+        rounds, done = self.stage_count * self.rounds_in_stage, (stage - 1) * self.rounds_in_stage + round - 1
+        return done / rounds, (done + 1) / rounds
+
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same configuration is the same bytes, so its SHA-256 names it."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()

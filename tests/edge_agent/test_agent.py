@@ -163,7 +163,7 @@ def test_parts_that_do_not_fit_the_stage_are_refused(tmp_path):
 
 
 def test_the_schedule_runs_over_the_whole_run():
-    places = [trainer.round_of_run(CONFIG, stage, round) for stage in range(1, 5) for round in range(1, 5)]
+    places = [CONFIG.share_of_run(stage, round) for stage in range(1, 5) for round in range(1, 5)]
     assert places[0][0] == 0
     assert places[-1][1] == 1
     assert all(before[1] == after[0] for before, after in pairwise(places))

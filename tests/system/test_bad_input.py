@@ -24,7 +24,7 @@ def fails(name, *arguments, code, says):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "does not exist"), ({}, "no images"), ({"notes.txt": b"hello"}, "no images"), ({"a.jpg": b"junk"}, "no readable")],
+    [(None, "there is no folder"), ({}, "no images"), ({"notes.txt": b"hello"}, "no images"), ({"a.jpg": b"junk"}, "can be read")],
 )
 def test_a_folder_without_images(tmp_path, content, says):
     folder = tmp_path / "images"
@@ -37,7 +37,7 @@ def test_a_folder_without_images(tmp_path, content, says):
 
 def test_nobody_listens_at_the_broker_s_address(tmp_path, port):
     url = f"mqtt://127.0.0.1:{port}"
-    fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, "--wait", 0, code=69, says=f"127.0.0.1:{port}")
+    fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, "--wait", 2, code=69, says=f"127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize("url", ["http://host", "mqtt://", "mqtt://host:port", "nonsense"])
