@@ -27,7 +27,7 @@ def main() -> None:
     metavar="KIND|URL",
     help="auto, mosquitto or embedded: start one on this machine; or mqtt(s)://HOST of one that runs.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=1883, show_default=True, help="Of the broker started here; 0: any free one.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Of the broker started here; 0: any free one. Default: 1883.")
 @connection_options
 @click.option("--until-done", is_flag=True, help="End when the run is finished, instead of staying there for its devices.")
 @json_option
@@ -36,7 +36,7 @@ def serve(
     settings: tuple[str, ...],
     state: Path | None,
     broker: str,
-    port: int,
+    port: int | None,
     connection: Connection,
     until_done: bool,
     as_json: bool,

@@ -12,7 +12,7 @@ from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
 from lwfed.config import RunConfig
-from lwfed.models.shapes import shapes
+from lwfed.models.shapes import shapes, size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire import tensors
 from lwfed.wire.messages import Run
@@ -89,13 +89,7 @@ class Course:
 
     def update_limit(self) -> int:
         """The largest update that can be one of this stage, in bytes."""
-        count = 0
-        for shape in shapes(self.config, self.plan.uploaded).values():
-            size = 4
-            for length in shape:
-                size *= length
-            count += size
-        return int(count * SIZE_SLACK) + HEADER_BYTES
+        return int(size_bytes(self.config, self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""

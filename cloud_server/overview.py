@@ -14,6 +14,7 @@ from lwfed.cloud_server.news import NAMES
 from lwfed.cloud_server.rounds import Rules
 from lwfed.cloud_server.store import FILE_NAME, Store
 from lwfed.config import RunConfig
+from lwfed.console import printable
 from lwfed.errors import StateError
 
 
@@ -46,7 +47,7 @@ def overview(root: Path) -> str:
         if closed:
             loss = store.loss(closed[-1].stage, closed[-1].round)
             lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
-    return "\n".join(f"{label:<12}{text}" for label, text in lines)
+    return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
 
 
 def export_from(root: Path, out: Path, stage: int | None) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lwfed.blobs import check_cut
 from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
-from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.course import HEADER_BYTES, Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.telling import place
@@ -17,16 +18,18 @@ from lwfed.cloud_server.workshop import starter
 from lwfed.config import RunConfig
 from lwfed.console import Console
 from lwfed.data import open_source
-from lwfed.errors import ConfigError, MissingDependency
+from lwfed.errors import ConfigError, InvalidPayload, MissingDependency
+from lwfed.models.shapes import size_bytes
 from lwfed.transport.address import BrokerAddress
 
+DEFAULT_PORT = 1883
 MANAGED: tuple[Literal["auto", "mosquitto", "embedded"], ...] = ("auto", "mosquitto", "embedded")
 
 
 @dataclass(frozen=True)
 class Options:
     broker: str  # auto | mosquitto | embedded | URL
-    port: int
+    port: int | None  # of a broker started here
     connection: Connection
     until_done: bool
 
@@ -34,6 +37,7 @@ class Options:
 def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
+    check_sizes(config)
     with ExitStack() as stack:
         course = Course(config, root)
         stack.callback(course.store.close)
@@ -71,12 +75,29 @@ def check_sources(config: RunConfig) -> None:
             open_source(spec).check()
 
 
+def check_sizes(config: RunConfig) -> None:
+    """Whether every update and every part of the model can travel, known before anybody trains. Raises ConfigError."""
+    plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
+    loads = [plan.uploaded for plan in plans] + [(part,) for plan in plans for part in plan.added]
+    largest = max(loads, key=lambda parts: size_bytes(config, parts))
+    try:
+        check_cut(size_bytes(config, largest) + HEADER_BYTES, config.transfer.chunk_bytes)
+    except InvalidPayload as error:
+        raise ConfigError(f"{', '.join(largest)}: {error}") from None
+
+
 def _broker(options: Options, root: Path) -> ManagedBroker | None:
     for kind in MANAGED:
         if options.broker == kind:
-            return ManagedBroker(kind, options.port, root / "broker")
+            if options.connection != Connection():
+                raise ConfigError(
+                    f"--broker {kind} starts a broker that asks for no credentials: give them with the address of another one"
+                )
+            return ManagedBroker(kind, DEFAULT_PORT if options.port is None else options.port, root / "broker")
     if "://" not in options.broker:
         raise ConfigError(f"--broker {options.broker!r}: write auto, mosquitto, embedded, or the address of a broker, mqtt://HOST")
+    if options.port is not None:
+        raise ConfigError(f"--port is for a broker started here; write the port into the address, {options.broker}:{options.port}")
     return None
 
 

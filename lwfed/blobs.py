@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lwfed.errors import InvalidPayload, StateError
-from lwfed.wire.messages import BlobRef, Manifest
+from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
 _READ_BYTES = 1 << 20
 
@@ -97,6 +97,7 @@ class BlobStore:
         key = id, chunk_bytes
         if key not in self._manifests:
             ref = self.ref(id)
+            check_cut(ref.size, chunk_bytes)
             with (self._root / id).open("rb") as file:
                 pieces = iter(lambda: file.read(chunk_bytes), b"")
                 digests = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
@@ -212,6 +213,16 @@ class PartFile:
             for index, digest in enumerate(self.manifest.digests):
                 if hashlib.sha256(file.read(self.manifest.chunk_bytes)).hexdigest() == digest:
                     yield index
+
+
+def check_cut(size: int, chunk_bytes: int) -> None:
+    """Raises InvalidPayload when a blob of `size` bytes cannot travel in pieces of `chunk_bytes`."""
+    pieces = -(-size // chunk_bytes) if chunk_bytes >= MIN_CHUNK_BYTES else MAX_CHUNKS + 1
+    if size > MAX_BLOB_BYTES or pieces > MAX_CHUNKS:
+        raise InvalidPayload(
+            f"{size} bytes cannot travel in pieces of {chunk_bytes}: at most {MAX_CHUNKS} pieces and {MAX_BLOB_BYTES} bytes; "
+            "take a smaller model or fewer layers per stage, raise transfer.chunk_bytes, or let the broker take larger packets"
+        )
 
 
 @contextmanager

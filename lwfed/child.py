@@ -1,8 +1,8 @@
-"""A child process that works for its parent: JSON lines in on its stdin, JSON lines out on its stdout.
+"""A child process that works for its parent: JSON lines in on its stdin, JSON lines out on a pipe of their own.
 
 Training runs in such a child because only the end of a process reliably gives its memory back, and because its
 death (out of memory, a wrong build of torch) must not take the parent with it. A child whose parent dies ends too:
-its stdin closes.
+its stdin closes. Its stdout is its parent's stderr: libraries print what they like, even while they are imported.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from lwfed.errors import LwfedError
 
 Json = dict[str, Any]
+OUTPUT_VARIABLE = "LWFED_CHILD_OUTPUT"  # the file descriptor that a child writes its lines to
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,19 @@ class Child:
 
     def __init__(self, module: str, deliver: Callable[[Said | Ended], None], env: dict[str, str] | None = None) -> None:
         self._deliver = deliver
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
-        )
+        ours, theirs = os.pipe()
+        self._lines = open(ours, "rb")  # noqa: SIM115 - closed by `close`
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=2,
+                pass_fds=[theirs],
+                env={**os.environ, **(env or {}), OUTPUT_VARIABLE: str(theirs)},
+                start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
+            )
+        finally:
+            os.close(theirs)
         self._reader = threading.Thread(target=self._read, name=f"read {module}", daemon=True)
         self._reader.start()
 
@@ -70,21 +77,21 @@ class Child:
     def close(self) -> None:
         """Let an ended child go, and wait for its last event; idempotent."""
         self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._process.stdin, self._lines):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._deliver(Said(self, json.loads(line)))
+        for line in self._lines:
+            with contextlib.suppress(ValueError):  # the last line of a child that was killed may be cut off
+                self._deliver(Said(self, json.loads(line)))
         self._deliver(Ended(self, describe_exit(self._process.wait())))
 
 
 def describe_exit(code: int) -> str:
     if code >= 0:
-        return f"ended with exit code {code}"
+        return f"ended with exit code {code}: what it said last is above; `edge-agent doctor` checks torch"
     hints = {
         signal.SIGKILL: "probably killed because the device ran out of memory",
         signal.SIGILL: "torch was built for another processor: see `edge-agent doctor`",
@@ -101,8 +108,7 @@ def serve(handle: Handler, hello: Json) -> None:
 
     An error of ours is said as ``{"event": "error", "kind": class name, "message": text}`` and the child goes on.
     """
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not end up between our lines
+    out = os.fdopen(int(os.environ[OUTPUT_VARIABLE]), "w", buffering=1)
     lines: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_feed, args=(lines,), name="stdin", daemon=True).start()
 
@@ -118,7 +124,7 @@ def serve(handle: Handler, hello: Json) -> None:
             handle(json.loads(lines.get()), say)
         except LwfedError as error:
             say({"event": "error", "kind": type(error).__name__, "message": str(error)})
-        except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # the border of the process: whatever it is, the parent must hear of it
             kind = "OutOfMemory" if isinstance(error, MemoryError) or "allocate memory" in str(error) else "WorkerFailed"
             say({"event": "error", "kind": kind, "message": f"{type(error).__name__}: {error}"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -18,4 +19,10 @@ class Console:
         if self.as_json:
             click.echo(json.dumps({"event": event, "time": round(time.time(), 3), "text": text, **fields}))
         else:
-            click.echo(f"{time.strftime('%H:%M:%S')}  {text}")
+            click.echo(f"{time.strftime('%H:%M:%S')}  {printable(text)}")
+
+
+def printable(text: str) -> str:
+    """One line without control characters: what a device says of itself must neither forge lines nor steer a terminal."""
+    line = re.sub(r"\s*\n\s*", "; ", text.strip())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)

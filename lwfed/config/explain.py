@@ -41,10 +41,18 @@ def _line(problem: Mapping[str, Any], known: Iterable[str]) -> str:
 
 
 def _nearest(path: str, known: list[str]) -> str:
-    """The key most like `path`: the same last word in another section counts more than a like spelling."""
-    same_word = [key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]]
-    near = same_word[:1] or difflib.get_close_matches(path, known, 1, cutoff=0.5)
-    if not near:
-        sections = sorted({key.split(".")[0] for key in known})
-        near = difflib.get_close_matches(path.split(".")[0], sections, 1)
-    return f"; did you mean {near[0]}?" if near else "; configs/base.yaml lists all keys"
+    """What the key may have been meant to be: the same word in another section, a like word, or the list of its section."""
+    section, _, word = path.rpartition(".")
+    words = {key.rpartition(".")[2]: key for key in reversed(known)}  # the first section that has a word wins
+    siblings = [key for key in known if section and key.startswith(f"{section}.")]
+    sections = sorted({key.split(".")[0] for key in known})
+    near = (
+        [words[word]]
+        if word in words
+        else [f"{section}.{like}" for like in difflib.get_close_matches(word, [key.rpartition(".")[2] for key in siblings], 1)]
+        or ([] if siblings else difflib.get_close_matches(path.split(".")[0], sections, 1))
+        or [words[like] for like in difflib.get_close_matches(word, list(words), 1, cutoff=0.8)]
+    )
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; {section} has {', '.join(key.rpartition('.')[2] for key in siblings)}" if siblings else f"; sections: {', '.join(sections)}"

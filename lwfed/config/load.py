@@ -69,7 +69,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, a number like 0b_
         raise ConfigError(f"{name} is no valid YAML: {error}") from None
     if data is None:
         return {}

@@ -17,6 +17,7 @@ from lwfed.plan import CalibrationEvery, CalibrationScope, StagePlan, Strategy, 
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_WAIT_S = 1e6  # eleven days: what operating systems can wait for at once
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -54,18 +55,18 @@ class SslSection(Section):
     hidden_dim: Positive
     output_dim: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    temperature: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(ge=1e-3)]
 
 
 class StagesSection(Section):
     strategy: Strategy
     layers_per_stage: Positive
-    rounds_per_stage: Positive
+    rounds_per_stage: Annotated[int, Field(ge=1, le=10_000)]
     layer_init: Literal["random", "copy"]
 
 
 class TrainSection(Section):
-    epochs: Positive
+    epochs: Annotated[int, Field(ge=1, le=1000)]  # a report lists the loss of each
     batch_size: Annotated[int, Field(ge=2)]
     lr: Annotated[float, Field(gt=0)]
     lr_schedule: Literal["fixed", "cosine"]
@@ -99,7 +100,7 @@ class RoundsSection(Section):
     min_devices: Positive
     sample: Positive | None
     quorum: Annotated[float, Field(gt=0, le=1)]
-    deadline_s: Annotated[float, Field(gt=0)]
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_WAIT_S)]
 
 
 class CalibrationSection(Section):
@@ -145,7 +146,7 @@ class TransferSection(Section):
 
 
 class WorkerSection(Section):
-    linger_s: Annotated[float, Field(ge=0)]
+    linger_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
     sample_s: Annotated[float, Field(ge=0.05, le=60)]
 
 

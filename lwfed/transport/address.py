@@ -25,7 +25,10 @@ class BrokerAddress:
     @classmethod
     def parse(cls, url: str) -> BrokerAddress:
         """Raises ConfigError that says how an address is written."""
-        parts = urlsplit(url.strip())
+        try:
+            parts = urlsplit(url.strip())
+        except ValueError:
+            raise ConfigError(f"{_hidden(url)!r} is not the address of an MQTT broker: {_FORM}") from None
         if parts.scheme not in PORTS or not url.strip().startswith(f"{parts.scheme}://"):
             raise ConfigError(f"{_hidden(url)!r} is not the address of an MQTT broker: {_FORM}")
         if parts.password is not None:

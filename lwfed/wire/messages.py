@@ -15,8 +15,9 @@ from lwfed.errors import InvalidMessage, ProtocolMismatch
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 128 * 1024  # AWS IoT Core's limit, the lowest of the common brokers
-MAX_BLOB_BYTES = 128 * 1024 * 1024  # four times a layer of ViT-Large; its manifest stays below MAX_MESSAGE_BYTES
+MAX_BLOB_BYTES = 128 * 1024 * 1024  # ten layers of ViT-Small or three of ViT-Large in one update; its manifest fits a message
 MAX_CHUNKS = 1200
+MIN_CHUNK_BYTES = 1024
 MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -49,7 +50,7 @@ class Manifest(Message):
     """How a blob is cut, and what each piece must hash to."""
 
     blob: BlobRef
-    chunk_bytes: Annotated[int, Field(ge=1024, le=1_000_000)]
+    chunk_bytes: Annotated[int, Field(ge=MIN_CHUNK_BYTES, le=1_000_000)]
     digests: Annotated[tuple[Digest, ...], Field(max_length=MAX_CHUNKS)]
 
     @model_validator(mode="after")
@@ -218,7 +219,7 @@ class Report(Record):
     images: Annotated[int, Field(ge=1, lt=2**53)]  # |D_n|, the weight of the update
     skipped: Count  # files that are no readable images
     steps: Ordinal
-    losses: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=10_000)]  # per epoch
+    losses: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=1000)]  # per epoch
     seconds: Amount
     memory: Memory
     execution: Execution

@@ -3,8 +3,10 @@
 import os
 import signal
 
-from lwfed.child import serve
-from lwfed.errors import DataError
+print("a library greets while it is imported, without a newline", end="", flush=True)
+
+from lwfed.child import serve  # noqa: E402
+from lwfed.errors import DataError  # noqa: E402
 
 
 def handle(data, say):
@@ -16,6 +18,11 @@ def handle(data, say):
             raise DataError("no images in /nowhere")
         case {"do": "exhaust"}:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        case {"do": "stumble"}:
+            raise KeyError("nobody expected this")
+        case {"do": "die in the middle of a line"}:
+            os.write(int(os.environ["LWFED_CHILD_OUTPUT"]), b'{"event": "ec')
+            os.kill(os.getpid(), signal.SIGKILL)
         case {"do": "die", "signal": name}:
             os.kill(os.getpid(), signal.Signals[name])
 

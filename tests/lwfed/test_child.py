@@ -33,10 +33,11 @@ def test_lines_go_both_ways_and_library_noise_does_not_mix_in(child, events):
 
 
 def test_an_error_is_said_and_the_child_goes_on(child, events):
-    for order in ({"do": "fail"}, {"do": "exhaust"}, {"do": "echo", "text": "still here"}):
+    for order in ({"do": "fail"}, {"do": "exhaust"}, {"do": "stumble"}, {"do": "echo", "text": "still here"}):
         child.send(order)
     assert events.get(timeout=LONG_S).data == {"event": "error", "kind": "DataError", "message": "no images in /nowhere"}
     assert events.get(timeout=LONG_S).data["kind"] == "OutOfMemory"
+    assert events.get(timeout=LONG_S).data["message"] == "KeyError: 'nobody expected this'"
     assert events.get(timeout=LONG_S).data["text"] == "still here"
 
 
@@ -47,6 +48,11 @@ def test_its_death_is_an_event_that_names_the_likely_cause(child, events):
     assert "SIGKILL" in ended.reason
     assert "out of memory" in ended.reason
     child.send({"do": "echo", "text": "to nobody"})  # must not raise
+
+
+def test_a_line_cut_off_by_its_death_is_no_event(child, events):
+    child.send({"do": "die in the middle of a line"})
+    assert isinstance(events.get(timeout=LONG_S), Ended)
 
 
 def test_it_ends_when_its_parent_is_killed():
@@ -71,6 +77,6 @@ def test_it_ends_when_its_parent_is_killed():
 
 
 def test_exits_are_described_for_people():
-    assert describe_exit(3) == "ended with exit code 3"
+    assert describe_exit(3).startswith("ended with exit code 3: ")
     assert "doctor" in describe_exit(-4)
     assert describe_exit(-15) == "ended by SIGTERM"

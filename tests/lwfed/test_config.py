@@ -51,12 +51,16 @@ def test_settings_are_typed_like_yaml_and_the_last_one_wins():
 
 def test_all_problems_are_listed_at_once_with_the_nearest_key():
     with pytest.raises(ConfigError) as caught:
-        load_config("demo", ["trian.lr=1", "train.lrr=1", "batch_size=3", "train.epochs=no", "model.heads=5", "train.lr=.inf"])
+        load_config(
+            "demo",
+            ["trian.lr=1", "train.lrr=1", "train.leanring_rate=1", "batch_size=3", "train.epochs=no", "model.heads=5", "train.lr=.inf"],
+        )
     text = str(caught.value)
-    assert "6 problems" in text
+    assert "7 problems" in text
     for expected in (
         "trian: no such key; did you mean train",
         "train.lrr: no such key; did you mean train.lr?",
+        "train.leanring_rate: no such key; train has epochs, batch_size, lr,",
         "batch_size: no such key; did you mean train.batch_size?",
         "train.epochs: ",
         "heads 5 does not divide width 64",
@@ -78,6 +82,12 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key():
         ("data: {auxiliary_share: 0.6, labelled_share: 0.4}", "leave nothing"),
         ("stages: {layers_per_stage: 13}", "exceeds model.depth"),
         ("rounds: {sample: 5, min_devices: 2}", "exceeds rounds.min_devices"),
+        ("run: {name: 2026-13-45}", "no valid YAML|run.name"),
+        ("run: {seed: 0b_}", "no valid YAML|run.seed"),
+        ("ssl: {temperature: 1e-7}", "ssl.temperature"),
+        ("train: {epochs: 20000}", "train.epochs"),
+        ("stages: {rounds_per_stage: 2000000}", "stages.rounds_per_stage"),
+        ("rounds: {deadline_s: 1e10}", "rounds.deadline_s"),
         ("views: {crop_scale: [1.0, 0.2]}", "no range"),
     ],
 )
