@@ -11,6 +11,11 @@ from typing import Any
 
 from lwfed.tools.account import total, training_mb
 
+CALIBRATION = (
+    " The server calibrates the whole model after each round here, so lower layers travel down again; "
+    "with calibration at stage ends, or none, they do not."
+)
+
 
 def page(report: Mapping[str, Any], picture: bytes) -> str:
     """Fill page.html with the figures of `report` and the PNG bytes `picture`."""
@@ -21,6 +26,9 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
         devices=config["data"]["devices"],
         stages=len(report["stages"]),
         depth=config["model"]["depth"],
+        partition=", uneven in its classes" if config["data"]["partition"] == "dirichlet" else "",
+        added="a single layer" if config["stages"]["layers_per_stage"] == 1 else f"{config['stages']['layers_per_stage']} layers",
+        calibration=CALIBRATION if (config["calibration"]["every"], config["calibration"]["scope"]) == ("round", "model") else "",
         random=_percent(report["random"]["knn"]),
         trained=_percent(staged["knn"]),
         end_to_end=_percent(whole["knn"]),

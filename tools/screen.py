@@ -13,7 +13,15 @@ from lwfed.config import RunConfig
 from lwfed.tools.account import total, training_mb
 
 TITLES = {"layer_wise": "layer by layer", "end_to_end": "end to end"}
-WORTH_A_LINE = {("evaluation", None), ("round", "closed"), ("stage", "ended"), ("device", "joined"), ("warning", None), ("broker", None)}
+WORTH_A_LINE = {
+    ("evaluation", None),
+    ("round", "closed"),
+    ("stage", "ended"),
+    ("device", "joined"),
+    ("warning", None),
+    ("waiting", None),
+    ("broker", None),
+}
 
 
 class Screen:

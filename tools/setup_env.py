@@ -52,7 +52,7 @@ class Forecast:
 
 def forecast(report: Mapping[str, Any]) -> Forecast | None:
     """Out of ``pip install --report``; None when torch is not to be installed."""
-    versions = {_plain(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
+    versions = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in report["install"]}
     if "torch" not in versions:
         return None
     return Forecast(versions["torch"], tuple(sorted(name for name in versions if CUDA.match(name))))
@@ -100,10 +100,6 @@ def read_extras(root: Path) -> tuple[str, dict[str, list[str]]]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(root / "setup.cfg", encoding="utf-8")
     return parser["metadata"]["name"], {name: text.split("\n") for name, text in parser["options.extras_require"].items()}
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def set_up(extra: str, venv: Path, options: Sequence[str]) -> None:
