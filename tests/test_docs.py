@@ -1,0 +1,363 @@
+"""What the documentation says, held against the programs: its commands, configurations, code and tables."""
+
+import contextlib
+import os
+import queue
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+from lwfed import errors
+from lwfed.cli import Connection
+from lwfed.cloud_server.checkpoint import export
+from lwfed.cloud_server.cli import main as cloud_server
+from lwfed.config import load_config, presets
+from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.edge_agent.cli import main as edge_agent
+from lwfed.models.shapes import part_shapes
+from lwfed.tools.cli import main as lwfed
+from lwfed.transport import mqtt
+from lwfed.transport.address import BrokerAddress
+from lwfed.transport.base import Connected, Disconnected, Received
+from lwfed.wire import messages, tensors, topics
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PROGRAMS = {"edge-agent": edge_agent, "cloud-server": cloud_server, "lwfed": lwfed}
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+MISSING_PICTURE = ROOT / "docs" / "demo.png"  # made from a run of the demo
+SHELL = {"pip", "scp", "python3", "make", "openssl", "echo", "chmod", "sed", "sudo", "mosquitto", "mosquitto_passwd"}
+LANGUAGES = {"sh", "yaml", "python", "text"}
+
+
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(language, pages=tuple(PAGES)):
+    return [
+        pytest.param(found["text"].replace("\n" + found["indent"], "\n").strip(), id=f"{path.name}-{number}")
+        for path in pages
+        for number, found in enumerate(FENCE.finditer(path.read_text(encoding="utf-8")))
+        if found["language"] == language
+    ]
+
+
+def text_of(name, language):
+    return [block.values[0] for block in blocks(language, (ROOT / name,))]
+
+
+def commands(text):
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            yield shlex.split(line, comments=True)
+
+
+def inline_commands():
+    """Commands of our programs in running text."""
+    for path in PAGES:
+        prose = FENCE.sub("", path.read_text(encoding="utf-8"))
+        for quoted in re.findall(r"`([^`\n]+)`", prose):
+            words = quoted.split()
+            if words[0] in PROGRAMS and len(words) > 1:
+                yield pytest.param(words, id=f"{path.name}-{quoted}")
+
+
+def check(words):
+    """Raises when the program has no such command or option. Nothing runs."""
+    command, arguments, context = PROGRAMS[words[0]], words[1:], None
+    while isinstance(command, click.Group):
+        context = click.Context(command, parent=context, info_name=words[0])
+        _, command, arguments = command.resolve_command(context, arguments)
+    return command.make_context(command.name, list(arguments), parent=context)
+
+
+def settings_of(words):
+    return [value for flag, value in pairwise(words) if flag == "--set"]
+
+
+def wrong_on_purpose():
+    """Commands whose error follows in a block of its own: (words, error)."""
+    shown = re.compile(r"^```sh\n([^\n]+)\n```\n\n```text\n(error: .*?)\n```$", re.MULTILINE | re.DOTALL)
+    return [(shlex.split(command), text) for path in PAGES for command, text in shown.findall(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_block_is_of_a_kind_that_is_checked(path):
+    text = path.read_text(encoding="utf-8")
+    assert {found["language"] for found in FENCE.finditer(text)} <= LANGUAGES
+    assert "```" not in FENCE.sub("", text)
+
+
+@pytest.mark.parametrize("text", blocks("sh"))
+def test_commands_in_blocks_exist_with_their_options(text):
+    extras = set(re.findall(r"^(\w+) =$", page("setup.cfg").partition("[options.extras_require]")[2], re.MULTILINE))
+    wrong = [words for words, _ in wrong_on_purpose()]
+    for words in commands(text):
+        program = Path(words[0]).name
+        if program in PROGRAMS:
+            check([program, *words[1:]])
+            if words not in wrong:
+                load_config("base", settings_of(words))
+        else:
+            assert program in SHELL
+        assert {extra for word in words for extra in re.findall(r"\[(\w+)\]$", word)} <= extras
+
+
+MAKE = [words for block in blocks("sh") for words in commands(block.values[0]) if words[0] == "make"]
+
+
+@pytest.mark.parametrize("words", MAKE, ids=" ".join)
+def test_make_has_the_target_and_takes_the_variables(words):
+    targets = set(re.findall(r"^([a-z-]+):", page("Makefile"), re.MULTILINE))
+    variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+    assert {word for word in words[1:] if "=" not in word} <= targets
+    assert all(f"$({name})" in page("Makefile") or f"export {name}" in page("Makefile") for name in variables)
+    check(["lwfed", "demo", *shlex.split(variables.get("DEMO_ARGS", ""))])
+
+
+@pytest.mark.parametrize(("words", "shown"), wrong_on_purpose(), ids=lambda value: value[:20] if isinstance(value, str) else None)
+def test_shown_errors_are_the_real_ones(words, shown):
+    with pytest.raises(errors.ConfigError) as caught:
+        load_config(words[words.index("--config") + 1], settings_of(words))
+    assert f"error: {caught.value}" == shown
+
+
+@pytest.mark.parametrize("words", list(inline_commands()))
+def test_commands_in_running_text_exist(words):
+    with contextlib.suppress(click.MissingParameter):  # running text leaves out what does not matter there
+        check(words)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_configurations_are_valid_and_state_differences_only(text, tmp_path):
+    path = tmp_path / "garden.yaml"
+    path.write_text(text)
+    given = load_config(str(path)).model_dump(mode="json")
+    base = load_config("base").model_dump(mode="json")
+    for section, values in re.findall(r"^(\w+): \{(.*)\}$", text, re.MULTILINE):
+        for key in re.findall(r"(\w+):", values):
+            assert given[section][key] != base[section][key]
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_code_runs(text, tmp_path, monkeypatch):
+    config = load_config("demo")
+    import_torchvision()  # which timm needs, in whatever condition
+    random = np.random.default_rng(0)
+    parts = [part for part in config.plan(config.stage_count).present if part not in ("projector", "predictor")]
+    for part in parts:
+        arrays = {name: random.random(shape, dtype=np.float32) for name, shape in part_shapes(config, part).items()}
+        (tmp_path / part).write_bytes(tensors.encode(arrays))
+    export(config, config.stage_count, {part: part for part in parts}, lambda blob: tmp_path / blob, tmp_path / "encoder.safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "README.md", "exec"), {})
+
+
+def links():
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                yield pytest.param((path.parent / target.partition("#")[0]).resolve(), id=f"{path.name}-{target}")
+
+
+@pytest.mark.parametrize("target", list(links()))
+def test_links_lead_somewhere(target):
+    if target == MISSING_PICTURE and not target.exists():
+        pytest.skip("the picture is made from a run of the demo")
+    assert target.exists()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_named_files_exist(path):
+    """Every path in backquotes that begins with a folder of ours; `{...}` and `<...>` are patterns."""
+    names = re.findall(r"`((?:lwfed|models|edge_agent|cloud_server|tools|configs|tests|docs)/[\w./-]+)`", path.read_text(encoding="utf-8"))
+    assert not [name for name in names if not (ROOT / name).exists() and not name.startswith("lwfed/<")]
+
+
+def rows(name, header):
+    """Cells of the table whose first header cell is `header`, without backquotes."""
+    table = page(name).partition(f"| {header} |")[2].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
+
+
+def below(kind):
+    yield kind
+    for child in kind.__subclasses__():
+        yield from below(child)
+
+
+def test_the_table_of_exit_codes_is_the_tree_of_errors():
+    listed = {name: int(code) for code, names, *_ in rows("docs/EXIT_CODES.md", "code") for name in names.split(", ") if name}
+    assert listed == {kind.__name__: kind.exit_code for kind in below(errors.LwfedError) if kind.__module__ == errors.__name__}
+
+
+def test_the_service_is_not_restarted_where_it_is_of_no_use():
+    text = page("docs/EXIT_CODES.md")
+    useless = {code for code, *_, again in rows("docs/EXIT_CODES.md", "code") if again == "no"}
+    assert set(re.search(r"RestartPreventExitStatus=([\d ]+)", text)[1].split()) == useless
+    assert useless == set(re.findall(r"\d+", re.search(r"restarted on ([^:]+):", errors.__doc__)[1]))
+
+
+def test_the_table_of_presets_is_complete():
+    assert sorted(row[0] for row in rows("docs/CONFIGURATION.md", "preset")) == presets()
+
+
+def test_the_tables_of_the_protocol_are_complete():
+    listed = {kind: name for kind, name, _ in rows("docs/PROTOCOL.md", "kind")}
+    assert listed == {kind: model.__name__ for kind, model in (messages.UP | messages.DOWN).items()}
+    fleet = topics.Topics("fleet")
+    for topic, *_ in rows("docs/PROTOCOL.md", "topic"):
+        plain = topic.replace("<fleet>", "fleet").replace("<index>", "0").replace("<kind>", "task")
+        assert fleet.parse(re.sub("[<>]", "", plain)) is not None
+
+
+def test_documented_variables_are_read():
+    read = "".join(path.read_text() for path in (ROOT / "lwfed").rglob("*.py"))
+    for name, *_ in rows("docs/CONFIGURATION.md", "variable"):
+        assert f'"{name}"' in read
+
+
+def test_the_folders_in_architecture_are_those_that_there_are():
+    listed = {row[0].rstrip("/") for row in rows("ARCHITECTURE.md", "folder")}
+    assert listed == {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests"}
+
+
+# docs/BROKER.md, done
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """A folder in which the page's files were made by its own commands, for a broker called localhost; and its port."""
+    mosquitto = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if not mosquitto or not shutil.which("openssl") or not shutil.which("mosquitto_passwd"):
+        pytest.skip("mosquitto or openssl is not installed")
+    folder, port = tmp_path_factory.mktemp("broker"), free_port()
+    make, *_ = text_of("docs/BROKER.md", "sh")
+    acl, conf = text_of("docs/BROKER.md", "text")
+    subprocess.run(["sh", "-e", "-c", make.replace("broker.example", "localhost")], cwd=folder, check=True, capture_output=True)
+    (folder / "acl").write_text(acl + "\n")
+    root = "user root\n" if os.geteuid() == 0 else ""
+    (folder / "mosquitto.conf").write_text(conf.replace("8883", str(port)) + "\n" + root)
+    with (folder / "log").open("wb") as log:
+        broker = subprocess.Popen([mosquitto, "-c", "mosquitto.conf"], cwd=folder, stdout=log, stderr=log)
+    until = time.monotonic() + 20
+    while broker.poll() is None and time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        except OSError:
+            time.sleep(0.02)
+    assert broker.poll() is None, (folder / "log").read_text()
+    yield folder, port
+    broker.terminate()
+    broker.wait(10)
+
+
+def line_of(program, folder, port, **changes):
+    """The page's own command line, for localhost, that port, and with further changes."""
+    text = next(line for block in text_of("docs/BROKER.md", "sh") for line in block.splitlines() if line.startswith(program))
+    for old, new in {"broker.example": f"localhost:{port}", **changes}.items():
+        text = text.replace(old, str(new))
+    words = shlex.split(text)
+    return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+
+
+def test_the_documented_broker_refuses_a_wrong_password(documented, tmp_path):
+    folder, port = documented
+    words = line_of("edge-agent join", folder, port, **{"~/Pictures": "digits", "--username porch": "--username server"})
+    done = subprocess.run([*words, "--state", tmp_path / "device"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == errors.Refused.exit_code, done.stdout + done.stderr
+
+
+class Client:
+    """The connection that a documented command line makes, without the rest of its program."""
+
+    def __init__(self, folder, words, client_id, filters):
+        given = check([Path(words[0]).name, *words[1:]]).params
+        files = {name: folder / given[name] for name in ("password_file", "ca")}
+        connection = Connection(username=given["username"], **files)
+        self.transport = connection.transport(BrokerAddress.parse(given.get("url") or given["broker"]))
+        self._events = queue.SimpleQueue()
+        for filter in filters:
+            self.transport.subscribe(filter)
+        self.transport.open(client_id, None, self._events.put)
+        self.next(Connected)
+
+    def next(self, kind):
+        while not isinstance(event := self._events.get(timeout=10), kind):
+            pass
+        return event
+
+
+@pytest.fixture
+def connect(documented, monkeypatch):
+    monkeypatch.setattr(mqtt, "FIRST_DELAY_S", 0.01)
+    folder, port = documented
+    with contextlib.ExitStack() as stack:
+
+        def connect(command, client_id, *filters):
+            client = Client(folder, line_of(command, folder, port), client_id, filters)
+            stack.callback(client.transport.close)
+            return client
+
+        yield connect
+
+
+def test_the_documented_permissions_let_through_what_is_needed_and_no_more(connect):
+    fleet = topics.Topics("default")
+    server = connect("cloud-server serve", "lwfed-default-server", fleet.from_all_devices)
+    for state in (fleet.server_state, fleet.run):
+        server.transport.publish(state, b"retained", retain=True)
+    device = connect("edge-agent join", "porch-1", *fleet.for_device("porch-1"), fleet.blob_chunks("ab"))
+    assert {device.next(Received).topic, device.next(Received).topic} == {fleet.server_state, fleet.run}
+    for topic in (fleet.blob_chunk("ab", 0), fleet.to_device("porch-1", "task")):
+        server.transport.publish(topic, b"down")
+        assert device.next(Received) == Received(topic, b"down")
+    for topic in (fleet.from_device("porch-1", "hello"), fleet.update_chunk("porch-1", "w0", "cd", 0)):
+        device.transport.publish(topic, b"up")
+        assert server.next(Received) == Received(topic, b"up")
+    for forbidden in (fleet.run, fleet.blob_chunk("ab", 0), fleet.from_device("another", "hello")):
+        device.transport.publish(forbidden, b"forged")
+        assert isinstance(device.next(Disconnected).reason, errors.Refused)
+        device.next(Connected)
+
+
+@pytest.mark.slow
+def test_a_fleet_trains_through_the_documented_broker(documented):
+    """Permissions as documented are enough for a whole run."""
+    folder, port = documented
+    small = "demo --set rounds.min_devices=1 --set data.devices=1 --set model.width=32 --set model.depth=1 --set stages.rounds_per_stage=1"
+    short = " --set train.epochs=1 --set calibration.every=never --set evaluation.data=null --set train.batch_size=256"
+    server = line_of("cloud-server serve", folder, port, **{"garden.yaml": small + short})
+    agent = line_of("edge-agent join", folder, port, **{"~/Pictures": "digits"})
+    with (folder / "agent.log").open("wb") as log:
+        device = subprocess.Popen([*agent, "--state", folder / "device"], cwd=folder, stdout=log, stderr=log)
+    try:
+        words = [*server, "--state", folder / "run", "--until-done"]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
+    finally:
+        device.terminate()
+        device.wait(20)
+    assert done.returncode == 0, done.stdout + done.stderr + (folder / "agent.log").read_text()
