@@ -12,6 +12,7 @@ import json
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StateError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that programs end and scratch files go
     began = time.monotonic()
     screen = Screen(sys.stdout.isatty())
     with tempfile.TemporaryDirectory(prefix="lwfed-demo-") as scratch:
@@ -80,9 +82,14 @@ def run_fleet(strategy: str, settings: Sequence[str], state: Path, screen: Scree
             if line.program != "server":
                 continue
             events.append(line.said)
-            url = line.said["url"] if line.said["event"] == "broker" else url
-            joined += line.said["event"] == "device" and line.said["status"] == "joined"
-            if line.said["event"] in ("broker", "device") and joined < config.data.devices:
+            match line.said:
+                case {"event": "broker"}:
+                    url = line.said["url"]
+                case {"event": "device", "status": "joined"}:
+                    joined += 1
+                case _:
+                    continue
+            if joined < config.data.devices:
                 name = f"device-{joined}"
                 place = ("--name", name, "--state", str(state / name), "--fleet", config.run.fleet)
                 programs.start(name, "lwfed.edge_agent.cli", "join", url, "--data", DATA, *place, "--wait", "60")

@@ -10,7 +10,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from lwfed.errors import Refused, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress
 
-UNSUPPORTED_VERSION = 0x84  # reason codes are those of MQTT 5, section 2.4; paho translates those of 3.1.1
+# Reason codes are those of MQTT 5, section 2.4; paho translates those of 3.1.1.
+UNSPECIFIED = 0x80  # what paho makes of a socket that was closed
+UNSUPPORTED_VERSION = 0x84
 _CREDENTIALS = "check --username and --password-file (or LWFED_MQTT_PASSWORD)"
 
 
@@ -64,4 +66,5 @@ def explain_disconnect(reason: ReasonCode, from_broker: bool, address: BrokerAdd
             case 0x87 | 0x8A | 0x98:
                 return Refused(f"{address} ended the session: {reason}; ask whoever runs the broker")
         return Unreachable(f"{address} ended the session: {reason}")
-    return Unreachable(f"the connection to {address} broke: {reason}")
+    why = "" if reason.value == UNSPECIFIED else f": {reason}"
+    return Unreachable(f"the connection to {address} broke{why}")
