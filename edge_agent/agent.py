@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import queue
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,8 +27,9 @@ from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.resources import Meter
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
+from lwfed.edge_agent.signals import on_signals
 from lwfed.edge_agent.work import Places, Work
-from lwfed.errors import MissingDependency
+from lwfed.errors import MissingDependency, TransportError
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics
@@ -106,21 +106,21 @@ class Agent:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        before = {number: signal.signal(number, lambda *_: self._queue.put(Stop())) for number in (signal.SIGINT, signal.SIGTERM)}
-        device = self._journal.device
-        try:
-            for filter in self._topics.for_device(device):
-                self._transport.subscribe(filter)
-            will = Will(self._topics.from_device(device, "state"), encode(State(state="lost", boot=self._journal.boot)))
-            self._transport.open(device, will, self._queue.put)
-            yield
-        finally:
-            self._end_worker()
-            self._transport.close()
-            self._journal.close()
-            self._screen.end_bar()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        device, boot = self._journal.device, self._journal.boot
+        topic = self._topics.from_device(device, "state")
+        with on_signals(lambda: self._queue.put(Stop())):
+            try:
+                for filter in self._topics.for_device(device):
+                    self._transport.subscribe(filter)
+                self._transport.open(device, Will(topic, encode(State(state="lost", boot=boot))), self._queue.put)
+                yield
+            finally:
+                with contextlib.suppress(TransportError):  # however it ends, or the server waits for a device that is gone
+                    self._transport.publish(topic, encode(State(state="stopped", boot=boot)), retain=True)
+                self._end_worker()
+                self._transport.close()
+                self._journal.close()
+                self._screen.end_bar()
 
     def _wait(self) -> Raw | None:
         """The next event, or None when it is time to do something by itself."""

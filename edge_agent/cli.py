@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lwfed import __version__
 from lwfed.cli import Connection, Program, connection_options, json_option
+from lwfed.edge_agent.signals import on_signals
+
+
+class Folder(click.Path):
+    """A path; an empty one, which an unset variable gives, would mean the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx) if value else self.fail("is empty", param, ctx)
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,15 +31,30 @@ def main() -> None:
 @click.option("--data", required=True, metavar="FOLDER|NAME", help="A folder of images, or a data set: digits, cifar10, mnist, ...")
 @click.option("--fleet", default="default", show_default=True, help="As on the server.")
 @click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
-@click.option("--state", type=click.Path(path_type=Path), help="Folder for journal, model and decoded images.")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=1), default=15, show_default=True, help="Seconds to try the first connection.")
+@click.option("--state", type=Folder(path_type=Path), help="Folder for journal, model and decoded images.")
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(min=0.1), default=15, show_default=True, help="Seconds to try the first connection."
+)
 @connection_options
 @json_option
-def join(url: str, data: str, fleet: str, name: str, state: Path | None, wait_s: float, connection: Connection, as_json: bool) -> None:
+@click.pass_context
+def join(
+    context: click.Context,
+    url: str,
+    data: str,
+    fleet: str,
+    name: str,
+    state: Path | None,
+    wait_s: float,
+    connection: Connection,
+    as_json: bool,
+) -> None:
     """Connect to the broker at URL (mqtt://host or mqtts://host) and train when the server asks; Ctrl-C ends it.
 
     The first connection must succeed within --wait seconds; after that, lost connections are made anew for ever.
     """
+    context.with_resource(on_signals(sys.exit))  # until the agent listens: imports and a look at the images take their time
+
     from lwfed.console import Console
     from lwfed.edge_agent.agent import Agent, Join
     from lwfed.edge_agent.events import Tell
@@ -55,7 +80,7 @@ def join(url: str, data: str, fleet: str, name: str, state: Path | None, wait_s:
 @main.command()
 @click.argument("url", required=False)
 @click.option("--data", metavar="FOLDER|NAME", help="Also check that these images can be read.")
-@click.option("--state", type=click.Path(path_type=Path), help="Folder whose disk is checked.")
+@click.option("--state", type=Folder(path_type=Path), help="Folder whose disk is checked.")
 @connection_options
 @json_option
 @click.pass_context

@@ -6,6 +6,7 @@ import on some boards and die in the first matrix product on two threads.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import queue
@@ -33,7 +34,7 @@ from lwfed.transport.base import Connected, Disconnected, Event, Transport
 PROBE_S = 120  # an SD card needs half a minute to load torch
 CONNECT_S = 10
 TORCH = (
-    "import torch; torch.set_num_threads(2); a = torch.ones(256, 256, requires_grad=True);"
+    "import numpy, torch; torch.from_numpy(numpy.ones(1)); torch.set_num_threads(2); a = torch.ones(256, 256, requires_grad=True);"
     "(a @ a).sum().backward(); assert float(a.grad[0, 0]) == 512; print(torch.__version__)"
 )
 TORCHVISION = "import torchvision; print(torchvision.__version__)"
@@ -98,12 +99,25 @@ def _memory() -> Check:
 
 
 def _disk(state: Path) -> Check:
-    place = next(folder for folder in (state, *state.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    try:
+        free = shutil.disk_usage(_existing(state)).free
+    except OSError as error:
+        return Check(
+            "device.disk", "fail", f"{state} cannot hold the state ({error.strerror})", "check its permissions, or use another --state"
+        )
     text = f"{free / 1e9:.1f} GB free on the disk of {state}"
     if free < 200e6:
         return Check("device.disk", "fail", text, "model, update and decoded images need room: free some, or use --state on another disk")
     return Check("device.disk", "warn" if free < 1e9 else "ok", text)
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(FileNotFoundError):
+            place.stat()
+            break
+    return place
 
 
 def _torch() -> Iterator[Check]:
@@ -113,7 +127,7 @@ def _torch() -> Iterator[Check]:
         return
     version, problem = _probe(TORCH)
     if problem is not None:
-        yield Check("torch.works", "fail", f"torch cannot compute here: {problem}", _torch_advice())
+        yield Check("torch.works", "fail", f"torch cannot compute here: {problem}", _torch_advice(problem))
         return
     yield Check("torch.works", "ok", f"torch {version} multiplies and differentiates on 2 threads")
     if find_spec("torchvision") is not None:
@@ -125,7 +139,9 @@ def _torch() -> Iterator[Check]:
             yield Check("torch.torchvision", "warn", f"torchvision does not fit torch: {problem}", advice)
 
 
-def _torch_advice() -> str:
+def _torch_advice(problem: str) -> str:
+    if "Numpy is not available" in problem:
+        return "this torch was built for numpy 1: pip install 'numpy<2'"
     if platform.machine() == "aarch64":
         return "on a Raspberry Pi 3 or 4 use torch below 2.10: pip install 'lwfed[pi]'; on a Jetson use NVIDIA's build"
     return "reinstall torch for this processor: https://pytorch.org/get-started/locally"
@@ -155,7 +171,7 @@ def _data(spec: str) -> Check:
 def _broker(address: BrokerAddress, transport: Transport) -> Iterator[Check]:
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         yield Check("broker.dns", "fail", f"{address.host} has no address ({error})", "check the name, or give an IP address")
         return
     yield Check("broker.dns", "ok", f"{address.host} is {found[0][4][0]}")

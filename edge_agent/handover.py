@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lwfed.blobs import BlobStore
 from lwfed.edge_agent.events import Effect, Show, Tell
-from lwfed.edge_agent.journal import Journal, Update
+from lwfed.edge_agent.journal import Accepted, Journal, Update
 from lwfed.seeds import derive
 from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Task, Traffic, Wait
 from lwfed.wire.topics import Topics
@@ -36,6 +36,7 @@ class Handover:
     def __init__(self, device: str, topics: Topics, journal: Journal, spool: BlobStore, link: Link) -> None:
         self._device, self._topics, self._journal, self._spool, self._link = device, topics, journal, spool, link
         self._upload: Upload | None = None
+        self._epoch = 0  # of the server, once it was met
         self.update: Update | None = journal.update  # what is being handed over
 
     def recall(self) -> list[Effect]:
@@ -78,7 +79,7 @@ class Handover:
             case Refuse():
                 self._upload.on_refuse(message)
         if self._upload.state == "done":
-            task = self._settle().task
+            task = self._settle(accepted=True).task
             return [Tell("accepted", f"the server has the update of {where(task)}", {"stage": task.stage, "round": task.round})]
         if self._upload.state == "refused" and (refusal := self._upload.refusal):
             return self.drop(f"the server refused the update ({refusal.code}): {refusal.reason}", refusal.code)
@@ -88,8 +89,15 @@ class Handover:
         self._settle()
         return [Tell("refused", f"{text}; it is dropped", {"code": code})]
 
-    def reset(self) -> None:
+    def covers(self, task: Task) -> bool:
+        """Whether its update is on the way, or accepted by the server in its present start; a server that lost it starts anew."""
+        if self.update is not None and self.update.task == task:
+            return True
+        return self._journal.accepted == Accepted(task=task, epoch=self._epoch)
+
+    def reset(self, epoch: int) -> None:
         """Connection or server are back."""
+        self._epoch = epoch
         if self._upload is not None:
             self._upload.reset()
 
@@ -120,10 +128,10 @@ class Handover:
     def _contribution(self, update: Update) -> str:
         return contribution_id(update.task.run, update.task.stage, update.task.round, self._device, update.blob.id)
 
-    def _settle(self) -> Update:
+    def _settle(self, accepted: bool = False) -> Update:
         update = self.update
         assert update is not None
-        self._journal.settle()
+        self._journal.settle(Accepted(task=update.task, epoch=self._epoch) if accepted else None)
         self._spool.remove(update.blob.id)
         self._upload = self.update = None
         return update

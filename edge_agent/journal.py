@@ -10,14 +10,13 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from lwfed.errors import StateError
-from lwfed.wire.messages import BlobRef, Execution, Record, Report, Task, Traffic
+from lwfed.wire.messages import BlobRef, Count, Execution, Name, Record, Report, Task, Traffic
 
 SCHEMA = 1
 Stored = TypeVar("Stored", bound=BaseModel)
@@ -32,12 +31,26 @@ class Update(Record):
     report: Report
 
 
-@dataclass(frozen=True, order=True)
-class Seen:
+class Accepted(Record):
+    """The last task whose update a server took, and in which of its starts."""
+
+    task: Task
+    epoch: Count
+
+
+class Seen(Record):
     """The newest announcement that was obeyed."""
 
-    epoch: int
-    seq: int
+    epoch: Count
+    seq: Count
+
+    def __lt__(self, other: Seen) -> bool:
+        return (self.epoch, self.seq) < (other.epoch, other.seq)
+
+
+class Identity(Record):
+    device: Name
+    boot: Count  # starts of the agent
 
 
 class Journal:
@@ -55,10 +68,9 @@ class Journal:
         with self._transaction():
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
             self._db.execute(f"PRAGMA user_version={SCHEMA}")
-            self.device = self._get("device") or _new_id(name)
-            self.boot = int(self._get("boot") or 0) + 1
-            self._put("device", self.device)
-            self._put("boot", str(self.boot))
+            before = self._read("device", Identity) or Identity(device=_new_id(name), boot=0)
+            self.device, self.boot = before.device, before.boot + 1
+            self._put("device", Identity(device=self.device, boot=self.boot).model_dump_json())
 
     def close(self) -> None:
         self._db.close()
@@ -88,10 +100,16 @@ class Journal:
             self._drop("task")
             self._put("update", update.model_dump_json())
 
-    def settle(self) -> None:
+    def settle(self, accepted: Accepted | None = None) -> None:
         """The server has the update, or does not want it."""
         with self._transaction():
             self._drop("update")
+            if accepted is not None:
+                self._put("accepted", accepted.model_dump_json())
+
+    @property
+    def accepted(self) -> Accepted | None:
+        return self._read("accepted", Accepted)
 
     def execution(self, run: str, stage: int) -> Execution | None:
         """How this device computes in the stage, fixed before its first step there."""
@@ -105,12 +123,11 @@ class Journal:
 
     @property
     def seen(self) -> Seen:
-        epoch, _, seq = (self._get("seen") or "0 0").partition(" ")
-        return Seen(int(epoch), int(seq))
+        return self._read("seen", Seen) or Seen(epoch=0, seq=0)
 
     def saw(self, seen: Seen) -> None:
         with self._transaction():
-            self._put("seen", f"{seen.epoch} {seen.seq}")
+            self._put("seen", seen.model_dump_json())
 
     def traffic(self, run: str) -> Traffic:
         return self._read(f"traffic {run}", Traffic) or Traffic(down=0, up=0)
@@ -118,6 +135,12 @@ class Journal:
     def count(self, run: str, traffic: Traffic) -> None:
         with self._transaction():
             self._put(f"traffic {run}", traffic.model_dump_json())
+
+    def keep_run(self, run: str) -> None:
+        """Forget what is known of other runs."""
+        with self._transaction():
+            mine = (f"traffic {run}", f"execution {run} %")
+            self._db.execute("DELETE FROM facts WHERE key LIKE '% %' AND key != ? AND key NOT LIKE ?", mine)
 
     def _read(self, key: str, model: type[Stored]) -> Stored | None:
         text = self._get(key)

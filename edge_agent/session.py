@@ -78,7 +78,7 @@ class Session:
                 return []
             case Stop():
                 self._traffic.save()
-                return [EndWorker(), *self._publish("stopped"), Tell("stopped", "stopped"), Exit()]
+                return [EndWorker(), Tell("stopped", "stopped"), Exit()]
             case _:
                 return self._work.on_worker(event, now)
 
@@ -187,9 +187,9 @@ class Session:
             return []
         effects: list[Effect] = [Tell("server", "the server is online", {"online": True}), self._send("hello", self._hello)]
         if state.epoch < self._journal.seen.epoch:
-            self._journal.saw(Seen(state.epoch, 0))
+            self._journal.saw(Seen(epoch=state.epoch, seq=0))
             effects.append(Tell("warning", "the server has started anew and forgotten earlier runs"))
-        self._work.resume()
+        self._work.resume(state.epoch)
         early, self._early = self._early, None
         return effects + (self._on_run(early) if early else [])
 
@@ -197,13 +197,15 @@ class Session:
         if self._server is None:
             self._early = run
             return []
-        seen = Seen(run.epoch, run.seq)
+        seen = Seen(epoch=run.epoch, seq=run.seq)
         if seen < self._journal.seen or run.epoch < self._server.epoch:
             return []  # replayed, or left behind by the server before its restart
         if seen != self._journal.seen:
             self._journal.saw(seen)
         before, self._run = self._run, run
         self._traffic.follow(run.run)
+        if before is None or before.run != run.run:
+            self._journal.keep_run(run.run)
         return [*self._say_run(before, run), *self._work.announce(run)]
 
     def _say_run(self, before: Run | None, run: Run) -> list[Effect]:

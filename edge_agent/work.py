@@ -113,21 +113,20 @@ class Work:
         """The server wants this device to train; it says so again whenever it is unsure."""
         if (self._run is not None and task.run == self._run.run and _is_over(task, self._run)) or task == self._task:
             return []
-        update = self.handover.update
-        if update is not None and update.task == task:
-            return []  # it is being offered
+        if self.handover.covers(task):
+            return []
         effects = self._give_up()
-        if update is not None:
+        if (update := self.handover.update) is not None:
             effects += self.handover.drop(f"the update of {where(update.task)} comes too late", "stale")
         self._task, self._phase = task, "called"
         self._journal.begin(task)
         said = {"run": task.run, "stage": task.stage, "round": task.round, "participant": task.participant}
         return [*effects, Tell("task", f"{where(task)}: this device trains", said)]
 
-    def resume(self) -> None:
-        """Connection or server are back."""
+    def resume(self, epoch: int) -> None:
+        """Connection or server are back; the server is in its start number `epoch`."""
         self.downloads.reset()
-        self.handover.reset()
+        self.handover.reset(epoch)
 
     def poll(self, now: float, online: bool, traffic: Traffic) -> list[Effect]:
         effects = self._advance()
@@ -156,7 +155,7 @@ class Work:
             case events.WorkerDone():
                 return self._finish(event, now)
             case events.WorkerError():
-                return self._fail(event)
+                return self._fail(self._job.task, event) if self._job is not None else self._end_worker(died=event.kind == "died")
 
     # Towards training
 
@@ -179,7 +178,7 @@ class Work:
         try:
             job = Job(task, run, RunConfig.from_bytes(self._held.read(run.config.id)))
         except ConfigError as error:
-            return self._fail(events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
+            return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
         self._job, self._phase = job, "starting"
         if self._worker == job.worker:
             return self._train(job, self._ready) if self._ready else []
@@ -243,12 +242,9 @@ class Work:
         self._linger_until = now + job.config.worker.linger_s
         return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
 
-    def _fail(self, event: events.WorkerError) -> list[Effect]:
+    def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again."""
-        task = self._task
         effects = self._end_worker(died=event.kind == "died")
-        if task is None:
-            return effects
         self._give_up()
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
         fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=event.message[:1000])
@@ -256,8 +252,8 @@ class Work:
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
 
     def _give_up(self) -> list[Effect]:
-        """Forget the task; a training that is under way can only be ended with its process."""
-        effects = self._end_worker() if self._phase == "training" else []
+        """Forget the task; a training that is under way, or a start, can only be ended with its process."""
+        effects = self._end_worker() if self._job is not None else []
         if self._task is not None:
             self._journal.abandon()
             self.downloads.want([])

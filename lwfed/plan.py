@@ -69,11 +69,6 @@ class StagePlan:
         """All parts of F_s with its heads: what a device that joins at this stage must hold."""
         return in_model_order({*self.frozen, *self.trained})
 
-    @property
-    def prefix_layers(self) -> int:
-        """How many layers, counted from the stem, are frozen: the prefix that runs without gradients."""
-        return sum(part.startswith("layer.") for part in self.frozen)
-
 
 def in_model_order(parts: Iterable[str]) -> tuple[str, ...]:
     def place(part: str) -> tuple[int, int]:

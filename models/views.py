@@ -8,7 +8,7 @@ solarisation, as BYOL and MoCo v3 apply them (the flip commutes with the rest).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,10 +33,6 @@ class ViewParams:
     grayscale: Tensor  # [B] bool
     sigma: Tensor  # [B] pixels; 0: no blur
     solarise: Tensor  # [B] bool
-
-    def __getitem__(self, index: slice) -> ViewParams:
-        """The record of some of the samples."""
-        return ViewParams(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 def draw_pair(views: ViewsSection, count: int, size: int, generator: torch.Generator) -> tuple[ViewParams, ViewParams]:

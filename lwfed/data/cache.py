@@ -20,7 +20,7 @@ def load(folder: Path, name: str, key: str) -> tuple[Pixels, npt.NDArray[np.int6
         rows = np.asarray(json.loads(index_file.read_text("utf-8")), dtype=np.int64)
         # Copy on write: torch wants writable arrays, and nothing may ever reach the file.
         pixels = np.load(pixels_file, mmap_mode="c")[: len(rows)]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return (pixels, rows) if len(pixels) == len(rows) else None
 
@@ -51,6 +51,11 @@ def store(folder: Path, name: str, key: str, count: int, shape: Shape, found: It
         index.flush()
         os.fsync(index.fileno())
     temporary.replace(pixels_file)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _files(folder: Path, name: str, key: str) -> tuple[Path, Path]:

@@ -46,13 +46,7 @@ def _decode_to_disk(
     folder: Path, files: list[Path], shape: Shape, name: str, kept: Path, progress: Progress | None
 ) -> tuple[Pixels, npt.NDArray[np.int64]]:
     key = digest(shape.size, shape.channels, [_version(folder, path) for path in files])
-    ready = cache.load(kept, name, key)
-    if ready is None:
-        keep(kept, name, key, len(files), shape, _decode(files, shape, progress))
-        ready = cache.load(kept, name, key)
-    if ready is None:
-        raise StateError(f"decoded images cannot be read back from {str(kept)!r}: check the disk")
-    return ready
+    return cache.load(kept, name, key) or keep(kept, name, key, len(files), shape, _decode(files, shape, progress))
 
 
 def _decode(files: list[Path], shape: Shape, progress: Progress | None) -> Iterator[tuple[int, Pixels]]:
@@ -74,12 +68,18 @@ def _version(folder: Path, path: Path) -> tuple[str, int, int]:
     return name, status.st_size, status.st_mtime_ns
 
 
-def keep(kept: Path, name: str, key: str, count: int, shape: Shape, found: Iterator[tuple[int, Pixels]]) -> None:
-    """`cache.store` with an error that says what to do."""
+def keep(
+    kept: Path, name: str, key: str, count: int, shape: Shape, found: Iterator[tuple[int, Pixels]]
+) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """`cache.store` and `cache.load` of it, with errors that say what to do."""
     try:
         cache.store(kept, name, key, count, shape, found)
     except OSError as error:
         raise StateError(f"decoded images cannot be kept in {str(kept)!r} ({error.strerror}): free some disk space") from None
+    ready = cache.load(kept, name, key)
+    if ready is None:
+        raise StateError(f"decoded images cannot be read back from {str(kept)!r}: check the disk")
+    return ready
 
 
 def digest(*what: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,6 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Images:
-        return Images(self.pixels[rows], None if self.labels is None else self.labels[rows], self.classes, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,12 @@ def to_array(image: Image.Image, shape: Shape) -> Pixels:
 def resize_all(arrays: npt.NDArray[np.uint8], shape: Shape) -> Pixels:
     """[N, H, W] grey or [N, H, W, 3] colour images of one size -> [N, C, size, size]."""
     pixels = np.empty((len(arrays), shape.channels, shape.size, shape.size), np.uint8)
-    for index, array in enumerate(arrays):
-        pixels[index] = to_array(Image.fromarray(array), shape)
+    for index, image in enumerate(resize_each(arrays, shape)):
+        pixels[index] = image
     return pixels
+
+
+def resize_each(arrays: npt.NDArray[np.uint8], shape: Shape) -> Iterator[Pixels]:
+    """The same one by one, each [C, size, size]."""
+    for array in arrays:
+        yield to_array(Image.fromarray(array), shape)

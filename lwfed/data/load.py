@@ -78,13 +78,12 @@ def _unlabelled(source: Source, config: RunConfig, role: str, kept: Path | None,
     key = folder.digest(source.spec, role, config.data.model_dump(mode="json"), config.run.seed, shape.size, shape.channels)
     if kept and (ready := cache.load(kept, name, key)):
         return Images(ready[0], None, ())
-    arrays, labels, names = _raw(source, train=True)
+    arrays, labels, _ = _raw(source, train=True)
     parts = shares.split(labels, config.data, config.run.seed, has_test_split=source.spec != "digits")
     rows = parts.auxiliary if role == "auxiliary" else parts.devices[int(role.split()[1])]
-    found = Images(images.resize_all(arrays[rows], shape), labels[rows], names)
-    if kept:
-        folder.keep(kept, name, key, len(rows), shape, enumerate(found.pixels))
-    return found
+    if kept:  # mapped in this call as in later ones, so that every round has the same memory
+        return Images(folder.keep(kept, name, key, len(rows), shape, enumerate(images.resize_each(arrays[rows], shape)))[0], None, ())
+    return Images(images.resize_all(arrays[rows], shape), None, ())
 
 
 def _raw(source: Source, train: bool) -> Raw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,28 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
+def locate(spec: str, hint: str = "check the path") -> Path:
+    """The folder that `spec` names. Raises DataError when it is none or cannot be reached; `hint` is for one that is not there."""
+    if not spec:
+        raise DataError(f"the name of the images is empty; {hint}")
+    try:
+        folder = Path(spec).expanduser()
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # expanduser: a home of nobody
+        raise DataError(f"there is no folder {spec!r}; {hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"the folder {spec!r} cannot be reached ({reason}); check the path and its permissions") from None
+    if not is_folder:
+        raise DataError(f"{spec!r} is a file; give the folder that holds the images")
+    return folder
+
+
 def find(folder: Path) -> list[Path]:
     """All image files below `folder`, by extension, sorted; hidden ones left out.
 
     Links are followed, each folder is visited once, so loops end. Raises DataError when there is none.
     """
-    if not folder.exists():
-        raise DataError(f"there is no folder {str(folder)!r}; check the path")
-    if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is a file; give the folder that holds the images")
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for parent, children, names in os.walk(folder, followlinks=True, onerror=_refuse_top(folder)):

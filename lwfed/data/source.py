@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from lwfed.data import digits, scan
-from lwfed.errors import DataError
+from lwfed.errors import MissingDependency
 
 TORCHVISION_SETS = ("cifar10", "cifar100", "fashion-mnist", "kmnist", "mnist")
 NAMES = ("digits", *TORCHVISION_SETS)
@@ -36,7 +37,8 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        return Path(self.spec).expanduser()
+        """Raises DataError."""
+        return scan.locate(self.spec)
 
     def check(self) -> int | None:
         """How many images there seem to be, without decoding them; None where only reading the set can tell.
@@ -47,6 +49,8 @@ class Source:
             digits.locate()
             return digits.COUNT
         if self.named:
+            if find_spec("torchvision") is None:
+                raise MissingDependency(f"the data set {self.spec!r} needs torchvision, which is not installed: pip install 'lwfed[sets]'")
             return None
         files = scan.find(self.folder)
         scan.require_readable(self.folder, files)
@@ -56,8 +60,8 @@ class Source:
 def open_source(spec: str) -> Source:
     """The source that `spec` names; ``./digits`` is a folder where ``digits`` is the data set. Raises DataError."""
     source = Source(spec)
-    if not source.named and not source.folder.exists():
+    if not source.named:
         near = difflib.get_close_matches(spec, NAMES, 1)
         hint = f"did you mean the data set {near[0]!r}?" if near else f"give the path of a folder of images, or one of {', '.join(NAMES)}"
-        raise DataError(f"there is no folder {spec!r}; {hint}")
+        scan.locate(spec, hint)
     return source

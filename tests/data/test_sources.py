@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from lwfed.config import load_config
 from lwfed.data import open_source, torchvision_sets
 from lwfed.data.load import auxiliary_images, device_images, labelled_images
-from lwfed.errors import DataError
+from lwfed.errors import DataError, MissingDependency
 
 
 def config(*settings):
@@ -118,6 +119,37 @@ def test_a_source_without_images_says_what_to_do(tmp_path, make, message):
         open_source(str(tmp_path / "place")).check()
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "is empty"),
+        ("~nosuchuser/x", "no folder"),
+        ("n" * 300, "File name too long"),
+        ("a\0b", "null byte"),
+        ("{}/file/below", "no folder"),
+    ],
+)
+def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path, spec, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=message):
+        open_source(spec.format(tmp_path))
+
+
+def test_a_folder_behind_one_that_may_not_be_entered_is_refused(monkeypatch, tmp_path):
+    def stat(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", stat)  # root may enter any
+    with pytest.raises(DataError, match=r"Permission denied.*permissions"):
+        open_source(str(tmp_path))
+
+
+def test_a_set_without_its_package_is_found_before_training(monkeypatch):
+    monkeypatch.setattr("lwfed.data.source.find_spec", lambda name: None, raising=False)
+    with pytest.raises(MissingDependency, match="torchvision"):
+        open_source("cifar10").check()
+
+
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(DataError, match="did you mean the data set 'cifar10'"):
         open_source("cifar-10")
@@ -148,6 +180,23 @@ def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path):
     assert changed.pixels[1, :, 0, 0].tolist() == [1, 2, 3]
     assert changed.pixels[0, 0, 0, 0] == 200
     assert len(list(kept.iterdir())) == 2, "the old images went"
+
+
+def test_kept_images_that_a_power_cut_emptied_are_decoded_again(folder, tmp_path):
+    first = device_images(str(folder), config(), 0, tmp_path / "kept")
+    next((tmp_path / "kept").glob("*.npy")).write_bytes(b"")
+    assert len(device_images(str(folder), config(), 0, tmp_path / "kept")) == len(first)
+
+
+@pytest.mark.parametrize("spec", ["digits", "folder"])
+def test_every_call_gives_the_same_kind_of_thing(folder, tmp_path, spec):
+    source = str(folder) if spec == "folder" else spec
+    first, later = (device_images(source, config(), 1, tmp_path / "kept") for _ in range(2))
+    assert isinstance(first.pixels, np.memmap)
+    assert type(first.pixels) is type(later.pixels)
+    assert np.array_equal(first.pixels, later.pixels)
+    assert first.labels is later.labels is None
+    assert first.classes == later.classes
 
 
 def test_digits_are_split_without_overlap_and_cover_everything(tmp_path):

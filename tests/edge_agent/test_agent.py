@@ -1,5 +1,6 @@
 """The whole agent with a real training process; only broker and server live in this process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.agent import Agent, Join
 from lwfed.edge_agent.screen import Screen
-from lwfed.errors import DataError, InvalidPayload
+from lwfed.errors import DataError, InvalidPayload, ProtocolMismatch, StateError
 from lwfed.models.initial import init_part
 from lwfed.models.shapes import shapes
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire import tensors
-from lwfed.wire.messages import Beat, Fail, Offer
+from lwfed.wire import messages, tensors
+from lwfed.wire.messages import Beat, Fail, Offer, State
+from lwfed.wire.topics import Topics
 
+TOPICS = Topics("default")
 SMALL = ["model.width=8", "model.heads=2", "model.image_size=8", "ssl.hidden_dim=8", "ssl.output_dim=8", "train.epochs=2"]
 CONFIG = load_config("demo", [*SMALL, "worker.sample_s=0.1"])
 PARTS = ("stem", "layer.1", "norm", "projector", "predictor")
@@ -152,6 +155,28 @@ def test_too_few_images_are_reported_with_the_reason(host, tmp_path):
     assert "data.min_images is 8" in fail.reason
 
 
+def break_disk(agent):
+    raise StateError("the disk is gone")
+
+
+def break_protocol(agent):
+    topic = TOPICS.to_device(agent.server.greeted[0], "task")
+    agent.server.link.publish(topic, b'{"v": 99}')
+
+
+@pytest.mark.parametrize(("end", "error"), [(lambda agent: stop(), None), (break_disk, StateError), (break_protocol, ProtocolMismatch)])
+def test_every_end_says_that_the_device_is_gone(host, end, error):
+    def script(agent):
+        if agent.server.greeted:
+            end(agent)
+
+    agent = host(script)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        agent.run()
+    retained = agent.broker.retained[TOPICS.from_device(agent._journal.device, "state")]
+    assert messages.decode(State, retained).state == "stopped"
+
+
 def test_data_is_checked_before_anything_else(host, tmp_path):
     with pytest.raises(DataError):
         host(None, data=str(tmp_path / "nothing"))
@@ -163,7 +188,8 @@ def test_parts_that_do_not_fit_the_stage_are_refused(tmp_path):
 
 
 def test_the_schedule_runs_over_the_whole_run():
-    places = [CONFIG.share_of_run(stage, round) for stage in range(1, 5) for round in range(1, 5)]
+    rounds = range(1, CONFIG.rounds_in_stage + 1)
+    places = [CONFIG.share_of_run(stage, round) for stage in range(1, CONFIG.stage_count + 1) for round in rounds]
     assert places[0][0] == 0
     assert places[-1][1] == 1
     assert all(before[1] == after[0] for before, after in pairwise(places))

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -44,6 +45,26 @@ def test_what_makes_joining_impossible_ends_with_its_code(tmp_path, arguments, c
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_looks_for_images_ends_it_cleanly(tmp_path, monkeypatch, number):
+    from lwfed.edge_agent import agent
+
+    def interrupted(spec):
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(agent, "open_source", interrupted)
+    result = run("join", "mqtt://localhost:1", "--data", "digits", "--state", str(tmp_path))
+    assert (result.exit_code, result.output) == (0, "")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("command", [["join", "mqtt://localhost:1", "--data", "digits"], ["doctor"]])
+def test_an_empty_state_is_a_usage_error(command):
+    assert run(*command, "--state", "").exit_code == 2
+
+
 def test_an_empty_folder_is_refused_before_connecting(tmp_path):
     (tmp_path / "empty").mkdir()
     result = run("join", "mqtt://localhost:1", "--data", str(tmp_path / "empty"), "--state", str(tmp_path / "state"))
@@ -84,6 +105,27 @@ def test_doctor_fails_with_advice(tmp_path):
     assert result.exit_code == 1
     assert "no images in" in result.stdout
     assert "is the broker running" in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("state", ["n" * 300, "file/below"])
+def test_doctor_says_that_a_state_cannot_be(tmp_path, state):
+    (tmp_path / "file").touch()
+    result = run("doctor", "--state", str(tmp_path / state))
+    assert (result.exit_code, "cannot hold the state" in result.stdout) == (1, True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_says_that_a_host_cannot_be(tmp_path):
+    result = run("doctor", "mqtt://a..b", "--state", str(tmp_path))
+    assert (result.exit_code, "a..b has no address" in result.stdout) == (1, True)
+
+
+def test_doctor_finds_a_torch_that_does_not_fit_numpy():
+    unfit = "import torch\ndef from_numpy(array): raise RuntimeError('Numpy is not available')\ntorch.from_numpy = from_numpy\n"
+    problem = doctor._probe(unfit + doctor.TORCH)[1]
+    assert problem == "RuntimeError: Numpy is not available"
+    assert "numpy<2" in doctor._torch_advice(problem)
 
 
 def test_doctor_reads_the_signal_of_a_build_for_another_processor():

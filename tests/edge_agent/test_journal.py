@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lwfed.edge_agent.journal import Journal, Seen, Update
+from lwfed.edge_agent.journal import Accepted, Journal, Seen, Update
 from lwfed.errors import StateError
 from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
 from lwfed.wire.topics import is_name
@@ -49,20 +49,42 @@ def test_two_devices_of_one_name_differ(tmp_path):
 
 def test_everything_comes_back(path):
     journal = Journal(path)
-    assert (journal.task, journal.update, journal.execution("demo", 1), journal.seen) == (None, None, None, Seen(0, 0))
+    assert (journal.task, journal.update, journal.execution("demo", 1), journal.seen) == (None, None, None, Seen(epoch=0, seq=0))
     journal.begin(TASK)
     journal.fix_execution("demo", 1, EXECUTION)
     journal.count("demo", Traffic(down=7, up=9))
-    journal.saw(Seen(3, 4))
+    journal.saw(Seen(epoch=3, seq=4))
     journal.close()
     journal = Journal(path)
-    assert (journal.task, journal.execution("demo", 1), journal.seen) == (TASK, EXECUTION, Seen(3, 4))
+    assert (journal.task, journal.execution("demo", 1), journal.seen) == (TASK, EXECUTION, Seen(epoch=3, seq=4))
     assert journal.traffic("demo") == Traffic(down=7, up=9)
     assert journal.traffic("other") == Traffic(down=0, up=0)
     journal.finish(UPDATE)
     assert (journal.task, journal.update) == (None, UPDATE)
     journal.settle()
-    assert journal.update is None
+    assert (journal.update, journal.accepted) == (None, None)
+    journal.finish(UPDATE)
+    journal.settle(Accepted(task=TASK, epoch=3))
+    assert (journal.update, journal.accepted) == (None, Accepted(task=TASK, epoch=3))
+    journal.close()
+
+
+def test_announcements_are_ordered_by_epoch_then_number():
+    first, second, third = (Seen(epoch=epoch, seq=seq) for epoch, seq in ((1, 9), (2, 0), (2, 1)))
+    assert sorted([third, first, second]) == [first, second, third]
+
+
+def test_only_the_run_that_is_followed_is_remembered(path):
+    journal = Journal(path)
+    journal.saw(Seen(epoch=1, seq=1))
+    for run in ("demo", "demo-2", "1"):
+        journal.count(run, Traffic(down=1, up=1))
+        journal.fix_execution(run, 1, EXECUTION)
+    journal.keep_run("demo")
+    none = Traffic(down=0, up=0)
+    assert [journal.traffic(run) == none for run in ("demo", "demo-2", "1")] == [False, True, True]
+    assert [journal.execution(run, 1) for run in ("demo", "demo-2", "1")] == [EXECUTION, None, None]
+    assert journal.seen == Seen(epoch=1, seq=1)
     journal.close()
 
 
@@ -91,6 +113,15 @@ def test_a_damaged_journal_says_what_to_do(path):
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(StateError, match="move the file away"):
         Journal(path)
+
+
+@pytest.mark.parametrize("key", ["device", "seen", "task", "update", "accepted"])
+def test_a_damaged_row_says_what_to_do(path, key):
+    journal = Journal(path)
+    journal._db.execute("INSERT OR REPLACE INTO facts VALUES (?, 'x y')", (key,))
+    with pytest.raises(StateError, match=f"{key} does not parse; move the file away"):
+        Journal(path) if key == "device" else getattr(journal, key)
+    journal.close()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

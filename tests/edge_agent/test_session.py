@@ -94,11 +94,11 @@ def test_a_server_of_another_protocol_ends_it_with_advice(world):
     assert "upgrade" in str(device.exit.error)
 
 
-def test_stop_says_goodbye_and_ends_the_worker(world):
+def test_stop_ends_agent_and_worker(world):
     _, device = world.training()
     device.queue.append(Stop())
     world.settle(0.1)
-    assert (device.exit.error, state(world).state) == (None, "stopped")
+    assert device.exit.error is None
     assert device.worker[-1] == EndWorker()
 
 
@@ -132,6 +132,7 @@ def test_a_round_from_task_to_acknowledgement(world):
     assert device.journal.update is None
     assert state(world).state == "ready"
     assert device.texts("accepted") == ["the server has the update of stage 1, round 1"]
+    assert "over 9 images (1 unreadable)" in device.texts("update")[0]
 
 
 @pytest.mark.parametrize("first", ["task", "announcement"])
@@ -219,7 +220,96 @@ def test_a_task_said_twice_is_done_once(world):
     assert len([effect for effect in device.worker if isinstance(effect, Train)]) == 1
 
 
+def trainings(device):
+    return len([effect for effect in device.worker if isinstance(effect, Train)])
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_task_said_again_after_its_update_was_accepted_is_not_done_again(world, restarted):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    assert server.received
+    if restarted:
+        device.kill()
+        device = world.start_device()
+        world.settle(1)
+    server.assign(device.id)
+    world.settle(2)
+    assert not device.texts("task")[0 if restarted else 1 :]
+    assert state(world).state == "ready"
+    server.announce(round=2)
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert device.journal.task.round == 2
+
+
+def test_a_refused_update_is_made_again_when_the_server_asks(world):
+    server, device = world.training()
+    server.refusal = "content"
+    device.finish()
+    world.settle(2)
+    server.assign(device.id)
+    world.settle(2)
+    assert trainings(device) == 2
+
+
+def test_a_server_that_lost_an_accepted_update_gets_it_again(world):
+    _, device = world.training()
+    device.finish()
+    world.settle(2)
+    world.kill_server()
+    again = world.start_server(epoch=2)
+    again.announce()
+    world.settle(1)
+    again.assign(device.id)
+    world.settle(2)
+    assert trainings(device) == 2
+
+
+def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    assert device.journal.execution("demo", 1)
+    server.announce(run="next")
+    world.settle(0.2)
+    assert device.journal.execution("demo", 1) is None
+    assert device.journal.traffic("demo").down == 0
+
+
 # What goes wrong
+
+
+def test_a_worker_that_was_starting_for_a_round_that_closed_is_ended(world):
+    server, device = world.joined()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+    server.announce("aggregating")
+    world.settle(0.2)
+    assert device.worker[1:] == [EndWorker()]
+
+
+@pytest.mark.parametrize("phase", ["called", "fetching"])
+def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    server.broadcast.need = lambda *_: []  # no model arrives
+    server.assign(device.id, round=2)
+    if phase == "fetching":
+        server.announce(round=2, content=b"newer" * 1000)
+    world.settle(0.5)
+    device.queue.append(WorkerError("died", "ended by SIGKILL: out of memory"))
+    world.settle(0.5)
+    assert not server.of(Fail)
+    assert device.journal.task.round == 2
+    del server.broadcast.need
+    server.announce(round=2)
+    world.settle(10)
+    assert device.worker[-1] == StartWorker(1)
 
 
 @pytest.mark.parametrize(
@@ -324,12 +414,16 @@ def test_an_update_for_an_older_round_gives_way_to_a_new_task(world):
     server.answers = False
     device.finish()
     world.settle(1)
-    server.answers = True
+    assert device.journal.update.task.round == 1
     server.announce(round=2)
     server.assign(device.id, round=2)
     world.settle(0.1)
-    assert device.journal.update is None or server.received
+    assert device.journal.update is None
+    assert "comes too late" in device.texts("refused")[0]
     assert device.journal.task.round == 2
+    server.answers = True
+    world.settle(2)
+    assert not server.received
 
 
 # Replays
