@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lwfed.config import RunConfig
+from lwfed.config import DataSection, RunConfig
 from lwfed.data import cache, digits, folder, images, shares
 from lwfed.data.images import Images, Shape
 from lwfed.data.source import Progress, Source, open_source
@@ -54,7 +54,7 @@ def labelled_images(config: RunConfig, kept: Path | None = None, progress: Progr
         found = folder.read(source.folder, shape, "labelled", kept, progress)
     elif source.spec == "digits":
         arrays, labels, names = _raw(source, train=True)
-        rows = shares.split(labels, config.data, config.run.seed).labelled
+        rows = shares.split(labels, _cut(config, source.spec), config.run.seed).labelled
         found = Images(images.resize_all(arrays[rows], shape), labels[rows], names)
     else:
         arrays, labels, names = _raw(source, train=False)
@@ -70,16 +70,24 @@ def _shape(config: RunConfig) -> Shape:
     return Shape(config.model.image_size, config.model.channels)
 
 
+def _cut(config: RunConfig, name: str) -> DataSection:
+    """How the data set is cut: the server keeps a share only of a set that it uses itself."""
+    shares = {"auxiliary_share": config.calibration.every != "never" and config.calibration.data == name}
+    shares["labelled_share"] = config.evaluation.data == name
+    return config.data.model_copy(update={share: 0.0 for share, used in shares.items() if not used})
+
+
 def _unlabelled(source: Source, config: RunConfig, role: str, kept: Path | None, progress: Progress | None) -> Images:
     """All of a folder, or the rows that `role` ("auxiliary", "device 3") has in a set known by name."""
     shape, name = _shape(config), role.split()[0]
     if not source.named:
         return folder.read(source.folder, shape, name, kept, progress)
-    key = folder.digest(source.spec, role, config.data.model_dump(mode="json"), config.run.seed, shape.size, shape.channels)
+    data = _cut(config, source.spec)
+    key = folder.digest(source.spec, role, data.model_dump(mode="json"), config.run.seed, shape.size, shape.channels)
     if kept and (ready := cache.load(kept, name, key)):
         return Images(ready[0], None, ())
     arrays, labels, _ = _raw(source, train=True)
-    parts = shares.split(labels, config.data, config.run.seed, has_test_split=source.spec != "digits")
+    parts = shares.split(labels, data, config.run.seed, has_test_split=source.spec != "digits")
     rows = parts.auxiliary if role == "auxiliary" else parts.devices[int(role.split()[1])]
     if kept:  # mapped in this call as in later ones, so that every round has the same memory
         return Images(folder.keep(kept, name, key, len(rows), shape, enumerate(images.resize_each(arrays[rows], shape)))[0], None, ())

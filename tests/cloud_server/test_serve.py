@@ -1,8 +1,9 @@
 import pytest
+from PIL import Image
 
-from lwfed.cloud_server.serve import check_sizes
+from lwfed.cloud_server.serve import check_sizes, check_sources
 from lwfed.config import load_config
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, DataError
 
 WIDE = ["model.width=1024", "model.heads=16", "model.depth=12"]
 
@@ -24,3 +25,9 @@ def test_what_cannot_travel_is_found_before_anybody_trains(settings, names):
 @pytest.mark.parametrize("settings", [[], ["stages.strategy=end_to_end"], ["stages.strategy=progressive"], WIDE])
 def test_the_paper_s_models_and_wide_ones_layer_by_layer_can_travel(settings):
     check_sizes(load_config("paper", settings))
+
+
+def test_images_for_evaluation_need_classes(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    with pytest.raises(DataError, match="into a sub-folder"):
+        check_sources(load_config("demo", [f"evaluation.data={tmp_path}"]))

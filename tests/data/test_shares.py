@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lwfed.config import load_config
+from lwfed.data.load import device_images
 from lwfed.data.shares import split
 from lwfed.errors import DataError
 
@@ -68,3 +69,14 @@ def test_the_split_is_the_seeds_alone_and_the_same_on_every_machine():
 
     assert digest(1) != digest(0)
     assert digest(0) == "29e718010c015c09"
+
+
+def test_the_server_keeps_shares_only_of_a_set_that_it_uses():
+    def devices_hold(*settings):
+        config = load_config("demo", settings)
+        return sum(len(device_images("digits", config, number)) for number in range(config.data.devices))
+
+    assert devices_hold("calibration.every=never", "evaluation.data=null") == 1797
+    without_calibration, whole = devices_hold("calibration.every=never"), devices_hold()
+    assert 0.63 * 1797 < without_calibration < 0.67 * 1797
+    assert 0.48 * 1797 < whole < 0.52 * 1797
