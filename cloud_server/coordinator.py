@@ -51,6 +51,13 @@ class Absent(Event):
 
 
 @dataclass(frozen=True)
+class Restarted(Event):
+    """A device began anew: what it could not do before, it perhaps can do now."""
+
+    participant: int
+
+
+@dataclass(frozen=True)
 class TimeUp(Event):
     """`state.due` has come."""
 
@@ -74,7 +81,7 @@ class Contributed(Event):
 @dataclass(frozen=True)
 class CannotTrain(Event):
     participant: int
-    refused: bool  # we found its update wrong: it is not asked again in this round
+    refused: bool  # we found its update wrong: after the deadline others are asked before it
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ def _absent(rules: Rules, state: State, event: Absent, now: float) -> Result:
     return _proceed(rules, with_presence(state, event.participant, "gone" if event.for_good else "away"), now)
 
 
+def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Result:
+    failed = {participant: how for participant, how in state.failed.items() if participant != event.participant}
+    return _proceed(rules, replace(state, failed=failed), now)
+
+
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
     ready = replace(state, parts={**state.parts, **event.parts}, round=1)
     if rules.evaluate and state.stage == 1:
@@ -148,9 +160,12 @@ def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
 def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
     if len(state.contributed) >= state.needed:
         return _close(state)
-    forgiven = {participant: how for participant, how in state.failed.items() if how == "refused"}
-    again = replace(state, failed=forgiven, due=now + rules.deadline_s)
+    refused = {participant: how for participant, how in state.failed.items() if how == "refused"}
+    again = replace(state, failed=refused, due=now + rules.deadline_s)
     following, notices = assign_more(rules, again, ignore_away=True)
+    ready = [participant for participant in following.owing if participant in following.here]
+    if len(following.contributed) + len(ready) < following.needed:
+        following = replace(following, failed={})
     return following, [Extended(state.stage, state.round, len(state.contributed), state.needed), *notices]
 
 
@@ -175,7 +190,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("aggregating", Aggregated): _aggregated,
     ("calibrating", Calibrated): _calibrated,
 }
-ALWAYS: dict[type[Event], Transition] = {Started: _started, Present: _present, Absent: _absent}
+ALWAYS: dict[type[Event], Transition] = {Started: _started, Present: _present, Absent: _absent, Restarted: _restarted}
 
 
 def _proceed(rules: Rules, state: State, now: float) -> Result:
@@ -191,10 +206,8 @@ def _proceed(rules: Rules, state: State, now: float) -> Result:
 
 
 def _enough(rules: Rules, state: State) -> bool:
-    here = len(state.here)
-    if not state.begun or state.patient:
-        return here >= rules.min_devices and not (state.patient and "away" in state.devices.values())
-    return here >= rules.quorum_of(rules.min_devices)
+    hoping = state.patient and "away" in state.devices.values()
+    return len(state.here) >= rules.gathering(state.begun) and not hoping
 
 
 def _wait(rules: Rules, state: State, now: float) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,12 @@ HEADER_BYTES = 64 * 1024  # names and shapes beside the numbers
 
 
 class Course:
-    def __init__(self, config: RunConfig, root: Path, durable: bool = True) -> None:
-        """Begin the run below `root`, or take it up again. Raises StateError."""
+    def __init__(self, config: RunConfig, root: Path, clock: Callable[[], float] = time.time, durable: bool = True) -> None:
+        """Begin the run below `root`, or take it up again; `clock` gives Unix time. Raises StateError."""
         self.config = config
         self.root = root
         self.rules = Rules.of(config)
-        self.store = Store(root, durable=durable)
+        self.store = Store(root, clock, durable)
         try:
             self.state, self.epoch, self.resumed = self.store.begin(config)
             self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here

@@ -1,12 +1,13 @@
-"""Figures of a stage from what its devices reported."""
+"""Figures of rounds and stages from what devices reported: one query each over light columns, never over whole reports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lwfed.cloud_server.store import Contribution
-from lwfed.wire.messages import Traffic
+from sqlalchemy import Connection, Row, Select, func, select
+
+from lwfed.cloud_server.schema import contributions
 
 
 @dataclass(frozen=True)
@@ -19,29 +20,47 @@ class StageFigures:
     bytes_up: int
 
 
-def stage_figures(contributions: Sequence[Contribution], stage: int) -> StageFigures | None:
-    """Of `stage`, given the contributions of it and all earlier stages in order; None when it has none."""
-    ours = [one for one in contributions if one.stage == stage]
+def mean_loss(connection: Connection, stage: int, round: int) -> float | None:
+    """Of the last local epochs of a round, mean by images; None before the first contribution."""
+    table = contributions.c
+    mean = func.sum(table.images * table.loss) / func.sum(table.images)
+    found = connection.execute(select(mean).where(table.stage == stage, table.round == round)).scalar()
+    return None if found is None else float(found)
+
+
+def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
+    """None when nobody has contributed to `stage`."""
+    found = connection.execute(_last_reports(stage)).all()
+    before = {row.participant: row for row in found if not row.ours}
+    ours = [row for row in found if row.ours]
     if not ours:
         return None
-    devices = {one.participant for one in ours}
-    used = [_used(contributions, participant, stage) for participant in devices]
+    used = [_used(row, before.get(row.participant)) for row in ours]
     return StageFigures(
-        worker_peak_mb=max(one.report.memory.peak_mb for one in ours),
-        worker_baseline_mb=max(one.report.memory.baseline_mb for one in ours),
-        bytes_down=round(sum(traffic.down for traffic in used) / len(used)),
-        bytes_up=round(sum(traffic.up for traffic in used) / len(used)),
+        worker_peak_mb=max(row.peak for row in ours),
+        worker_baseline_mb=max(row.baseline for row in ours),
+        bytes_down=round(sum(down for down, _ in used) / len(used)),
+        bytes_up=round(sum(up for _, up in used) / len(used)),
     )
 
 
-def _used(contributions: Sequence[Contribution], participant: int, stage: int) -> Traffic:
-    """A device's traffic between its last report before the stage and its last one in it; it counts since it joined."""
-    before, last = Traffic(down=0, up=0), Traffic(down=0, up=0)
-    for one in contributions:
-        if one.participant == participant and one.stage < stage:
-            before = one.traffic
-        elif one.participant == participant and one.stage == stage:
-            last = one.traffic
-    if last.down < before.down or last.up < before.up:  # its journal was lost: it began to count anew
-        return last
-    return Traffic(down=last.down - before.down, up=last.up - before.up)
+def _last_reports(stage: int) -> Select[Any]:
+    """Of each device the last contribution before `stage` and the last one in it (`ours`), with the most memory of either time.
+
+    To be paired by the caller: SQLite would join them in quadratic time.
+    """
+    table, ours = contributions.c, contributions.c.stage == stage
+    each = (table.participant, ours)
+    place = func.row_number().over(partition_by=each, order_by=(table.stage.desc(), table.round.desc()))
+    peak, baseline = (func.max(column).over(partition_by=each) for column in (table.peak_mb, table.baseline_mb))
+    columns = (ours.label("ours"), place.label("place"), peak.label("peak"), baseline.label("baseline"))
+    ranked = select(table.participant, table.down_bytes, table.up_bytes, *columns).where(table.stage <= stage).subquery()
+    return select(ranked).where(ranked.c.place == 1)
+
+
+def _used(last: Row[Any], before: Row[Any] | None) -> tuple[int, int]:
+    """A device's traffic (down, up) in a stage; its counters run since it joined."""
+    down, up = (before.down_bytes, before.up_bytes) if before else (0, 0)
+    if last.down_bytes < down or last.up_bytes < up:  # its journal was lost: it began to count anew
+        return last.down_bytes, last.up_bytes
+    return last.down_bytes - down, last.up_bytes - up

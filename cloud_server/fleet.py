@@ -45,9 +45,6 @@ class Fleet:
         for device in store.devices():
             self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
-    def name(self, participant: int) -> str:
-        return next((member.id for member in self.members.values() if member.participant == participant), "?")
-
     def can_train(self, member: Member) -> bool:
         """A device that cannot count its images beforehand says 0."""
         return member.hello.images == 0 or member.hello.images >= self._min_images

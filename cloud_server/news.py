@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lwfed.cloud_server.figures import StageFigures
 from lwfed.cloud_server.fleet import Member
-from lwfed.cloud_server.rounds import Rules
+from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.store import Contribution, Scores
 from lwfed.config import RunConfig
 from lwfed.console import Console
@@ -46,6 +46,13 @@ class News:
     def waiting_for(self, participants: Iterable[int], seconds: float) -> None:
         named = _devices(participants)
         self._say("waiting", "waiting", f"for {named} to come back, at most {seconds:g} s")
+
+    def stuck(self, state: State) -> None:
+        """Nobody is left who could still contribute to the round."""
+        who = "no further device" if state.contributed else "no device"
+        how = {"failed": "failed", "refused": "was refused"}
+        lost = [f"device {one} {how.get(state.failed.get(one, ''), 'has left')}" for one in state.chosen if one not in state.contributed]
+        self.warning(f"{who} can train in this round: {_listed(lost)}; mend one and start it again")
 
     def join_command(self) -> str:
         fleet = self._config.run.fleet
@@ -131,8 +138,11 @@ def _count(number: int, noun: str) -> str:
 
 def _devices(participants: Iterable[int]) -> str:
     numbers = sorted(participants)
-    listed = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
-    return f"device {listed}" if len(numbers) == 1 else f"devices {listed}"
+    return f"{'device' if len(numbers) == 1 else 'devices'} {_listed(numbers)}"
+
+
+def _listed(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:10])) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
 
 
 def _scores(scores: Scores) -> str:

@@ -1,15 +1,14 @@
 """What devices say, checked and passed on to fleet, inbox, broadcast and course.
 
-Nothing that a device sends may harm the run: what does not parse is counted and ignored, what does not fit is refused
-with a reason, and both are said once.
+Nothing that a device sends may harm the run: what does not parse is ignored, what does not fit is refused
+with a reason, and both are said once in each round.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
-from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present
+from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present, Restarted
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.fleet import Fleet, Member
 from lwfed.cloud_server.news import News
@@ -23,12 +22,13 @@ from lwfed.wire.messages import UP, Beat, Fail, Fin, Hello, Message, Need, Offer
 from lwfed.wire.topics import FromDevice, Topics, UpdateChunk
 
 Apply = Callable[[Event, float, Write | None], None]
-MAX_COMPLAINTS = 1000  # kinds of trouble that are told apart; the names in topics are whatever a sender likes
+MAX_COMPLAINTS = 1000  # in a round: kinds of trouble that are told apart; the names in topics are whatever a sender likes
 
 
 class Reception:
     def __init__(self, topics: Topics, course: Course, fleet: Fleet, inbox: Inbox, broadcast: Broadcast, news: News, apply: Apply) -> None:
-        self.complaints: Counter[tuple[str, str]] = Counter()  # (device, what) -> how often
+        self._complaints: set[tuple[str, str]] = set()  # (device, what), of the round that follows
+        self._complained_in = (0, 0)  # stage, round
         self._topics, self._course, self._fleet = topics, course, fleet
         self.broadcast, self._inbox, self._news, self._apply = broadcast, inbox, news, apply
 
@@ -78,12 +78,15 @@ class Reception:
     def _on_hello(self, device: str, hello: Hello, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
         was_there = known is not None and known.there
+        anew = known is not None and hello.boot != known.boot
         member = self._fleet.greet(device, hello)
         if member is None:
             self._complain(device, "full", f"device {device} is one too many and gets no task")
             return []
         if not was_there:
             self._news.joined(member, "joined" if known is None else "is back")
+        if anew:
+            self._restarted(member, now)
         if not self._fleet.can_train(member):
             least = self._course.config.data.min_images
             text = f"device {member.participant} has {hello.images} images and is not asked to train: data.min_images is {least}"
@@ -95,19 +98,26 @@ class Reception:
 
     def _on_state(self, device: str, state: State, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
-        before = known.state if known else None
+        before, boot = (known.state, known.boot) if known else (None, 0)
         member = self._fleet.note(device, state, now)
         if member is None or not self._fleet.can_train(member):
             return []
+        if state.boot > boot:
+            self._restarted(member, now)
         if member.there:
             if before in ("lost", "stopped", None):
                 self._news.device(member, "is back")
             self._apply(Present(member.participant), now, None)
         else:
-            if member.state != before:
+            long_ago = before is None and not self._course.state.waits_for(member.participant)  # retained since then
+            if member.state != before and not long_ago:
                 self._news.device(member, "has left" if member.state == "stopped" else "is lost; it may return")
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
+
+    def _restarted(self, member: Member, now: float) -> None:
+        if member.participant in self._course.state.failed:
+            self._apply(Restarted(member.participant), now, None)
 
     # Updates
 
@@ -167,9 +177,11 @@ class Reception:
         return self._inbox.refuse(member.id, offer.contribution, code, reason)
 
     def _complain(self, device: str, what: str, text: str) -> None:
+        here = (self._course.state.stage, self._course.state.round)
+        if here != self._complained_in:
+            self._complained_in = here
+            self._complaints.clear()
         key = (device, what)
-        if key not in self.complaints and len(self.complaints) >= MAX_COMPLAINTS:
-            return
-        self.complaints[key] += 1
-        if self.complaints[key] == 1:
-            self._news.warning(f"{text} (said once)")
+        if key not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
+            self._complaints.add(key)
+            self._news.warning(f"{text} (said once in a round)")

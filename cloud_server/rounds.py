@@ -60,6 +60,10 @@ class Rules:
     def quorum_of(self, count: int) -> int:
         return max(1, math.ceil(self.quorum * count - 1e-9))  # 0.1 * 30 must not need four
 
+    def gathering(self, begun: bool) -> int:
+        """How many devices must be there for a round to begin; the first one wants all that were asked for."""
+        return self.quorum_of(self.min_devices) if begun else self.min_devices
+
 
 @dataclass(frozen=True)
 class State:
@@ -94,6 +98,15 @@ class State:
     def expected(self) -> tuple[int, ...]:
         """Those among them that are worth waiting for: all but who said goodbye."""
         return tuple(one for one in self.owing if self.devices.get(one) != "gone")
+
+    @property
+    def stuck(self) -> bool:
+        """Training, and nobody is left who could still contribute: free devices are asked as soon as they are needed."""
+        return self.phase == "training" and not self.expected
+
+    def waits_for(self, participant: int) -> bool:
+        away = self.phase == "waiting" and self.devices.get(participant) == "away"
+        return away or participant in self.expected
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 1  # PRAGMA user_version
+VERSION = 2  # PRAGMA user_version
 
 metadata = MetaData()
 
@@ -32,7 +32,7 @@ runs = Table(
     Column("config", LargeBinary, nullable=False),  # RunConfig.to_bytes
     Column("started_s", Float, nullable=False),  # Unix time, as all times here
     Column("finished_s", Float),
-    Column("epoch", Integer, nullable=False),  # starts of the server
+    Column("epoch", Integer, nullable=False),  # of the last start of the server: grows with every start, also of other stores
     Column("state", String, nullable=False),  # of the coordinator, JSON
 )
 
@@ -71,11 +71,14 @@ contributions = Table(
     Column("blob", String, nullable=False),
     Column("bytes", Integer, nullable=False),
     Column("images", Integer, nullable=False),
-    Column("report", JSON, nullable=False),
+    Column("loss", Float, nullable=False),  # of the last local epoch
+    Column("peak_mb", Float, nullable=False),
+    Column("baseline_mb", Float, nullable=False),
     Column("down_bytes", Integer, nullable=False),  # since the device joined the run
     Column("up_bytes", Integer, nullable=False),
     Column("received_s", Float, nullable=False),
-    UniqueConstraint("run", "stage", "round", "participant"),
+    Column("report", JSON, nullable=False),  # whole, and last: its pages are not read for the columns before it
+    UniqueConstraint("stage", "round", "participant", "run"),  # in the order in which rows are looked up
     ForeignKeyConstraint(["run", "participant"], ["devices.run", "devices.participant"]),
     ForeignKeyConstraint(["run", "stage", "round"], ["rounds.run", "rounds.stage", "rounds.round"]),
 )

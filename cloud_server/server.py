@@ -24,7 +24,7 @@ from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
-from lwfed.errors import Refused, Unreachable
+from lwfed.errors import Refused, TransportError, Unreachable
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.broadcast import Broadcast
@@ -76,6 +76,7 @@ class Server:
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         self._connected = False
         self._give_up_at: float | None = None  # until there has been a connection
+        self._unreached: TransportError = Unreachable("no answer from the broker: check its address and that it runs")
         self._told_lost = False
         self._announced: tuple[object, ...] | None = None
         self._farewell_until: float | None = None
@@ -162,8 +163,8 @@ class Server:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)
 
-    def _on_disconnected(self, reason: Exception) -> None:
-        self._connected = False
+    def _on_disconnected(self, reason: TransportError) -> None:
+        self._connected, self._unreached = False, reason
         if self._give_up_at is not None and isinstance(reason, Refused):
             raise reason
         if self._revive():
@@ -184,7 +185,7 @@ class Server:
 
     def _on_time(self, now: float) -> None:
         if self._give_up_at is not None and now >= self._give_up_at:
-            raise Unreachable(f"no connection to the broker within {FIRST_CONNECTION_S:g} s: check its address and that it runs")
+            raise type(self._unreached)(f"{self._unreached}; gave up after {FIRST_CONNECTION_S:g} s")
         if self._course.state.due is not None and now >= self._course.state.due:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)

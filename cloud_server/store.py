@@ -18,6 +18,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from lwfed.cloud_server import schema
+from lwfed.cloud_server.figures import StageFigures, mean_loss, stage_figures
 from lwfed.cloud_server.rounds import State
 from lwfed.config import RunConfig
 from lwfed.config.explain import keys
@@ -59,7 +60,7 @@ class Scores:
 
 
 class Store:
-    """One run. `clock` gives Unix time, for people only; `durable=False` survives no power cut, for simulations."""
+    """One run. `clock` gives Unix time; `durable=False` survives no power cut, for simulations."""
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time, durable: bool = True) -> None:
         """Open or create the store below `root`. Raises StateError when it is unusable or of another version."""
@@ -93,7 +94,10 @@ class Store:
         return None if data is None else RunConfig.from_bytes(data)
 
     def begin(self, config: RunConfig) -> tuple[State, int, bool]:
-        """(state, epoch, resumed): a new run, or the stored one as it was left. Raises StateError for another configuration."""
+        """(state, epoch, resumed): a new run, or the stored one as it was left. Raises StateError for another configuration.
+
+        The epoch is later than that of any earlier start, also of another store: devices ignore what is older than they know.
+        """
         stored = self.config
         if stored is not None and stored.digest != config.digest:
             raise StateError(_differences(self._path.parent, stored, config))
@@ -102,8 +106,9 @@ class Store:
                 self._run = config.run.name
                 row = {"name": self._run, "config": config.to_bytes(), "started_s": self._clock(), "epoch": 0, "state": State().to_json()}
                 connection.execute(schema.runs.insert(), row)
-            epoch = connection.execute(schema.runs.update().values(epoch=schema.runs.c.epoch + 1).returning(schema.runs.c.epoch))
-            return self._state(connection), epoch.scalar_one(), stored is not None
+            later = func.max(schema.runs.c.epoch + 1, int(self._clock()))  # clocks are set back at times
+            epoch = connection.execute(schema.runs.update().values(epoch=later).returning(schema.runs.c.epoch)).scalar_one()
+            return self._state(connection), epoch, stored is not None
 
     @property
     def state(self) -> State:
@@ -135,9 +140,8 @@ class Store:
         with self._transaction() as connection:
             known = connection.execute(select(table.c.participant).where(table.c.device == device)).scalar()
             number = connection.execute(select(func.count()).select_from(table)).scalar_one() if known is None else known
-            row = {"run": self._run, "participant": number, "device": device}
             seen = {"hello": hello.model_dump(mode="json"), "seen_s": self._clock()}
-            statement = insert(table).values(**row, **seen)
+            statement = insert(table).values(run=self._run, participant=number, device=device, **seen)
             connection.execute(statement.on_conflict_do_update(index_elements=["run", "participant"], set_=seen))
             return number, known is None
 
@@ -171,9 +175,12 @@ class Store:
             return {(row.stage, row.name): Scores(row.knn, row.probe) for row in rows}
 
     def loss(self, stage: int, round: int) -> float | None:
-        """Of the last local epochs of a round, mean by images; None before the first contribution."""
-        found = [(one.report.images, one.report.losses[-1]) for one in self.contributions(stage, round)]
-        return sum(images * loss for images, loss in found) / sum(images for images, _ in found) if found else None
+        with self._transaction() as connection:
+            return mean_loss(connection, stage, round)
+
+    def figures(self, stage: int) -> StageFigures | None:
+        with self._transaction() as connection:
+            return stage_figures(connection, stage)
 
     def stage_began_s(self, stage: int) -> float | None:
         with self._transaction() as connection:
@@ -227,6 +234,9 @@ class Step:
             "blob": contribution.blob,
             "bytes": contribution.size,
             "images": contribution.report.images,
+            "loss": contribution.report.losses[-1],
+            "peak_mb": contribution.report.memory.peak_mb,
+            "baseline_mb": contribution.report.memory.baseline_mb,
             "report": contribution.report.model_dump(mode="json"),
             "down_bytes": contribution.traffic.down,
             "up_bytes": contribution.traffic.up,

@@ -6,7 +6,6 @@ import time
 
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
-from lwfed.cloud_server.figures import stage_figures
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.rounds import Begun, Closed, Extended, GivenUp, Joined, Notice, State
 
@@ -21,14 +20,18 @@ def tell(news: News, course: Course, before: State, notices: list[Notice]) -> No
         stage_ended(news, course, before.stage)
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
         waiting(news, course)
+    if after.stuck and not before.stuck:
+        news.stuck(after)
 
 
 def waiting(news: News, course: Course) -> None:
     """Whom the run waits for; nothing while it does not wait."""
-    state, rules = course.state, course.rules
+    state = course.state
+    if state.stuck:
+        news.stuck(state)
     if state.phase != "waiting":
         return
-    needed = rules.min_devices if state.patient or not state.begun else rules.quorum_of(rules.min_devices)
+    needed = course.rules.gathering(state.begun)
     if len(state.here) < needed:
         news.waiting(len(state.here), needed)
     elif away := [participant for participant, there in state.devices.items() if there == "away"]:
@@ -43,8 +46,8 @@ def place(course: Course) -> str:
 def stage_ended(news: News, course: Course, stage: int) -> None:
     began = course.store.stage_began_s(stage)
     seconds = time.time() - began if began is not None else 0.0
-    figures = stage_figures(course.store.contributions(), stage)
-    news.stage_ended(course.rules, stage, max(0.0, seconds), course.store.scores().get((stage, "trained")), figures)
+    scores = course.store.scores().get((stage, "trained"))
+    news.stage_ended(course.rules, stage, max(0.0, seconds), scores, course.store.figures(stage))
 
 
 def _notice(news: News, course: Course, notice: Notice) -> None:

@@ -78,7 +78,7 @@ class Workshop:
             case "ready":
                 return None
             case "error":
-                self._failed(event.data["kind"], event.data["message"])
+                self._failed(event.data["kind"], event.data["message"], now)
                 return None
         self._job, self._idle_until = None, now + self._linger_s
         return event.data
@@ -111,10 +111,10 @@ class Workshop:
         assert self._job is not None
         self._process.send(self._job)
 
-    def _failed(self, kind: str, message: str) -> None:
+    def _failed(self, kind: str, message: str, now: float) -> None:
         found = getattr(errors, kind, None)
         if isinstance(found, type) and issubclass(found, LwfedError) and found is not WorkerFailed:
-            self._job = None
+            self._job, self._idle_until = None, now + self._linger_s
             raise found(message)
         process, self._process = self._process, None  # what went wrong may have left it in any condition
         if process is not None:

@@ -105,11 +105,12 @@ class FakeDevice:
 
     def __init__(self, broker, root, name, *, images=10, fails=0, spoil=lambda update: update):
         self.name, self.images, self.fails, self.spoil = name, images, fails, spoil
-        self.topics = Topics("default")
+        self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
         self.boot = 1
         self.tasks, self.refusals, self.sent = [], [], 0
+        self.seen = (0, 0)  # journalled: it survives restarts
         self.open()
 
     def open(self):
@@ -119,6 +120,14 @@ class FakeDevice:
         for filter in self.topics.for_device(self.name):
             self.transport.subscribe(filter)
         self.transport.open(self.name, Will(self.topics.from_device(self.name, "state"), encode(self.state("lost"))), self.handle)
+
+    def restart(self):
+        """As its service does: it says goodbye and begins anew, with what it has on disk."""
+        self.tell("state", self.state("stopped"), retain=True)
+        self.transport.close()
+        self.boot += 1
+        self.transport = self.broker.transport()
+        self.open()
 
     def state(self, state):
         return messages.State(state=state, boot=self.boot)
@@ -136,7 +145,7 @@ class FakeDevice:
                 if topic == self.topics.server_state:
                     self.on_server(messages.decode_server_state(payload))
                 elif topic == self.topics.run:
-                    self.run = messages.decode(messages.Run, payload)
+                    self.on_run(messages.decode(messages.Run, payload))
                 elif isinstance(parsed, ToDevice):
                     self.on_order(messages.decode(messages.DOWN[parsed.kind], payload))
                 else:
@@ -153,6 +162,10 @@ class FakeDevice:
             if self.upload:
                 self.upload.reset()
         self.online = state
+
+    def on_run(self, run):
+        if (run.epoch, run.seq) >= self.seen:
+            self.seen, self.run = (run.epoch, run.seq), run
 
     def on_order(self, message):
         match message:
@@ -227,9 +240,10 @@ class World:
     now: float = 0.0
     server: Server | None = None
     course: Course | None = None
+    state: str = "server"  # folder of the run
 
     def start(self, **options):
-        self.course = Course(self.config, self.root / "server", durable=False)
+        self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, durable=False)
         news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
         self.server = Server(
             self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self.jobs), clock=lambda: self.now, **options
@@ -244,10 +258,24 @@ class World:
         self.server = None
 
     def join(self, name, **options):
-        device = FakeDevice(self.broker, self.root, name, **options)
-        self.devices.append(device)
+        device = self.bring(name, **options)
         self.settle(until=lambda: True)
         return device
+
+    def bring(self, name, **options):
+        """A device that has said nothing yet."""
+        self.devices.append(FakeDevice(self.broker, self.root, name, **options))
+        return self.devices[-1]
+
+    def step(self):
+        """The least that can happen: a message is delivered, or the server handles one thing that was."""
+        for device in self.devices:
+            device.poll(self.now)
+        if not self.server._queue.empty():
+            self.server.handle(self.server._queue.get())
+        elif self.broker.pump(1) == 0:
+            self.pass_time()
+            self.server.handle(None)
 
     def quiet(self):
         """Everything that needs no time to pass."""
@@ -265,11 +293,14 @@ class World:
             self.quiet()
             if until():
                 return
-            parties = [*self.devices, *([self.server] if self.server else [])]
-            times = [time for party in parties if (time := party.next_wakeup(self.now)) is not None]
-            assert times, f"nothing will ever happen: {self.course.state}"
-            self.now = max(self.now + 1e-3, min(times))
+            self.pass_time()
         raise AssertionError(f"no end in sight: {self.course.state}")
+
+    def pass_time(self):
+        parties = [*self.devices, *([self.server] if self.server else [])]
+        times = [time for party in parties if (time := party.next_wakeup(self.now)) is not None]
+        assert times, f"nothing will ever happen: {self.course.state}"
+        self.now = max(self.now + 1e-3, min(times))
 
     def finish(self):
         self.settle(until=lambda: self.course.state.phase == "finished")

@@ -17,6 +17,7 @@ from lwfed.cloud_server.coordinator import (
     Evaluated,
     Prepared,
     Present,
+    Restarted,
     Started,
     TimeUp,
     advance,
@@ -134,6 +135,35 @@ def test_the_deadline_without_a_quorum_is_extended_and_failures_are_forgiven():
     assert (following.phase, following.due, following.owing) == ("training", 200.0, (0,))
 
 
+def test_the_deadline_forgives_refused_ones_too_when_no_quorum_is_left_without_them():
+    for gone in (Absent(0, for_good=True), CannotTrain(0, refused=True)):
+        state = after(RULES, training(), CannotTrain(1, refused=True), gone)
+        state = after(RULES, state, TimeUp(), now=100.0)
+        assert 1 in state.owing
+    rules = replace(RULES, quorum=1.0)
+    state = after(rules, training(rules), Contributed(0, "x"), CannotTrain(1, refused=True), TimeUp(), now=100.0)
+    assert state.owing == (1,)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_device_that_was_started_again_is_asked_again(refused):
+    state = after(RULES, training(), CannotTrain(0, refused))
+    assert state.owing == (1,)
+    state = after(RULES, state, Absent(0, for_good=True), Restarted(0), Present(0))
+    assert state.expected == (0, 1)
+    assert after(RULES, state, Contributed(0, "x"), Contributed(1, "y")).phase == "aggregating"
+
+
+def test_once_begun_a_quorum_is_enough_in_every_later_round():
+    state = after(RULES, training(), Contributed(1, "x"), Absent(1, for_good=True), Contributed(0, "y"))
+    for round in (2, 1):  # the next one, and the one after it
+        state = after(RULES, state, Aggregated({}), Calibrated({}), now=5.0)
+        if state.phase == "evaluating":
+            state = after(RULES, state, Evaluated(), Prepared({}), now=5.0)
+        assert (state.phase, state.round, state.chosen) == ("training", round, (0,))
+        state = after(RULES, state, Contributed(0, "y"))
+
+
 def test_others_are_chosen_when_those_chosen_cannot_make_a_quorum():
     rules = replace(RULES, sample=1)
     state = training(rules)
@@ -203,6 +233,7 @@ def test_neither_order_nor_restarts_change_the_result(order, restarts, sample):
 EVENTS = st.one_of(
     st.builds(Present, st.integers(0, 3)),
     st.builds(Absent, st.integers(0, 3), st.booleans()),
+    st.builds(Restarted, st.integers(0, 3)),
     st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),

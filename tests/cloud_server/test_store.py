@@ -2,7 +2,6 @@ import sqlite3
 
 import pytest
 
-from lwfed.cloud_server.figures import stage_figures
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import FILE_NAME, Contribution, Scores, Store
 from lwfed.errors import StateError
@@ -28,14 +27,25 @@ def contribution(make_report):
 
 def test_a_run_is_begun_once_and_taken_up_again(store, tiny, tmp_path):
     assert store.config is None
-    assert store.begin(tiny()) == (State(), 1, False)
+    assert store.begin(tiny()) == (State(), 1000, False)
     with store.step(State(phase="waiting", parts={"stem": "x"})):
         pass
     store.close()
-    again = Store(tmp_path)
-    assert again.begin(tiny()) == (State(phase="waiting", parts={"stem": "x"}), 2, True)
+    again = Store(tmp_path, clock=lambda: 900.0)  # clocks are set back at times
+    assert again.begin(tiny()) == (State(phase="waiting", parts={"stem": "x"}), 1001, True)
     assert again.config == tiny()
     again.close()
+
+
+def test_a_new_store_is_of_a_later_epoch_than_any_start_of_an_earlier_one(tmp_path, tiny):
+    epochs = []
+    for name, starts in (("first", 3), ("second", 1)):
+        (tmp_path / name).mkdir()
+        for _ in range(starts):
+            store = Store(tmp_path / name, clock=lambda: 1000.9 + len(epochs), durable=False)
+            epochs.append(store.begin(tiny())[1])
+            store.close()
+    assert epochs == [1000, 1001, 1002, 1003]
 
 
 def test_another_configuration_is_named_key_by_key(store, tiny):
@@ -133,15 +143,35 @@ def test_a_file_that_is_no_store_is_explained(tmp_path):
         Store(tmp_path)
 
 
-def test_figures_of_a_stage(contribution):
+def test_figures_of_a_stage(store, tiny, contribution):
+    store.begin(tiny())
     reports = [
         contribution("1", 0, stage=1, down=100, up=10, peak_mb=300.0),
         contribution("2", 1, stage=1, down=300, up=30, peak_mb=310.0),
         contribution("3", 0, stage=2, round=1, down=150, up=15, peak_mb=400.0),
         contribution("4", 0, stage=2, round=2, down=180, up=20, peak_mb=350.0),
         contribution("5", 1, stage=2, down=40, up=4, peak_mb=1.0),  # its journal was lost
+        contribution("6", 2, stage=3, down=7, up=7, peak_mb=1.0),
     ]
-    first, second = stage_figures(reports, 1), stage_figures(reports, 2)
-    assert (first.bytes_down, first.bytes_up, first.worker_peak_mb) == (200, 20, 310)
+    for name in ("a", "b", "c"):
+        store.admit(name, HELLO)
+    with store.step(State()) as step:
+        for one in reports:
+            step.begin_round(one.stage, one.round, ())
+            step.contribute(one)
+    first, second = store.figures(1), store.figures(2)
+    assert (first.bytes_down, first.bytes_up, first.worker_peak_mb, first.worker_baseline_mb) == (200, 20, 310, 200)
     assert (second.bytes_down, second.bytes_up, second.worker_peak_mb) == (60, 7, 400)
-    assert stage_figures(reports, 3) is None
+    assert store.figures(3).bytes_down == 7
+    assert store.figures(4) is None
+
+
+def test_figures_and_losses_are_not_taken_from_whole_reports(store, tiny, contribution, monkeypatch):
+    store.begin(tiny())
+    store.admit("a", HELLO)
+    with store.step(State()) as step:
+        step.begin_round(1, 1, (0,))
+        step.contribute(contribution("1", loss=2.0, down=3))
+    monkeypatch.setattr("lwfed.cloud_server.store._contribution", None)
+    assert store.loss(1, 1) == 2.0
+    assert store.figures(1).bytes_down == 3

@@ -124,6 +124,7 @@ def test_an_error_that_repetition_cannot_mend_is_raised_at_once(workshop, kind, 
     with pytest.raises(error, match="as it is"):
         play(one, script)
     assert not one.busy
+    assert one.next_wakeup() == 10  # then the process is ended
 
 
 def test_the_process_is_kept_for_a_while_and_then_ended(workshop):

@@ -1,12 +1,18 @@
 """What goes wrong for people: a clear message, the documented exit code, no traceback."""
 
+import getpass
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+from paho.mqtt.publish import single as retained
+from PIL import Image
+
+MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
 
 
 def run(name, *arguments):
@@ -92,3 +98,56 @@ def test_help_imports_no_heavy_library():
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert json.loads(result.stdout.splitlines()[-1]) == []
+
+
+def publish(url, topic, payload):
+    """Leave a retained message at the broker, as another program would."""
+    host, _, port = url.removeprefix("mqtt://").partition(":")
+    retained(topic, payload, hostname=host, port=int(port), qos=1, retain=True)
+
+
+def test_a_server_of_another_protocol_version(start, tmp_path):
+    server = start(
+        "cloud-server", "serve", "--config", "demo", "--broker", "embedded", "--port", 0, "--state", tmp_path / "server", "--json"
+    )
+    url = server.wait_for("broker")["url"]
+    newer = {"v": 9, "online": True, "epoch": 1, "protocol_min": 8, "protocol_max": 9, "motto": "unknown here"}
+    publish(url, "lwfed/newer/srv/state", json.dumps(newer))
+    fails("edge-agent", "join", url, "--fleet", "newer", "--data", "digits", "--state", tmp_path / "device", code=76, says="upgrade")
+
+
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+def test_a_broker_that_refuses_us(tmp_path, port):
+    (tmp_path / "passwords").touch(mode=0o600)
+    passwd = os.path.join(os.path.dirname(MOSQUITTO).replace("sbin", "bin"), "mosquitto_passwd")
+    subprocess.run([passwd, "-b", tmp_path / "passwords", "porch", "right"], check=True)
+    me = f"user {getpass.getuser()}\n" if os.getuid() == 0 else ""
+    (tmp_path / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous false\npassword_file {tmp_path}/passwords\n{me}")
+    (tmp_path / "wrong").write_text("wrong\n")
+    with subprocess.Popen([MOSQUITTO, "-c", tmp_path / "mosquitto.conf"], stderr=subprocess.DEVNULL) as broker:
+        try:
+            url, user = f"mqtt://127.0.0.1:{port}", ("--username", "porch", "--password-file", tmp_path / "wrong")
+            fails("edge-agent", "join", url, *user, "--data", "digits", "--state", tmp_path / "a", code=77, says="--password-file")
+            fails("cloud-server", "serve", "--config", "demo", "--broker", url, "--state", tmp_path / "b", code=77, says="--password-file")
+        finally:
+            broker.terminate()
+
+
+def test_broken_images_among_good_ones_are_skipped_counted_and_said(fleet, tmp_path):
+    folder = tmp_path / "images"
+    for number in range(12):
+        path = folder / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 16), (20 * number, 100, 50)).save(path)
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    (folder / "text.jpg").write_text("no image")
+    fleet = fleet(settings=["rounds.min_devices=1", "stages.rounds_per_stage=1", "calibration.every=never"])
+    server = fleet.server()
+    server.wait_for("broker")
+    device = fleet.device(1, folder)
+    update = device.wait_for("update")
+    assert "over 12 images" in update["text"]
+    assert "(2 unreadable)" in update["text"]
+    server.wait_for("finished")
+    assert server.result() == 0
+    assert device.end() == 0
