@@ -10,6 +10,7 @@ from lwfed.blobs import BlobStore
 from lwfed.cloud_server.aggregate import Share, mean_by_part
 from lwfed.cloud_server.checkpoint import export, referenced
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
+from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
 from lwfed.config import RunConfig
@@ -32,6 +33,8 @@ class Course:
         self.rules = Rules.of(config)
         self.store = Store(root, clock, durable)
         try:
+            stored = self.store.config
+            self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start
             self.state, self.epoch, self.resumed = self.store.begin(config)
             self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here
             self.spool = BlobStore(root / "updates", durable)

@@ -12,6 +12,8 @@ from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.store import Contribution, Scores
 from lwfed.config import RunConfig
 from lwfed.console import Console
+from lwfed.models.shapes import size_bytes
+from lwfed.plan import StagePlan
 from lwfed.wire.messages import Beat
 
 LABEL = 12  # characters
@@ -106,9 +108,11 @@ class News:
         text = f"{NAMES[name]}: {_scores(scores)}"
         self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, knn=scores.knn, probe=scores.probe)
 
-    def stage_started(self, rules: Rules, stage: int, trained: Iterable[str]) -> None:
-        text = f"begins; devices train {', '.join(trained)}"
-        self._say("stage", f"stage {stage}/{rules.stages}", text, stage=stage, stages=rules.stages, status="started")
+    def stage_started(self, rules: Rules, plan: StagePlan) -> None:
+        down, up = size_bytes(self._config, plan.downloaded), size_bytes(self._config, plan.uploaded)
+        text = f"begins; devices train {', '.join(plan.trained)}; a round takes {_bytes(down)} down and {_bytes(up)} up"
+        fields = {"stage": plan.stage, "stages": rules.stages, "status": "started", "round_bytes_down": down, "round_bytes_up": up}
+        self._say("stage", f"stage {plan.stage}/{rules.stages}", text, **fields)
 
     def stage_ended(self, rules: Rules, stage: int, seconds: float, scores: Scores | None, figures: StageFigures | None) -> None:
         fields: dict[str, Any] = {"knn": scores.knn if scores else None, "probe": scores.probe if scores else None, "seconds": seconds}

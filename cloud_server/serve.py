@@ -53,6 +53,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         news = News(console, config, str(address))
         news.broker(broker.kind if broker else "external")
         news.run(course.rules, "finished" if finished else "resumed" if course.resumed else "started", place(course), root)
+        for change in course.changed:
+            news.doing(f"changed setting {change}")
         server = Server(
             course,
             options.connection.transport(address),
@@ -62,6 +64,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             revive=broker.ensure if broker else lambda: False,
         )
         server.run()
+        if course.state.phase != "finished":
+            news.doing("stopped; nothing is lost, the same command goes on from here")
 
 
 def check_sources(config: RunConfig) -> None:

@@ -21,7 +21,6 @@ from lwfed.cloud_server import schema
 from lwfed.cloud_server.figures import StageFigures, mean_loss, stage_figures
 from lwfed.cloud_server.rounds import State
 from lwfed.config import RunConfig
-from lwfed.config.explain import keys
 from lwfed.errors import StateError
 from lwfed.wire.messages import Hello, Offer, Report, Traffic
 
@@ -94,21 +93,20 @@ class Store:
         return None if data is None else RunConfig.from_bytes(data)
 
     def begin(self, config: RunConfig) -> tuple[State, int, bool]:
-        """(state, epoch, resumed): a new run, or the stored one as it was left. Raises StateError for another configuration.
+        """(state, epoch, resumed): a new run, or the stored one as it was left, from now on under `config`.
 
         The epoch is later than that of any earlier start, also of another store: devices ignore what is older than they know.
         """
-        stored = self.config
-        if stored is not None and stored.digest != config.digest:
-            raise StateError(_differences(self._path.parent, stored, config))
+        resumed = self.config is not None
         with self._transaction() as connection:
-            if stored is None:
+            if not resumed:
                 self._run = config.run.name
                 row = {"name": self._run, "config": config.to_bytes(), "started_s": self._clock(), "epoch": 0, "state": State().to_json()}
                 connection.execute(schema.runs.insert(), row)
             later = func.max(schema.runs.c.epoch + 1, int(self._clock()))  # clocks are set back at times
-            epoch = connection.execute(schema.runs.update().values(epoch=later).returning(schema.runs.c.epoch)).scalar_one()
-            return self._state(connection), epoch, stored is not None
+            values = {"epoch": later, "config": config.to_bytes()}
+            epoch = connection.execute(schema.runs.update().values(values).returning(schema.runs.c.epoch)).scalar_one()
+            return self._state(connection), epoch, resumed
 
     @property
     def state(self) -> State:
@@ -284,17 +282,3 @@ def _contribution(row: Any) -> Contribution:
     traffic = Traffic(down=row.down_bytes, up=row.up_bytes)
     report = Report.model_validate(row.report)
     return Contribution(row.id, row.stage, row.round, row.participant, row.blob, row.bytes, report, traffic)
-
-
-def _differences(root: Path, stored: RunConfig, wanted: RunConfig) -> str:
-    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    lines = []
-    for key in keys(RunConfig):
-        section, _, name = key.partition(".")
-        if old[section][name] != new[section][name]:
-            lines.append(f"  {key}: {old[section][name]} there, {new[section][name]} now")
-    shown = lines[:12] + ([f"  and {len(lines) - 12} more"] if len(lines) > 12 else [])
-    return (
-        f"{root} holds run {stored.run.name!r} of another configuration:\n" + "\n".join(shown) + "\n"
-        "go on with the old settings, or begin a new run with another --state or --set run.name=NAME"
-    )

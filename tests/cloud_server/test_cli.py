@@ -104,7 +104,7 @@ def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, m
     assert [json.loads(line)["event"] for line in result.output.splitlines()] == ["run", "finished"]
     other = run(*options, "--set", "train.lr=0.5")
     assert other.exit_code == 73
-    assert "train.lr: 0.01 there, 0.5 now" in other.output
+    assert "train.lr: 0.01 before, 0.5 now" in other.output
 
 
 @pytest.mark.parametrize(

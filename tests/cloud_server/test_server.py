@@ -348,7 +348,7 @@ def test_a_task_is_repeated_until_it_is_begun(world):
 
 def test_another_configuration_in_the_same_state_is_refused(world, tiny):
     fleet = undisturbed(world)
-    with pytest.raises(StateError, match=r"train\.lr: 0\.01 there, 0\.5 now\n.*another --state"):
+    with pytest.raises(StateError, match=r"train\.lr: 0\.01 before, 0\.5 now\n.*another --state"):
         Course(tiny("train.lr=0.5"), fleet.root / "server")
 
 

@@ -48,15 +48,6 @@ def test_a_new_store_is_of_a_later_epoch_than_any_start_of_an_earlier_one(tmp_pa
     assert epochs == [1000, 1001, 1002, 1003]
 
 
-def test_another_configuration_is_named_key_by_key(store, tiny):
-    store.begin(tiny())
-    with pytest.raises(StateError) as error:
-        store.begin(tiny("run.seed=5", "ssl.temperature=0.7"))
-    assert "run.seed: 0 there, 5 now" in str(error.value)
-    assert "ssl.temperature" in str(error.value)
-    assert "--state" in str(error.value)
-
-
 def test_participant_numbers_follow_admission_and_stay(store, tiny):
     store.begin(tiny())
     assert [store.admit(name, HELLO) for name in ("b", "a", "b", "c")] == [(0, True), (1, True), (0, False), (2, True)]
