@@ -89,7 +89,7 @@ def test_it_ends_with_a_server_that_is_killed(kind, tmp_path):
     broker = psutil.Process(int(server.stdout.readline()))
     server.kill()
     server.communicate()
-    broker.wait(20)
+    assert psutil.wait_procs([broker], timeout=20)[1] == []
 
 
 def test_the_embedded_broker_listens_on_loopback_only():

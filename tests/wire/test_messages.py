@@ -57,9 +57,10 @@ def test_a_damaged_message_is_invalid_or_still_one(name, data):
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_a_junk_state_of_the_server_is_invalid(payload):
     try:
-        decode_server_state(payload)
+        state = decode_server_state(payload)
     except InvalidMessage:
         return
+    assert decode_server_state(encode(state)) == state
 
 
 @pytest.mark.parametrize("model", MODELS)

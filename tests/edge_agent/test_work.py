@@ -1,0 +1,175 @@
+import pytest
+
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train
+from lwfed.wire import messages
+from lwfed.wire.messages import Fin, Offer, State
+from lwfed.wire.topics import Topics
+
+TOPICS = Topics("default")
+
+
+def state(world):
+    return messages.decode(State, world.broker.retained[TOPICS.from_device(world.device.id, "state")])
+
+
+def test_a_round_from_task_to_acknowledgement(world):
+    server, device = world.training()
+    assert state(world).state == "training"
+    order = device.worker[-1].order
+    assert set(order["parts"]) == {"stem", "layer.1", "norm", "projector", "predictor"}
+    assert device.worker == [StartWorker(1), Train(order, 0.5)]
+    device.finish(b"the update" * 500)
+    world.settle(2)
+    assert server.received == [b"the update" * 500]
+    offer = server.of(Offer)[0]
+    assert (offer.report.images, offer.report.execution.torch, offer.participant) == (9, "2.9", 0)
+    traffic = server.of(Fin)[-1].traffic
+    assert traffic.down > 35_000
+    assert traffic.up > 5_000
+    assert device.journal.update is None
+    assert state(world).state == "ready"
+    assert device.texts("accepted") == ["the server has the update of stage 1, round 1"]
+    assert "over 9 images (1 unreadable)" in device.texts("update")[0]
+
+
+@pytest.mark.parametrize("first", ["task", "announcement"])
+def test_task_and_announcement_come_in_any_order(world, first):
+    server, device = world.joined()
+    steps = [lambda: server.assign(device.id), server.announce]
+    for step in steps if first == "task" else reversed(steps):
+        step()
+        world.settle(1)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+
+
+def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    before, chunks = len(device.worker), server.broadcast.sent_chunks
+    parts = {part: server.store.put(part.encode() + b"weights" * 1000) for part in ("stem", "norm", "projector", "predictor")}
+    server.announce(round=2, parts={**parts, "layer.1": server.store.put(b"changed" * 1000)})
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert [type(effect) for effect in device.worker[before:]] == [Train]
+    assert server.broadcast.sent_chunks - chunks == 7
+
+
+def test_a_new_stage_gets_a_new_worker(world):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    server.announce(stage=2)
+    world.settle(0.2)
+    assert device.worker[-1] == EndWorker()
+    server.assign(device.id, stage=2)
+    world.settle(2)
+    assert device.worker[-1] == StartWorker(1)
+
+
+def test_an_idle_worker_is_ended_after_its_linger(world):
+    _, device = world.training()
+    device.finish()
+    world.settle(58)
+    assert isinstance(device.worker[-1], Train)
+    world.settle(4)
+    assert device.worker[-1] == EndWorker()
+
+
+def test_a_newer_round_ends_the_old_training(world):
+    server, device = world.training()
+    server.announce(round=2, content=b"newer" * 1000)
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert EndWorker() in device.worker
+    assert device.worker[-1] == StartWorker(1)
+    assert device.journal.task.round == 2
+
+
+def test_a_round_that_closed_is_left_even_before_the_next_one(world):
+    server, device = world.training()
+    server.announce("aggregating")
+    world.settle(0.2)
+    assert device.worker[-1] == EndWorker()
+    assert device.journal.task is None
+    assert state(world).state == "ready"
+
+
+def test_a_finished_run_is_said_once_and_the_device_stays(world):
+    server, device = world.joined()
+    for _ in range(3):
+        server.announce("finished")
+        world.settle(0.2)
+    assert device.texts("run") == ["run demo is finished; waiting for another"]
+    assert device.exit is None
+
+
+def test_a_task_said_twice_is_done_once(world):
+    server, device = world.training()
+    server.assign(device.id)
+    world.settle()
+    device.finish()
+    world.settle(2)
+    server.announce("aggregating")
+    server.assign(device.id)
+    world.settle(2)
+    assert len([effect for effect in device.worker if isinstance(effect, Train)]) == 1
+
+
+def trainings(device):
+    return len([effect for effect in device.worker if isinstance(effect, Train)])
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_task_said_again_after_its_update_was_accepted_is_not_done_again(world, restarted):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    assert server.received
+    if restarted:
+        device.kill()
+        device = world.start_device()
+        world.settle(1)
+    server.assign(device.id)
+    world.settle(2)
+    assert not device.texts("task")[0 if restarted else 1 :]
+    assert state(world).state == "ready"
+    server.announce(round=2)
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert device.journal.task.round == 2
+
+
+def test_a_refused_update_is_made_again_when_the_server_asks(world):
+    server, device = world.training()
+    server.refusal = "content"
+    device.finish()
+    world.settle(2)
+    server.assign(device.id)
+    world.settle(2)
+    assert trainings(device) == 2
+
+
+def test_a_server_that_lost_an_accepted_update_gets_it_again(world):
+    _, device = world.training()
+    device.finish()
+    world.settle(2)
+    world.kill_server()
+    again = world.start_server(epoch=2)
+    again.announce()
+    world.settle(1)
+    again.assign(device.id)
+    world.settle(2)
+    assert trainings(device) == 2
+
+
+def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    assert device.journal.execution("demo", 1)
+    server.announce(run="next")
+    world.settle(0.2)
+    assert device.journal.execution("demo", 1) is None
+    assert device.journal.traffic("demo").down == 0

@@ -1,0 +1,157 @@
+import pytest
+
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
+from lwfed.wire import messages
+from lwfed.wire.messages import Fail, State
+from lwfed.wire.topics import Topics
+
+TOPICS = Topics("default")
+
+
+def state(world):
+    return messages.decode(State, world.broker.retained[TOPICS.from_device(world.device.id, "state")])
+
+
+def test_a_worker_that_was_starting_for_a_round_that_closed_is_ended(world):
+    server, device = world.joined()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+    server.announce("aggregating")
+    world.settle(0.2)
+    assert device.worker[1:] == [EndWorker()]
+
+
+@pytest.mark.parametrize("phase", ["called", "fetching"])
+def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
+    server, device = world.training()
+    device.finish()
+    world.settle(2)
+    server.broadcast.need = lambda *_: []  # no model arrives
+    server.assign(device.id, round=2)
+    if phase == "fetching":
+        server.announce(round=2, content=b"newer" * 1000)
+    world.settle(0.5)
+    device.queue.append(WorkerError("died", "ended by SIGKILL: out of memory"))
+    world.settle(0.5)
+    assert not server.of(Fail)
+    assert device.journal.task.round == 2
+    del server.broadcast.need
+    server.announce(round=2)
+    world.settle(10)
+    assert device.worker[-1] == StartWorker(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "code"),
+    [
+        ("DataError", "3 images", "data"),
+        ("Diverged", "nan", "diverged"),
+        ("OutOfMemory", "no memory", "memory"),
+        ("died", "ended by SIGKILL: probably killed because the device ran out of memory", "memory"),
+        ("died", "ended by SIGILL", "worker"),
+        ("InvalidPayload", "wrong shape", "worker"),
+    ],
+)
+def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, kind, message, code):
+    server, device = world.training()
+    device.queue.append(WorkerError(kind, message))
+    world.settle()
+    assert [fail.code for fail in server.of(Fail)] == [code]
+    assert message in device.texts("warning")[-1]
+    assert (device.exit, state(world).state) == (None, "ready")
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker[-1] == StartWorker(1)
+
+
+def test_a_configuration_of_a_newer_server_fails_the_task_not_the_agent(world):
+    server, device = world.joined()
+    server.config = server.store.put(b'{"run": {}}')
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    assert [fail.code for fail in server.of(Fail)] == ["config"]
+    assert device.exit is None
+
+
+@pytest.mark.parametrize("code", ["stale", "not_chosen"])
+def test_a_refused_update_is_dropped_and_said(world, code):
+    server, device = world.training()
+    server.refusal = code
+    device.finish()
+    world.settle(2)
+    assert device.journal.update is None
+    assert code in device.texts("refused")[0]
+    assert state(world).state == "ready"
+
+
+def test_an_update_survives_the_death_of_the_agent(world):
+    server, device = world.training()
+    server.answers = False
+    device.finish(b"precious" * 100)
+    world.settle(2)
+    device.kill()
+    server.answers = True
+    again = world.start_device()
+    world.settle(2)
+    assert server.received == [b"precious" * 100]
+    assert again.journal.boot == 2
+    assert again.id == device.id
+    assert not again.worker
+
+
+def test_an_interrupted_task_begins_again_when_the_server_sends_it(world):
+    server, device = world.training()
+    device.kill()
+    again = world.start_device()
+    world.settle(1)
+    assert "interrupted" in again.texts("warning")[0]
+    server.assign(again.id)
+    world.settle(2)
+    again.ready()
+    world.settle(0.2)
+    assert isinstance(again.worker[-1], Train)
+    assert again.texts("warning")[1:] == []
+
+
+def test_a_repetition_under_another_torch_is_said(world):
+    server, device = world.training()
+    device.kill()
+    again = world.start_device()
+    world.settle()
+    server.assign(again.id)
+    world.settle(2)
+    again.ready(torch="2.10")
+    world.settle(0.2)
+    assert "torch 2.9" in again.texts("warning")[-1]
+    assert again.journal.execution("demo", 1).torch == "2.10"
+
+
+def test_an_update_is_handed_over_after_an_outage_of_the_server(world):
+    server, device = world.training()
+    world.kill_server()
+    device.finish(b"late" * 100)
+    world.settle(30)
+    assert not server.received
+    again = world.start_server(epoch=2)
+    world.settle(2)
+    assert again.received == [b"late" * 100]
+
+
+def test_an_update_for_an_older_round_gives_way_to_a_new_task(world):
+    server, device = world.training()
+    server.answers = False
+    device.finish()
+    world.settle(1)
+    assert device.journal.update.task.round == 1
+    server.announce(round=2)
+    server.assign(device.id, round=2)
+    world.settle(0.1)
+    assert device.journal.update is None
+    assert "comes too late" in device.texts("refused")[0]
+    assert device.journal.task.round == 2
+    server.answers = True
+    world.settle(2)
+    assert not server.received
