@@ -15,6 +15,7 @@ from lwfed.tools.account import total, training_mb
 matplotlib.use("Agg")
 GREEN, BLUE, ORANGE, GREY = "#1b7f5c", "#2f6fb0", "#c8641b", "#8a8f98"
 DOTS_PER_INCH = 150
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps a number readable on a line
 
 
 def draw(report: Mapping[str, Any]) -> bytes:
@@ -36,7 +37,9 @@ def _accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
     for name, label, colour in (("knn", "kNN", GREEN), ("probe", "linear probe", BLUE)):
         values = [100 * point[name] for point in points]
         axes.plot(values, "o-", color=colour, label=label)
-        axes.annotate(f"{values[-1]:.0f} %", (len(values) - 1, values[-1]), xytext=(7, -3), textcoords="offset points", color=colour)
+        axes.annotate(
+            f"{values[-1]:.0f} %", (len(values) - 1, values[-1]), xytext=(7, -3), textcoords="offset points", color=colour, bbox=PLAIN
+        )
     for name, label, style in (("end_to_end", "end to end, kNN", "--"), ("raw_pixels", "raw pixels, kNN", ":")):
         axes.axhline(100 * report[name]["knn"], color=GREY, linestyle=style, label=label)
     _title(axes, "Accuracy on digits no device has seen")
