@@ -171,7 +171,7 @@ def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
 
 def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:
     merged = replace(state, parts={**state.parts, **event.parts})
-    if rules.calibrates(state.round):
+    if rules.calibrates(state.stage, state.round):
         return replace(merged, phase="calibrating"), []
     return _end_round(rules, merged, now)
 
@@ -227,7 +227,7 @@ def _close(state: State) -> Result:
 
 
 def _end_round(rules: Rules, state: State, now: float) -> Result:
-    if state.round < rules.rounds:
+    if state.round < rules.rounds_of(state.stage):
         return _wait(rules, replace(state, round=state.round + 1), now)
     if rules.evaluate:
         return replace(state, phase="evaluating"), []

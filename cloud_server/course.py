@@ -86,7 +86,7 @@ class Course:
             stage=state.stage,
             stages=self.rules.stages,
             round=state.round,
-            rounds=self.rules.rounds,
+            rounds=self.rules.rounds_of(state.stage),
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
         )

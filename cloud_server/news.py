@@ -34,7 +34,7 @@ class News:
 
     def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
         name, strategy = self._config.run.name, self._config.stages.strategy
-        course = f"{name}: {strategy}, {_count(rules.stages, 'stage')} of {_count(rules.rounds, 'round')}"
+        course = f"{name}: {strategy}, {_count(rules.stages, 'stage')}, {_count(sum(rules.rounds), 'round')}"
         text = {"started": course, "resumed": f"{course}; goes on at {place}", "finished": f"{course}; finished"}[status]
         self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
 
@@ -71,14 +71,14 @@ class News:
         self.device(member, status, f": {member.id} ({about})")
 
     def round_started(self, rules: Rules, stage: int, round: int, chosen: tuple[int, ...]) -> None:
-        place = {"stage": stage, "round": round, "rounds": rules.rounds}
-        text = f"round {round} of {rules.rounds}: {_devices(chosen)} train{'s' if len(chosen) == 1 else ''}"
+        place = {"stage": stage, "round": round, "rounds": rules.rounds_of(stage)}
+        text = f"round {round} of {rules.rounds_of(stage)}: {_devices(chosen)} train{'s' if len(chosen) == 1 else ''}"
         self._say("round", f"stage {stage}", text, **place, status="started", devices=len(chosen), loss=None)
 
     def round_closed(self, rules: Rules, stage: int, round: int, devices: int, loss: float | None) -> None:
-        place = {"stage": stage, "round": round, "rounds": rules.rounds}
+        place = {"stage": stage, "round": round, "rounds": rules.rounds_of(stage)}
         shown = "" if loss is None else f", loss {loss:.4f}"
-        text = f"round {round} of {rules.rounds}: done with {_count(devices, 'update')}{shown}"
+        text = f"round {round} of {rules.rounds_of(stage)}: done with {_count(devices, 'update')}{shown}"
         self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
 
     def contribution(self, one: Contribution) -> None:

@@ -32,7 +32,7 @@ def overview(root: Path) -> str:
         state, rules = store.state, Rules.of(config)
         lines = [
             ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
-            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds}, {state.phase}"),
+            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds_of(state.stage)}, {state.phase}"),
         ]
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))

@@ -31,12 +31,12 @@ class Rules:
 
     seed: int
     stages: int
-    rounds: int  # in each stage
+    rounds: tuple[int, ...]  # of each stage
     min_devices: int
     sample: int | None
     quorum: float
     deadline_s: float
-    calibrate: Literal["round", "stage", "never"]
+    calibrate: Literal["round", "stage", "never"] | int
     evaluate: bool
 
     @classmethod
@@ -45,7 +45,7 @@ class Rules:
         return cls(
             seed=config.run.seed,
             stages=config.stage_count,
-            rounds=config.rounds_in_stage,
+            rounds=config.round_counts,
             min_devices=rounds.min_devices,
             sample=rounds.sample,
             quorum=rounds.quorum,
@@ -54,8 +54,13 @@ class Rules:
             evaluate=config.evaluation.data is not None,
         )
 
-    def calibrates(self, round: int) -> bool:
-        return self.calibrate == "round" or (self.calibrate == "stage" and round == self.rounds)
+    def rounds_of(self, stage: int) -> int:
+        return self.rounds[stage - 1]
+
+    def calibrates(self, stage: int, round: int) -> bool:
+        if isinstance(self.calibrate, int):
+            return round % self.calibrate == 0
+        return self.calibrate == "round" or (self.calibrate == "stage" and round == self.rounds_of(stage))
 
     def quorum_of(self, count: int) -> int:
         return max(1, math.ceil(self.quorum * count - 1e-9))  # 0.1 * 30 must not need four

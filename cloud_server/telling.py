@@ -40,7 +40,7 @@ def waiting(news: News, course: Course) -> None:
 
 def place(course: Course) -> str:
     state, rules = course.state, course.rules
-    return f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds}, {state.phase}"
+    return f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds_of(state.stage)}, {state.phase}"
 
 
 def stage_ended(news: News, course: Course, stage: int) -> None:

@@ -57,9 +57,7 @@ class Worker:
     def _calibrate(self, config: RunConfig, data: Json) -> Json:
         started = time.monotonic()
         stage, round = data["stage"], data["round"]
-        task = calibration_task(
-            config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), config.share_of_run(stage, round)
-        )
+        task = calibration_task(config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), config.place(stage, round))
         images = self._load_images("auxiliary", auxiliary_images, config, data)
         trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
         files = _write(trained, Path(data["out"]))

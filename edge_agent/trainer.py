@@ -48,5 +48,5 @@ def train(
     """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
     plan = config.plan(stage)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, config.share_of_run(stage, round)), tensors, pixels, on_step)
+    trained, summary = train_local(config, device_task(config, plan, seed, config.place(stage, round)), tensors, pixels, on_step)
     return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

@@ -1,8 +1,9 @@
 """What a stage adds, freezes, trains and sends: the one record that everything else reads.
 
-A model is a list of *parts*, in the order in which data flows through them: ``stem`` (patch projection,
-position embedding, class token), ``layer.1`` .. ``layer.S``, ``norm`` (after pooling), ``projector`` (H)
-and ``predictor`` (P). Freezing, aggregation, transfers, byte counts and checkpoints speak of parts.
+A model is a list of *parts*, in the order in which data flows through them: ``stem`` (what comes before the layers),
+``layer.1`` .. ``layer.S``, ``adapter.k`` (widens what layer k gives where it is narrower than the whole encoder's output),
+``norm`` (after pooling), and the heads of the SSL method: ``projector`` (H), ``predictor`` (P) or ``decoder``.
+Freezing, aggregation, transfers, byte counts and checkpoints speak of parts.
 
 Source: arXiv 2401.11647, Table 1 and Algorithm 1; layers per stage: Table 3. The stem is trained with L_1;
 norm and heads are trained and travel in every stage.
@@ -10,17 +11,32 @@ norm and heads are trained and travel in every stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 Strategy = Literal["layer_wise", "progressive", "end_to_end"]
+SslMethod = Literal["moco_v3", "simclr", "byol", "mae"]
 CalibrationScope = Literal["model", "active"]
-CalibrationEvery = Literal["round", "stage", "never"]
+CalibrationEvery = Literal["round", "stage", "never"] | int  # a number: every so many rounds
+PerStage = int | Sequence[int]  # the same in every stage, or stage by stage
 
-STEM, NORM, PROJECTOR, PREDICTOR = "stem", "norm", "projector", "predictor"
+STEM, NORM, PROJECTOR, PREDICTOR, DECODER = "stem", "norm", "projector", "predictor", "decoder"
+HEADS: Mapping[SslMethod, tuple[str, ...]] = {
+    "moco_v3": (PROJECTOR, PREDICTOR),
+    "simclr": (PROJECTOR,),
+    "byol": (PROJECTOR, PREDICTOR),
+    "mae": (DECODER,),
+}
+ORDER = (NORM, PROJECTOR, PREDICTOR, DECODER)  # of what follows the layers
 TAIL = (NORM, PROJECTOR, PREDICTOR)
 Value = TypeVar("Value")
+
+# Tensors have timm's names; a backbone whose names are of these forms needs nothing here.
+_STEM = re.compile(r"(patch_embed|pos_embed|cls_token|conv_stem|conv1|bn1)(\.|$)")
+_NUMBERED = re.compile(r"(blocks\.|layer|adapter\.)(\d+)\.")
+_TAIL = re.compile(rf"(fc_norm|{'|'.join(ORDER)})\.")
 
 
 def layer(number: int) -> str:
@@ -28,17 +44,20 @@ def layer(number: int) -> str:
     return f"layer.{number}"
 
 
+def adapter(number: int) -> str:
+    """The part that follows layer L_number while it is the last one."""
+    return f"adapter.{number}"
+
+
 def part_of(tensor_name: str) -> str:
     """The part that a tensor belongs to, by its (timm-compatible) name: ``blocks.0.attn.qkv.weight`` -> ``layer.1``."""
-    head, _, rest = tensor_name.partition(".")
-    if head in ("patch_embed", "pos_embed", "cls_token"):
+    if _STEM.match(tensor_name):
         return STEM
-    if head == "blocks" and rest.split(".")[0].isdecimal():
-        return layer(int(rest.split(".")[0]) + 1)
-    if head in ("norm", "fc_norm"):
-        return NORM
-    if head in (PROJECTOR, PREDICTOR):
-        return head
+    if found := _NUMBERED.match(tensor_name):
+        kind, number = found[1], int(found[2])
+        return adapter(number) if kind == "adapter." else layer(number + (kind == "blocks."))
+    if found := _TAIL.match(tensor_name):
+        return NORM if found[1] == "fc_norm" else found[1]
     raise ValueError(f"tensor {tensor_name!r} belongs to no part of the model")
 
 
@@ -72,58 +91,93 @@ class StagePlan:
 
 def in_model_order(parts: Iterable[str]) -> tuple[str, ...]:
     def place(part: str) -> tuple[int, int]:
-        if part.startswith("layer."):
-            return 1, int(part.removeprefix("layer."))
-        return (0, 0) if part == STEM else (2, TAIL.index(part))
+        kind, _, number = part.partition(".")
+        if number:
+            return (1 if kind == "layer" else 2), int(number)
+        return (0, 0) if part == STEM else (3, ORDER.index(part))
 
     return tuple(sorted(parts, key=place))
 
 
-def stage_count(strategy: Strategy, depth: int, layers_per_stage: int) -> int:
-    """S: how many stages the run has; an end-to-end run is a single stage."""
-    return 1 if strategy == "end_to_end" else -(-depth // layers_per_stage)
+def layer_counts(strategy: Strategy, depth: int, layers_per_stage: PerStage) -> tuple[int, ...]:
+    """Layers that each stage adds; the last takes what is left. An end-to-end run is a single stage.
+
+    Raises ValueError when a list does not add up to `depth`.
+    """
+    if isinstance(layers_per_stage, int):
+        full, rest = divmod(depth, layers_per_stage)
+        counts = (layers_per_stage,) * full + ((rest,) if rest else ())
+    else:
+        counts = tuple(layers_per_stage)
+        if sum(counts) != depth or min(counts) < 1:
+            raise ValueError(
+                f"layers_per_stage {list(counts)} adds {sum(counts)} layers to an encoder of depth {depth}: they must be equal"
+            )
+    return (depth,) if strategy == "end_to_end" else counts
 
 
-def rounds_in_stage(strategy: Strategy, depth: int, layers_per_stage: int, rounds_per_stage: int) -> int:
-    """R_s. An end-to-end run gets as many rounds in its one stage as a staged run has in all (section 4.1)."""
-    return rounds_per_stage * (-(-depth // layers_per_stage) if strategy == "end_to_end" else 1)
+def round_counts(strategy: Strategy, depth: int, layers_per_stage: PerStage, rounds_per_stage: PerStage) -> tuple[int, ...]:
+    """R_s of each stage. An end-to-end run gets as many rounds in its one stage as a staged run has in all (section 4.1).
+
+    Raises ValueError when a list has not one number for each stage.
+    """
+    stages = len(layer_counts("layer_wise", depth, layers_per_stage))
+    counts = (rounds_per_stage,) * stages if isinstance(rounds_per_stage, int) else tuple(rounds_per_stage)
+    if len(counts) != stages:
+        raise ValueError(f"rounds_per_stage lists {len(counts)} stages; layers_per_stage makes {stages} of {depth} layers")
+    return (sum(counts),) if strategy == "end_to_end" else counts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a round stands; learning-rate schedules go by it."""
+
+    round: int  # rounds of the run before it, as planned
+    rounds: int  # of the whole run
+    stage_round: int  # rounds of its stage before it
+    stage_rounds: int  # of its stage
+    lr_scale: float = 1.0  # what reductions on plateaus have left of the rate
 
 
 def stage_plan(
     strategy: Strategy,
     stage: int,
     depth: int,
-    layers_per_stage: int = 1,
+    layers_per_stage: PerStage = 1,
+    *,
+    tail: tuple[str, ...] = TAIL,
+    adapted: Collection[int] = (),
+    overlap: int = 0,
     scope: CalibrationScope = "model",
     every: CalibrationEvery = "never",
 ) -> StagePlan:
     """The plan of `stage` (1-based) for an encoder of `depth` layers.
 
-    Raises ValueError when the strategy has no such stage.
+    `tail` is what follows the layers: norm, if any, and heads. Layers in `adapted` get an adapter while they are the last one.
+    With `overlap` a layer-wise stage trains so many of the earlier layers once more. Raises ValueError when the strategy has no such stage.
     """
-    stages = stage_count(strategy, depth, layers_per_stage)
-    if not 1 <= stage <= stages:
-        raise ValueError(f"{strategy} over {depth} layers, {layers_per_stage} a stage, has stages 1 to {stages}, not {stage}")
-    if strategy == "end_to_end":
-        first, last = 1, depth
-    else:
-        first, last = (stage - 1) * layers_per_stage + 1, min(stage * layers_per_stage, depth)
-
-    new = [layer(number) for number in range(first, last + 1)]
-    old = [STEM, *(layer(number) for number in range(1, first))] if stage > 1 else []
-    if stage == 1:
-        new.insert(0, STEM)
-    frozen = tuple(old) if strategy == "layer_wise" else ()
-    trained = in_model_order({*old, *new, *TAIL} - set(frozen))
-    calibrated = () if every == "never" else trained if scope == "active" else in_model_order({*old, *new, *TAIL})
+    counts = layer_counts(strategy, depth, layers_per_stage)
+    if not 1 <= stage <= len(counts):
+        raise ValueError(f"{strategy} over {depth} layers, {layers_per_stage} a stage, has stages 1 to {len(counts)}, not {stage}")
+    last = sum(counts[:stage])
+    first = last - counts[stage - 1] + 1
+    new = {layer(number) for number in range(first, last + 1)} | ({STEM} if stage == 1 else set())
+    old = {STEM, *(layer(number) for number in range(1, first))} if stage > 1 else set()
+    adapters = {adapter(last)} if last in adapted else set()
+    again = {layer(number) for number in range(max(1, first - overlap), first)}
+    frozen = old - again if strategy == "layer_wise" else set()
+    present = {*old, *new, *adapters, *tail}
+    trained = in_model_order(present - frozen)
+    calibrated = () if every == "never" else trained if scope == "active" else in_model_order(present)
+    moving = calibrated if every == "round" or isinstance(every, int) else ()
     return StagePlan(
         strategy=strategy,
         stage=stage,
         layers=last,
-        added=in_model_order({*new, *(TAIL if stage == 1 else ())}),
-        frozen=frozen,
+        added=in_model_order({*new, *adapters, *(tail if stage == 1 else ())}),
+        frozen=in_model_order(frozen),
         trained=trained,
         uploaded=trained,
         calibrated=calibrated,
-        downloaded=in_model_order({*trained, *(calibrated if every == "round" else ())}),
+        downloaded=in_model_order({*trained, *moving}),
     )

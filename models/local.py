@@ -20,7 +20,7 @@ from lwfed.errors import DataError, Diverged
 from lwfed.models.schedules import learning_rate
 from lwfed.models.step import Branches, prepare, train_step
 from lwfed.models.views import augment, draw_pair
-from lwfed.plan import StagePlan
+from lwfed.plan import Place, StagePlan
 from lwfed.seeds import derive
 
 Images = np.ndarray[Any, np.dtype[np.uint8]] | Tensor  # uint8 [N, C, H, W]; a memmap is an ndarray
@@ -33,7 +33,7 @@ class LocalTask:
     batch_size: int  # images; fewer where there are fewer
     lr: float  # per 256 images of the batch
     seed: int  # of order and views
-    progress: tuple[float, float]  # where this call begins and ends in the whole run, 0 to 1; the schedule reads it
+    place: Place  # of the round in the run; the schedule reads it
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class LocalSummary:
     losses: tuple[float, ...]  # mean of each epoch
 
 
-def device_task(config: RunConfig, plan: StagePlan, seed: int, progress: tuple[float, float]) -> LocalTask:
+def device_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
     """What a device does in one round."""
     train = config.train
-    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, progress)
+    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, place)
 
 
-def calibration_task(config: RunConfig, plan: StagePlan, seed: int, progress: tuple[float, float]) -> LocalTask:
+def calibration_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
     """What the server does after aggregation, when it calibrates (v1-v3 of the paper)."""
     calibration = config.calibration
-    return LocalTask(plan.calibrated, calibration.epochs, calibration.batch_size, calibration.lr, seed, progress)
+    return LocalTask(plan.calibrated, calibration.epochs, calibration.batch_size, calibration.lr, seed, place)
 
 
 def train_local(
@@ -83,10 +83,9 @@ def train_local(
     batch = min(task.batch_size, len(images))
     per_epoch = len(images) // batch  # the incomplete last batch is dropped
     steps = task.epochs * per_epoch
-    start, end = task.progress
     sums = [0.0] * task.epochs
     for done, (epoch, indices) in enumerate(_batches(task, len(images), batch)):
-        lr = learning_rate(task.lr, batch, config.train.lr_schedule, start + (end - start) * done / steps)
+        lr = learning_rate(task.lr, batch, config.train, task.place, done / steps)
         loss = _step(config, task, branches, images, indices, done, lr)
         if not math.isfinite(loss):
             raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))

@@ -35,7 +35,7 @@ class Screen:
     def run(self, config: RunConfig) -> Iterator[None]:
         """Around one run: its length is known, in epochs of devices."""
         self._title, self._place = TITLES[config.stages.strategy], "starting"
-        rounds = config.stage_count * config.rounds_in_stage
+        rounds = sum(config.round_counts)
         devices = config.data.devices
         click.echo(f"training {self._title}: {devices} devices, {rounds} rounds of {config.train.epochs} epochs")
         if not self._live:

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from lwfed.backbones import CONVOLUTIONAL, Backbone
 from lwfed.config.explain import explain
 from lwfed.errors import ConfigError
-from lwfed.plan import CalibrationEvery, CalibrationScope, StagePlan, Strategy, rounds_in_stage, stage_count, stage_plan
+from lwfed.plan import HEADS, NORM, CalibrationScope, Place, SslMethod, StagePlan, Strategy, layer_counts, round_counts, stage_plan
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_WAIT_S = 1e6  # eleven days: what operating systems can wait for at once
 Positive = Annotated[int, Field(ge=1)]
+Rounds = Annotated[int, Field(ge=1, le=10_000)]
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads a bare off as false."""
+    return "off" if value is False else value
 
 
 class Section(BaseModel):
@@ -32,6 +39,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
+    backbone: Backbone
     image_size: Annotated[int, Field(ge=4, le=1024)]
     patch_size: Positive
     channels: Literal[1, 3]
@@ -43,6 +51,10 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> ModelSection:
+        if traits := CONVOLUTIONAL.get(self.backbone):
+            if (self.depth, self.width) != (traits.depth, traits.width):
+                raise ValueError(f"backbone {self.backbone} has depth {traits.depth} and width {traits.width}: set both")
+            return self
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         if self.width % self.heads:
@@ -51,27 +63,53 @@ class ModelSection(Section):
 
 
 class SslSection(Section):
-    method: Literal["moco_v3"]
+    method: SslMethod
     hidden_dim: Positive
     output_dim: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
     temperature: Annotated[float, Field(ge=1e-3)]
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
+    decoder_width: Annotated[int, Field(ge=32, multiple_of=32)]
+    decoder_depth: Positive
 
 
 class StagesSection(Section):
     strategy: Strategy
-    layers_per_stage: Positive
-    rounds_per_stage: Annotated[int, Field(ge=1, le=10_000)]
+    layers_per_stage: Positive | tuple[Positive, ...]
+    rounds_per_stage: Rounds | tuple[Rounds, ...]
     layer_init: Literal["random", "copy"]
+    overlap: Annotated[int, Field(ge=0)]
+    depth_dropout: Annotated[float, Field(ge=0, lt=1)]
+    advance: Literal["rounds", "plateau"]
+    patience: Positive
+    on_collapse: Literal["warn", "repeat", "stop"]
 
 
 class TrainSection(Section):
     epochs: Annotated[int, Field(ge=1, le=1000)]  # a report lists the loss of each
     batch_size: Annotated[int, Field(ge=2)]
     lr: Annotated[float, Field(gt=0)]
-    lr_schedule: Literal["fixed", "cosine"]
+    lr_scaling: Literal["linear", "none"]
+    lr_schedule: Literal["fixed", "cosine", "cosine_per_stage", "cyclical", "plateau"]
+    warmup_rounds: Annotated[float, Field(ge=0)]
+    cycle_rounds: Annotated[float, Field(gt=0)]
+    plateau_rounds: Positive
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
+    proximal: Annotated[float, Field(ge=0)]
+    micro_batch: Positive | None
+    precision: Literal["fp32", "bf16"]
     threads: Annotated[int, Field(ge=1, le=256)]
+
+
+class AlignmentSection(Section):
+    method: Annotated[Literal["off", "cosine", "moon"], BeforeValidator(_word)]
+    alpha: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(ge=1e-3)]
+
+
+class AggregationSection(Section):
+    rule: Literal["mean", "l_dawa"]
 
 
 class ViewsSection(Section):
@@ -104,7 +142,7 @@ class RoundsSection(Section):
 
 
 class CalibrationSection(Section):
-    every: CalibrationEvery
+    every: Literal["round", "stage", "never"] | Positive
     scope: CalibrationScope
     data: str | None
     epochs: Positive
@@ -119,9 +157,11 @@ class CalibrationSection(Section):
 
 
 class DataSection(Section):
-    partition: Literal["even", "dirichlet"]
+    partition: Literal["even", "dirichlet", "classes", "quantity", "folders"]
     devices: Positive
     dirichlet_beta: Annotated[float, Field(gt=0)]
+    classes_per_device: Positive
+    quantity_beta: Annotated[float, Field(gt=0)]
     auxiliary_share: Share
     labelled_share: Share
     min_images: Annotated[int, Field(ge=2)]
@@ -140,12 +180,14 @@ class EvaluationSection(Section):
 
 
 class TransferSection(Section):
+    codec: Literal["fp32"]
     chunk_bytes: Annotated[int, Field(ge=1024, le=1_000_000)]
     window: Annotated[int, Field(ge=1, le=64)]
     upload_slots: Annotated[int, Field(ge=1, le=1000)]
 
 
 class WorkerSection(Section):
+    device: Literal["auto", "cpu", "cuda"]
     linger_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
     sample_s: Annotated[float, Field(ge=0.05, le=60)]
 
@@ -158,6 +200,8 @@ class RunConfig(Section):
     ssl: SslSection
     stages: StagesSection
     train: TrainSection
+    alignment: AlignmentSection
+    aggregation: AggregationSection
     views: ViewsSection
     rounds: RoundsSection
     calibration: CalibrationSection
@@ -168,8 +212,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        if self.stages.layers_per_stage > self.model.depth:
-            raise ValueError(f"stages.layers_per_stage {self.stages.layers_per_stage} exceeds model.depth {self.model.depth}")
+        stages, convolutional = self.stages, self.model.backbone in CONVOLUTIONAL
+        if isinstance(stages.layers_per_stage, int) and stages.layers_per_stage > self.model.depth:
+            raise ValueError(f"stages.layers_per_stage {stages.layers_per_stage} exceeds model.depth {self.model.depth}")
+        round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage)
+        if convolutional and self.ssl.method == "mae":
+            raise ValueError(f"ssl.method mae hides patches, which model.backbone {self.model.backbone} does not have: use vit")
+        if convolutional and self.train.micro_batch is not None:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch}: model.backbone {self.model.backbone} trains with the statistics of the "
+                "whole batch; set it to null and lower train.batch_size instead"
+            )
+        if convolutional and (stages.layer_init == "copy" or stages.depth_dropout):
+            raise ValueError(
+                f"stages.layer_init copy and stages.depth_dropout need layers of one shape, which model.backbone {self.model.backbone} has not"
+            )
         if self.rounds.sample is not None and self.rounds.sample > self.rounds.min_devices:
             raise ValueError(
                 f"rounds.sample {self.rounds.sample} exceeds rounds.min_devices {self.rounds.min_devices}: "
@@ -179,21 +236,34 @@ class RunConfig(Section):
 
     @property
     def stage_count(self) -> int:
-        return stage_count(self.stages.strategy, self.model.depth, self.stages.layers_per_stage)
+        return len(layer_counts(self.stages.strategy, self.model.depth, self.stages.layers_per_stage))
 
     @property
-    def rounds_in_stage(self) -> int:
-        return rounds_in_stage(self.stages.strategy, self.model.depth, self.stages.layers_per_stage, self.stages.rounds_per_stage)
+    def round_counts(self) -> tuple[int, ...]:
+        """R_s of each stage."""
+        stages = self.stages
+        return round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage)
 
     def plan(self, stage: int) -> StagePlan:
+        traits = CONVOLUTIONAL.get(self.model.backbone)
         return stage_plan(
-            self.stages.strategy, stage, self.model.depth, self.stages.layers_per_stage, self.calibration.scope, self.calibration.every
+            self.stages.strategy,
+            stage,
+            self.model.depth,
+            self.stages.layers_per_stage,
+            tail=(*(() if traits else (NORM,)), *HEADS[self.ssl.method]),
+            adapted=traits.adapted if traits else (),
+            overlap=self.stages.overlap,
+            scope=self.calibration.scope,
+            every=self.calibration.every,
         )
 
-    def share_of_run(self, stage: int, round: int) -> tuple[float, float]:
-        """Where a round (both 1-based) begins and ends in the whole run, 0 to 1; learning-rate schedules go by it."""
-        rounds, done = self.stage_count * self.rounds_in_stage, (stage - 1) * self.rounds_in_stage + round - 1
-        return done / rounds, (done + 1) / rounds
+    def place(self, stage: int, round: int, lr_scale: float = 1.0) -> Place:
+        """Where a round (both 1-based) stands in the run."""
+        counts = self.round_counts
+        before, in_stage = sum(counts[: stage - 1]), counts[stage - 1]
+        # A stage that is repeated goes on counting its rounds, and goes through its part of the schedule once more.
+        return Place(before + (round - 1) % in_stage, sum(counts), (round - 1) % in_stage, in_stage, lr_scale)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same configuration is the same bytes, so its SHA-256 names it."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -188,11 +187,9 @@ def test_parts_that_do_not_fit_the_stage_are_refused(tmp_path):
 
 
 def test_the_schedule_runs_over_the_whole_run():
-    rounds = range(1, CONFIG.rounds_in_stage + 1)
-    places = [CONFIG.share_of_run(stage, round) for stage in range(1, CONFIG.stage_count + 1) for round in rounds]
-    assert places[0][0] == 0
-    assert places[-1][1] == 1
-    assert all(before[1] == after[0] for before, after in pairwise(places))
+    places = [CONFIG.place(stage, round) for stage, count in enumerate(CONFIG.round_counts, 1) for round in range(1, count + 1)]
+    assert [place.round for place in places] == list(range(sum(CONFIG.round_counts)))
+    assert {place.rounds for place in places} == {len(places)}
 
 
 def test_devices_stages_and_rounds_have_streams_of_their_own():

@@ -38,8 +38,8 @@ def test_presets_state_differences_only(path):
 
 def test_the_paper_preset_is_the_paper():
     config = load_config("paper")
-    assert (config.stage_count, config.rounds_in_stage, config.train.epochs, config.train.batch_size) == (12, 15, 3, 512)
-    assert load_config("paper", ["stages.strategy=end_to_end"]).rounds_in_stage == 180
+    assert (config.round_counts, config.train.epochs, config.train.batch_size) == ((15,) * 12, 3, 512)
+    assert load_config("paper", ["stages.strategy=end_to_end"]).round_counts == (180,)
 
 
 def test_settings_are_typed_like_yaml_and_the_last_one_wins():

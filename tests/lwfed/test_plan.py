@@ -4,7 +4,7 @@ import pytest
 
 from lwfed.config import load_config
 from lwfed.models.shapes import part_shapes
-from lwfed.plan import by_part, in_model_order, part_of, rounds_in_stage, stage_count, stage_plan
+from lwfed.plan import by_part, in_model_order, layer_counts, part_of, round_counts, stage_plan
 
 TAIL = ("norm", "projector", "predictor")
 L1, L2, L3, L4 = (f"layer.{number}" for number in range(1, 5))
@@ -65,7 +65,7 @@ def test_calibration_decides_what_the_server_trains_and_what_travels_again(scope
 )
 def test_the_paper_s_communication_follows_from_the_plans(strategy, per_stage, gigabytes):
     config = load_config("paper", [f"stages.strategy={strategy}", f"stages.layers_per_stage={per_stage}"])
-    stages = stage_count(strategy, 12, per_stage)
+    stages = len(layer_counts(strategy, 12, per_stage))
     plans = [config.plan(stage) for stage in range(1, stages + 1)]
     travelling = [part for plan in plans for part in (*plan.downloaded, *plan.uploaded)]
     parameters = sum(math.prod(shape) for part in travelling for shape in part_shapes(config, part).values())
@@ -75,7 +75,7 @@ def test_the_paper_s_communication_follows_from_the_plans(strategy, per_stage, g
 def test_every_layer_is_added_and_trained_exactly_once_layer_wise():
     for depth in range(1, 13):
         for per_stage in range(1, depth + 1):
-            stages = range(1, stage_count("layer_wise", depth, per_stage) + 1)
+            stages = range(1, len(layer_counts("layer_wise", depth, per_stage)) + 1)
             plans = [stage_plan("layer_wise", stage, depth, per_stage) for stage in stages]
             trained = [part for plan in plans for part in plan.trained if part.startswith("layer.")]
             assert trained == [f"layer.{number}" for number in range(1, depth + 1)]
@@ -84,8 +84,34 @@ def test_every_layer_is_added_and_trained_exactly_once_layer_wise():
 
 
 def test_end_to_end_gets_the_rounds_of_all_stages():
-    assert rounds_in_stage("end_to_end", 12, 1, 15) == 180
-    assert rounds_in_stage("layer_wise", 12, 1, 15) == 15
+    assert round_counts("end_to_end", 12, 1, 15) == (180,)
+    assert round_counts("layer_wise", 12, 1, 15) == (15,) * 12
+    assert round_counts("end_to_end", 4, [1, 3], [2, 5]) == (7,)
+    assert round_counts("progressive", 4, [1, 3], [2, 5]) == (2, 5)
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [5], [0, 4], []])
+def test_listed_layers_that_do_not_make_up_the_encoder_are_refused(counts):
+    with pytest.raises(ValueError, match="adds"):
+        layer_counts("layer_wise", 4, counts)
+
+
+def test_listed_rounds_must_be_one_number_a_stage():
+    with pytest.raises(ValueError, match="lists 1 stages"):
+        round_counts("layer_wise", 4, [1, 3], [2])
+
+
+def test_overlap_trains_earlier_layers_once_more():
+    plan = stage_plan("layer_wise", 3, depth=4, overlap=1)
+    assert (plan.frozen, plan.trained, plan.added) == (("stem", L1), (L2, L3, *TAIL), (L3,))
+    assert stage_plan("layer_wise", 1, depth=4, overlap=1) == stage_plan("layer_wise", 1, depth=4)
+    assert stage_plan("layer_wise", 2, depth=4, overlap=9).frozen == ("stem",)
+
+
+def test_an_adapter_lives_in_the_stages_that_end_with_its_layer():
+    plans = [stage_plan("layer_wise", stage, depth=4, tail=TAIL[1:], adapted=(1, 2, 3)) for stage in (1, 2, 4)]
+    assert [[part for part in plan.present if part.startswith("adapter")] for plan in plans] == [["adapter.1"], ["adapter.2"], []]
+    assert plans[1].trained == (L2, "adapter.2", "projector", "predictor")
 
 
 @pytest.mark.parametrize(("strategy", "stage"), [("layer_wise", 0), ("layer_wise", 5), ("end_to_end", 2)])

@@ -10,12 +10,15 @@ import torch
 from lwfed.errors import DataError, Diverged
 from lwfed.models.initial import init_parts
 from lwfed.models.local import calibration_task, device_task, train_local
+from lwfed.plan import Place
+
+WHOLE, HALF = Place(0, 1, 0, 1), Place(0, 2, 0, 2)
 
 
 def call(config, images, stage=2, seed=5, on_step=None, **changes):
     plan = config.plan(stage)
     tensors = init_parts(config, plan.present)
-    task = replace(device_task(config, plan, seed, (0.0, 0.5)), **changes)
+    task = replace(device_task(config, plan, seed, HALF), **changes)
     return (*train_local(config, task, tensors, images, on_step), tensors)
 
 
@@ -65,7 +68,7 @@ def test_exactly_the_trained_parts_come_back_changed(tiny, images):
 def test_calibration_trains_the_whole_model(tiny, images):
     settings = ["calibration={every: round, data: digits, epochs: 2, batch_size: 10, lr: 0.5}"]
     config = tiny(*settings)
-    task = calibration_task(config, config.plan(2), 0, (0.0, 1.0))
+    task = calibration_task(config, config.plan(2), 0, WHOLE)
     assert (task.epochs, task.batch_size, task.lr) == (2, 10, 0.5)
     trained, _ = train_local(config, replace(task, lr=1e-3), init_parts(config, config.plan(2).present), images)
     assert trained.keys() == init_parts(config, config.plan(2).present).keys()
@@ -73,7 +76,7 @@ def test_calibration_trains_the_whole_model(tiny, images):
 
 def test_steps_epochs_and_schedule(tiny, images):
     reports = []
-    _, summary, _ = call(tiny(), images, on_step=reports.append, lr=0.64, progress=(0.0, 1.0))
+    _, summary, _ = call(tiny(), images, on_step=reports.append, lr=0.64, place=WHOLE)
     assert [(report.epoch, report.step) for report in reports] == [(1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6)]
     assert {(report.epochs, report.steps) for report in reports} == {(3, 6)}
     expected = [0.64 * 8 / 256 * 0.5 * (1 + math.cos(math.pi * done / 6)) for done in range(6)]
@@ -86,7 +89,7 @@ def test_steps_epochs_and_schedule(tiny, images):
 @pytest.mark.parametrize(("count", "batch_size", "steps", "lr"), [(5, 8, 3, 5e-3), (8, 8, 3, 8e-3), (15, 8, 3, 8e-3), (2, 8, 3, 2e-3)])
 def test_incomplete_batch_is_dropped_unless_it_is_the_only_one(tiny, images, count, batch_size, steps, lr):
     reports = []
-    _, summary, _ = call(tiny(), images[:count], on_step=reports.append, batch_size=batch_size, lr=0.256, progress=(0, 0))
+    _, summary, _ = call(tiny(), images[:count], on_step=reports.append, batch_size=batch_size, lr=0.256, place=Place(0, 10**9, 0, 10**9))
     assert summary.steps == steps
     assert reports[0].lr == pytest.approx(lr)  # the rate follows the batch that is really used
 
@@ -110,7 +113,7 @@ def test_divergence_names_epoch_step_and_remedy(tiny, images):
     tensors = init_parts(config, config.plan(2).present)
     tensors["pos_embed"][0, 0, 0] = float("nan")
     with pytest.raises(Diverged, match="the loss is nan in epoch 1 of 3, step 1 of 6"):
-        train_local(config, device_task(config, config.plan(2), 0, (0, 1)), tensors, images)
+        train_local(config, device_task(config, config.plan(2), 0, WHOLE), tensors, images)
 
 
 def test_divergence_in_the_last_step_is_seen_in_the_weights(tiny, images):
@@ -131,7 +134,7 @@ from lwfed.models.local import device_task, train_local
 config = load_config("demo")
 images = np.zeros((4, 3, 16, 16), np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
 plan = config.plan(2)
-train_local(config, device_task(config, plan, 0, (0, 1)), init_parts(config, plan.present), images)
+train_local(config, device_task(config, plan, 0, config.place(1, 1)), init_parts(config, plan.present), images)
 print([name for name in ("torchvision", "timm", "torch._dynamo", "sklearn") if name in sys.modules])
 """
 
