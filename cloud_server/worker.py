@@ -25,7 +25,7 @@ from lwfed.cloud_server.halves import halves
 from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import auxiliary_images, labelled_images
-from lwfed.models.encoder import load_encoder
+from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local

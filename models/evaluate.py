@@ -21,7 +21,7 @@ QUERIES_AT_ONCE = 256  # of kNN: bounds its memory to 1 KiB per image of the ban
 @torch.no_grad()
 def features(encoder: Encoder, images: Images, batch_size: int = 256) -> Tensor:
     """Features of uint8 images [N, C, H, W] -> float32 [N, width], on the CPU."""
-    device = encoder.pos_embed.device
+    device = encoder.device
     batches = (encoder.features(_pixels(images[i : i + batch_size]).to(device)) for i in range(0, len(images), batch_size))
     return torch.cat([batch.cpu() for batch in batches])
 

@@ -1,9 +1,10 @@
 """Weights at the beginning, each part from a random stream of its own.
 
 So they depend on the run's seed and the part alone: not on the stage in which a part appears, nor on who creates it.
-Encoder as timm's: truncated normal (std 0.02) for linear weights and position embedding, zero biases, the patch
-projection as torch's Conv2d (uniform in +-1/sqrt(fan in)). Heads as torch's Linear. How L_s begins is not stated in
-arXiv 2401.11647; `stages.layer_init` offers both.
+Encoders as timm's: for a Vision Transformer truncated normal (std 0.02) linear weights and position embedding, the patch
+projection as torch's Conv2d (uniform in +-1/sqrt(fan in)); for convolutional backbones normal with variance 2 / fan out.
+Projector, predictor and adapters as torch's Linear, the decoder as the encoder's layers. Zero biases. How L_s begins is not
+stated in arXiv 2401.11647; `stages.layer_init` offers both.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from lwfed.seeds import derive
 def init_part(config: RunConfig, part: str) -> dict[str, Tensor]:
     """Initial tensors of one part, float32 on the CPU; raises ValueError when the model has no such part."""
     generator = torch.Generator().manual_seed(derive(config.run.seed, "init", part))
-    wanted = part_shapes(config, part)
-    fan_in = config.model.channels * config.model.patch_size**2
-    return {name: _initial(name, shape, fan_in, generator) for name, shape in wanted.items()}
+    return {name: _initial(name, shape, _fan_in(config), generator) for name, shape in part_shapes(config, part).items()}
 
 
 def init_parts(config: RunConfig, parts: Iterable[str]) -> dict[str, Tensor]:
@@ -54,14 +53,22 @@ def grow(config: RunConfig, plan: StagePlan, tensors: Mapping[str, Tensor]) -> d
     return added
 
 
+def _fan_in(config: RunConfig) -> int:
+    """Of the patch projection."""
+    return config.model.channels * config.model.patch_size**2
+
+
 def _initial(name: str, shape: Shape, patch_fan_in: int, generator: torch.Generator) -> Tensor:
     tensor = torch.empty(shape)
     if name.startswith("patch_embed."):
         return tensor.uniform_(-(patch_fan_in**-0.5), patch_fan_in**-0.5, generator=generator)
     if len(shape) == 1:
-        return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        return tensor.fill_(0.0 if name.endswith(("bias", "running_mean")) else 1.0)
     if name == "cls_token":
         return tensor.normal_(std=1e-6, generator=generator)
-    if name.startswith((PROJECTOR, PREDICTOR)):
+    if len(shape) == 4:
+        fan_out = shape[0] * shape[2] * shape[3] / (shape[0] if shape[1] == 1 else 1)  # one input channel: depthwise
+        return tensor.normal_(std=(2 / fan_out) ** 0.5, generator=generator)
+    if name.startswith((PROJECTOR, PREDICTOR, "adapter.")):
         return tensor.uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
     return nn.init.trunc_normal_(tensor, std=0.02, generator=generator)

@@ -1,7 +1,8 @@
 """The local call of arXiv 2401.11647, Algorithm 2: epochs of training on the images of one place.
 
 The same call serves the device (`device_task`) and the server's calibration (`calibration_task`). It is a function of
-configuration, task, weights and images: equal inputs give equal bits on one machine with one number of threads.
+configuration, task, weights, images and, with MOON, the previous local model: equal inputs give equal bits on one machine
+with one number of threads.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 from lwfed.config import RunConfig
 from lwfed.errors import DataError, Diverged
 from lwfed.models.schedules import learning_rate
-from lwfed.models.step import Branches, prepare, train_step
-from lwfed.models.views import augment, draw_pair
-from lwfed.plan import Place, StagePlan
+from lwfed.models.ssl import METHODS
+from lwfed.models.step import METHOD_ALONE, Batch, Branches, Terms, prepare, train_step
+from lwfed.models.views import augment
+from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
 
 Images = np.ndarray[Any, np.dtype[np.uint8]] | Tensor  # uint8 [N, C, H, W]; a memmap is an ndarray
@@ -32,8 +34,9 @@ class LocalTask:
     epochs: int
     batch_size: int  # images; fewer where there are fewer
     lr: float  # per 256 images of the batch
-    seed: int  # of order and views
+    seed: int  # of order, views and every other draw
     place: Place  # of the round in the run; the schedule reads it
+    terms: Terms = METHOD_ALONE
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class LocalSummary:
 def device_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
     """What a device does in one round."""
     train = config.train
-    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, place)
+    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, place, Terms(config.alignment, train.proximal))
 
 
 def calibration_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
@@ -71,28 +74,44 @@ def train_local(
     tensors: Mapping[str, Tensor],
     images: Images,
     on_step: Callable[[StepReport], None] | None = None,
+    previous: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], LocalSummary]:
     """Train the parts `task.trained` of the model `tensors` (all parts present, left unchanged) on uint8 images [N, C, H, W].
 
-    Returns the trained tensors, without gradients, and a summary. Runs where `tensors` are.
+    `previous` is what this place's last local call of the stage returned. Returns the trained tensors, without gradients,
+    and a summary. Runs on the device where `tensors` are; images may be there or in main memory.
     Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
     ValueError when the parts cannot be trained.
     """
     _check(config, images)
-    branches = prepare(config, tensors, task.trained)
-    batch = min(task.batch_size, len(images))
-    per_epoch = len(images) // batch  # the incomplete last batch is dropped
+    branches = prepare(config, tensors, task.trained, task.terms, previous)
+    batch_size = min(task.batch_size, len(images))
+    per_epoch = len(images) // batch_size  # the incomplete last batch is dropped
     steps = task.epochs * per_epoch
     sums = [0.0] * task.epochs
-    for done, (epoch, indices) in enumerate(_batches(task, len(images), batch)):
-        lr = learning_rate(task.lr, batch, config.train, task.place, done / steps)
-        loss = _step(config, task, branches, images, indices, done, lr)
+    for done, (epoch, indices) in enumerate(_batches(task, len(images), batch_size)):
+        lr = learning_rate(task.lr, batch_size, config.train, task.place, done / steps)
+        batch = draw_batch(config, task.seed, done, _choose(images, indices, branches.online.device), branches.prefix_layers or 0)
+        loss = train_step(branches, batch, lr, config, task.terms)
         if not math.isfinite(loss):
             raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))
         sums[epoch] += loss
         if on_step:
             on_step(StepReport(epoch + 1, task.epochs, done + 1, steps, loss, lr))
-    return _trained(branches, lr), LocalSummary(len(images), steps, tuple(total / per_epoch for total in sums))
+    return _trained(branches, task.trained, lr), LocalSummary(len(images), steps, tuple(total / per_epoch for total in sums))
+
+
+def draw_batch(config: RunConfig, seed: int, step: int, images: Tensor, prefix_layers: int) -> Batch:
+    """Views of uint8 images [B, C, H, W] and all other draws of step number `step` (0-based) of a local call."""
+    method, count, size = METHODS[config.ssl.method], len(images), config.model.image_size
+
+    def stream(purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive(seed, purpose, step))
+
+    views = tuple(augment(images, params.to(images.device), size) for params in method.draw_views(config, count, stream("views")))
+    keep = method.draw_kept(config, count, stream("patches"))
+    skipped = torch.rand(prefix_layers, generator=stream("depth")) < config.stages.depth_dropout
+    return Batch(views, None if keep is None else keep.to(images.device), frozenset(skipped.nonzero().flatten().tolist()))
 
 
 def _check(config: RunConfig, images: Images) -> None:
@@ -113,19 +132,15 @@ def _batches(task: LocalTask, count: int, batch: int) -> Iterator[tuple[int, Ten
             yield epoch, order[first : first + batch]
 
 
-def _step(config: RunConfig, task: LocalTask, branches: Branches, images: Images, indices: Tensor, done: int, lr: float) -> float:
-    size = config.model.image_size
-    chosen = images[indices].cpu() if isinstance(images, Tensor) else torch.from_numpy(images[indices.numpy()])
-    generator = torch.Generator().manual_seed(derive(task.seed, "views", done))
-    first, second = draw_pair(config.views, len(indices), size, generator)
-    device = branches.online.pos_embed.device
-    views = augment(chosen, first, size).to(device), augment(chosen, second, size).to(device)
-    return train_step(branches, views, lr, config)
+def _choose(images: Images, indices: Tensor, device: torch.device) -> Tensor:
+    if isinstance(images, Tensor):
+        return images[indices.to(images.device)].to(device)
+    return torch.from_numpy(images[indices.numpy()]).to(device)
 
 
-def _trained(branches: Branches, lr: float) -> dict[str, Tensor]:
-    named = branches.online.named_parameters()
-    result = {name: tensor.detach() for name, tensor in named if tensor.requires_grad}
+def _trained(branches: Branches, trained: tuple[str, ...], lr: float) -> dict[str, Tensor]:
+    """Weights, and running statistics where the backbone has them."""
+    result = {name: tensor.detach() for name, tensor in branches.online.state_dict().items() if part_of(name) in trained}
     for name, tensor in result.items():
         if not bool(tensor.isfinite().all()):
             raise Diverged(_advice(f"tensor {name} is not finite after the last step", lr))

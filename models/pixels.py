@@ -21,8 +21,8 @@ def resize_weights(start: Tensor, length: Tensor, inward: int, outward: int) -> 
     start, length [B] integers.
     """
     step = (length / outward)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(outward)[:, None] + 0.5) * step
-    pixel = torch.arange(inward)
+    centre = start[:, None, None] + (torch.arange(outward, device=start.device)[:, None] + 0.5) * step
+    pixel = torch.arange(inward, device=start.device)
     weight = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)  # [B, outward, inward]
     inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # [B, inward]
     weight = weight * inside[:, None]
@@ -81,7 +81,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Separable blur with reflected borders; sigma [B] in pixels, above 0."""
     kernel_size = blur_kernel_size(images.shape[2])
     half = kernel_size // 2
-    offsets = torch.arange(-half, half + 1)
+    offsets = torch.arange(-half, half + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # [B, kernel_size]
     padded = F.pad(images, (half, half, half, half), mode="reflect")

@@ -1,52 +1,100 @@
-"""One optimiser step (arXiv 2401.11647, Algorithm 2).
+"""One optimiser step (arXiv 2401.11647, Algorithm 2), exact at any micro-batch.
 
-The frozen prefix runs once per view, without gradients, and its tokens serve the online and the target branch: they
-share its weights. What is frozen is decided before the forward pass; gradients dropped afterwards would save nothing.
-Heads and loss need the full batch (BatchNorm; the negatives), prefix and layers do not.
+The frozen prefix runs once per view, without gradients, and what it gives serves all branches: online, target, and for
+alignment the received and the previous model. What is frozen is decided before the forward pass; gradients dropped
+afterwards would save nothing.
+
+Heads and loss need the full batch (BatchNorm, negatives), prefix and layers do not. With a micro-batch the representations
+of the whole batch are computed piece by piece without a graph; heads and loss give the gradient with respect to them; and
+each piece is run forward once more, to take its share of that gradient back through the layers. The activations of one
+piece are all that is held: the price is one more forward pass of the trained layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.models.ema import Target
-from lwfed.models.heads import Network, load_network
+from lwfed.config.schema import AlignmentSection
+from lwfed.models.ema import Target, branch
+from lwfed.models.encoder import Encoder, freeze
+from lwfed.models.heads import load_network
 from lwfed.models.optimiser import AdamW
-from lwfed.models.ssl import LOSSES
+from lwfed.models.ssl import METHODS, alignment
 from lwfed.plan import STEM, in_model_order, part_of
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Branches:
     """What one local call holds; `prefix_layers` is None when nothing is frozen, not even the stem."""
 
-    online: Network
-    target: Target
+    online: Encoder
+    target: Target | None
+    received: Encoder | None  # for alignment
+    previous: Encoder | None  # for alignment by moon, where this place has trained the stage before
+    anchors: list[Tensor]  # the weights received, for the proximal term; empty without
     optimiser: AdamW
+    trained: list[Tensor]
     prefix_layers: int | None
 
 
-def prepare(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str]) -> Branches:
-    """Online branch, target and optimiser for training the parts `trained` of the model that `tensors` hold.
+@dataclass(frozen=True)
+class Batch:
+    """Views of the same images, and the step's other random draws, all made before anything is computed."""
+
+    views: tuple[Tensor, ...]  # each float32 [B, C, H, W] in [0, 1], B >= 2
+    keep: Tensor | None = None  # int64 [B, visible]: patches that the encoder sees; None: all
+    skip: frozenset[int] = field(default_factory=frozenset)  # frozen layers (0-based) that this step does without
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a local call adds to the loss of the method."""
+
+    alignment: AlignmentSection | None = None
+    proximal: float = 0.0
+
+
+METHOD_ALONE = Terms()
+
+
+def prepare(
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    trained: Iterable[str],
+    terms: Terms = METHOD_ALONE,
+    previous: Mapping[str, Tensor] | None = None,
+) -> Branches:
+    """The branches for training the parts `trained` of the model that `tensors` hold; `previous` is what a local call gave before.
 
     Trained tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
     """
     active = set(trained)
-    mine = {name: tensor.clone() if part_of(name) in active else tensor for name, tensor in tensors.items()}
-    online = load_network(config, mine)
-    for name, tensor in online.named_parameters():
-        tensor.requires_grad_(part_of(name) in active)
+    layers = prefix_layers({part_of(name) for name in tensors}, active)
+    online = load_network(config, {name: tensor.clone() if part_of(name) in active else tensor for name, tensor in tensors.items()})
+    freeze(online, active)
     optimised = {name: tensor for name, tensor in online.named_parameters() if tensor.requires_grad}
-    layers = prefix_layers({part_of(name) for name in mine}, active)
-    return Branches(online, Target(online), AdamW(optimised, config.train.weight_decay), layers)
+    aligned = terms.alignment is not None and terms.alignment.method != "off"
+    before = None
+    if aligned and terms.alignment is not None and terms.alignment.method == "moon" and previous:
+        before = load_network(config, {**tensors, **previous})
+        freeze(before, active)
+        before.requires_grad_(False)
+    return Branches(
+        online=online,
+        target=Target(online) if METHODS[config.ssl.method].has_target else None,
+        received=branch(online) if aligned else None,
+        previous=before,
+        anchors=[tensors[name] for name in optimised] if terms.proximal else [],
+        optimiser=AdamW(optimised, config.train.weight_decay),
+        trained=list(optimised.values()),
+        prefix_layers=layers,
+    )
 
 
 def prefix_layers(present: set[str], trained: set[str]) -> int | None:
@@ -58,33 +106,111 @@ def prefix_layers(present: set[str], trained: set[str]) -> int | None:
     return sum(part.startswith("layer.") for part in frozen) if STEM in frozen else None
 
 
-def train_step(branches: Branches, views: Pair, lr: float, config: RunConfig) -> float:
-    """One step on two views, each float32 [B, C, H, W] in [0, 1], B >= 2; returns the loss before it.
-
-    A loss that is not finite is returned without a step.
-    """
-    online, target = branches.online, branches.target
-    inputs = [_frozen(branches, view) for view in views]
-    with torch.no_grad():
-        keys = [target.network.project(_features(branches, target.network, tokens)) for tokens in inputs]
-    queries = [online.predict(_features(branches, online, tokens)) for tokens in inputs]
-    loss = LOSSES[config.ssl.method]((queries[0], queries[1]), (keys[0], keys[1]), config.ssl)
-    value = loss.item()
+def train_step(branches: Branches, batch: Batch, lr: float, config: RunConfig, terms: Terms = METHOD_ALONE) -> float:
+    """One step; returns the loss before it. A loss that is not finite is returned without a step."""
+    value = backward(branches, batch, config, terms)
     if math.isfinite(value):
-        loss.backward()  # type: ignore[no-untyped-call]
+        if branches.anchors:  # FedProx: the gradient of mu / 2 |w - w_received|^2
+            gradients = [tensor.grad for tensor in branches.trained if tensor.grad is not None]
+            torch._foreach_add_(gradients, torch._foreach_sub(branches.trained, branches.anchors), alpha=terms.proximal)
         branches.optimiser.step(lr)
-        target.update(config.ssl.momentum)
+        if branches.target is not None:
+            branches.target.update(config.ssl.momentum)
     return value
 
 
-@torch.no_grad()
-def _frozen(branches: Branches, view: Tensor) -> Tensor:
-    """The prefix's tokens [B, tokens, width], or the view itself where nothing is frozen."""
-    return view if branches.prefix_layers is None else branches.online.prefix(view, branches.prefix_layers)
+def backward(branches: Branches, batch: Batch, config: RunConfig, terms: Terms = METHOD_ALONE) -> float:
+    """The loss; and its gradients, left on the trained tensors where it is finite."""
+    method, online = METHODS[config.ssl.method], branches.online
+    run = _Run(branches, batch, config)
+    inputs = [run.frozen(view) for view in batch.views]
+    with torch.no_grad():
+        keys = [] if branches.target is None else [run.key(branches.target.network, x) for x in inputs]
+    whole = run.pieces == 1
+    found = [run.represent(x, view, graph=whole) for x, view in zip(inputs, batch.views, strict=True)]
+    projected = [method.project(online, one) for one in found]
+    loss = method.loss(online, found, projected, keys, config.ssl)
+    if branches.received is not None and terms.alignment is not None:
+        loss = loss + _alignment(branches, run, inputs[0], projected[0], terms.alignment)
+    value = loss.item()
+    if math.isfinite(value):
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not whole:
+            for x, view, one in zip(inputs, batch.views, found, strict=True):
+                run.take_back(x, view, one.grad)
+    return value
 
 
-def _features(branches: Branches, network: Network, inputs: Tensor) -> Tensor:
-    """Features [B, width] of what `_frozen` gave."""
-    if branches.prefix_layers is None:
-        return network.features(inputs)
-    return network.rest(inputs, branches.prefix_layers)
+def _alignment(branches: Branches, run: _Run, x: Tensor, z: Tensor, section: AlignmentSection) -> Tensor:
+    assert branches.received is not None
+    with torch.no_grad():
+        z_global = run.key(branches.received, x)
+        z_previous = None if branches.previous is None else run.key(branches.previous, x)
+    if section.method == "cosine":
+        return section.alpha * alignment.cosine(z, z_global)
+    # Without a previous model MOON compares with the received one twice: a constant.
+    return section.alpha * alignment.moon(z, z_global, z_global if z_previous is None else z_previous, section.temperature)
+
+
+class _Run:
+    """Forward passes of one batch, in pieces of the micro-batch."""
+
+    def __init__(self, branches: Branches, batch: Batch, config: RunConfig) -> None:
+        self._online, self._prefix, self._batch = branches.online, branches.prefix_layers, batch
+        self._method = METHODS[config.ssl.method]
+        self._count = len(batch.views[0])
+        self._dtype = batch.views[0].dtype  # of all that leaves mixed precision
+        self._size = min(config.train.micro_batch or self._count, self._count)
+        self._mixed = torch.autocast(branches.online.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+
+    @property
+    def pieces(self) -> int:
+        return -(-self._count // self._size)
+
+    @torch.no_grad()
+    def frozen(self, view: Tensor) -> Tensor:
+        """What the prefix gives, or the view itself where nothing is frozen."""
+        if (last := self._prefix) is None:
+            return view
+        return self._cat(lambda rows: self._online.through(self._stem(self._online, view[rows], rows), 0, last, self._batch.skip))
+
+    def key(self, network: Encoder, x: Tensor) -> Tensor:
+        """z [B, D] of a branch that takes no gradients."""
+        return self._method.key(network, self._cat(lambda rows: network.pool(self._through(network, x[rows], rows))))
+
+    def represent(self, x: Tensor, view: Tensor, graph: bool) -> Tensor:
+        """Representations [B, ...] of the online branch: with the graph that made them, or as a leaf that collects their gradient."""
+        if graph:
+            return self._represent(x, view, slice(None))
+        with torch.no_grad():
+            found = self._cat(lambda rows: self._represent(x, view, rows))
+        return found.requires_grad_()
+
+    def take_back(self, x: Tensor, view: Tensor, gradient: Tensor | None) -> None:
+        """Take the gradient [B, ...] of the representations back through the layers, piece by piece."""
+        assert gradient is not None
+        for rows in self._rows():
+            self._represent(x, view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
+
+    def _represent(self, x: Tensor, view: Tensor, rows: slice) -> Tensor:
+        keep = None if self._batch.keep is None else self._batch.keep[rows]
+        with self._mixed:
+            found = self._method.represent(self._online, self._through(self._online, x[rows], rows), view[rows], keep)
+        return found.to(self._dtype)
+
+    def _through(self, network: Encoder, x: Tensor, rows: slice) -> Tensor:
+        """What the last layer gives, from what `frozen` gave."""
+        with self._mixed:
+            return network.through(self._stem(network, x, rows)) if self._prefix is None else network.through(x, self._prefix)
+
+    def _stem(self, network: Encoder, view: Tensor, rows: slice) -> Tensor:
+        with self._mixed:
+            return network.stem(view, None if self._batch.keep is None else self._batch.keep[rows])
+
+    def _cat(self, one: Callable[[slice], Tensor]) -> Tensor:
+        found: Sequence[Tensor] = [one(rows).to(self._dtype) for rows in self._rows()]
+        return found[0] if len(found) == 1 else torch.cat(list(found))
+
+    def _rows(self) -> Iterator[slice]:
+        for first in range(0, self._count, self._size):
+            yield slice(first, first + self._size)

@@ -8,7 +8,7 @@ solarisation, as BYOL and MoCo v3 apply them (the flip commutes with the rest).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,10 +34,8 @@ class ViewParams:
     sigma: Tensor  # [B] pixels; 0: no blur
     solarise: Tensor  # [B] bool
 
-
-def draw_pair(views: ViewsSection, count: int, size: int, generator: torch.Generator) -> tuple[ViewParams, ViewParams]:
-    """Records of the first and the second view of `count` square images of `size` pixels."""
-    return draw(views, 0, count, size, generator), draw(views, 1, count, size, generator)
+    def to(self, device: torch.device) -> ViewParams:
+        return ViewParams(**{one.name: getattr(self, one.name).to(device) for one in fields(self)})
 
 
 def draw(views: ViewsSection, view: int, count: int, size: int, generator: torch.Generator) -> ViewParams:

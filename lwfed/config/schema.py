@@ -224,9 +224,7 @@ class RunConfig(Section):
                 "whole batch; set it to null and lower train.batch_size instead"
             )
         if convolutional and (stages.layer_init == "copy" or stages.depth_dropout):
-            raise ValueError(
-                f"stages.layer_init copy and stages.depth_dropout need layers of one shape, which model.backbone {self.model.backbone} has not"
-            )
+            raise ValueError(f"stages.layer_init copy and stages.depth_dropout need layers of one shape: not {self.model.backbone}")
         if self.rounds.sample is not None and self.rounds.sample > self.rounds.min_devices:
             raise ValueError(
                 f"rounds.sample {self.rounds.sample} exceeds rounds.min_devices {self.rounds.min_devices}: "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lwfed.config.schema import SslSection
-
-Pair = tuple[Tensor, Tensor]
+from lwfed.models.encoder import Encoder
+from lwfed.models.heads import predict
+from lwfed.models.ssl.method import Method
 
 
 def info_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -20,7 +23,12 @@ def info_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, torch.arange(len(q), device=q.device))
 
 
-def loss(queries: Pair, keys: Pair, ssl: SslSection) -> Tensor:
-    """con(q1, k2) + con(q2, k1): each view's query against the target's keys of the other view."""
-    (q1, q2), (k1, k2) = queries, keys
-    return info_nce(q1, k2, ssl.temperature) + info_nce(q2, k1, ssl.temperature)
+class MoCoV3(Method):
+    has_target = True
+
+    def loss(
+        self, network: Encoder, found: Sequence[Tensor], projected: Sequence[Tensor], keys: Sequence[Tensor], ssl: SslSection
+    ) -> Tensor:
+        """con(q1, k2) + con(q2, k1): each view's query against the target's keys of the other view."""
+        q1, q2 = (predict(network, one) for one in projected)
+        return info_nce(q1, keys[1], ssl.temperature) + info_nce(q2, keys[0], ssl.temperature)

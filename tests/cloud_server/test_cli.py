@@ -15,7 +15,7 @@ from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import StateError
-from lwfed.models.encoder import load_encoder
+from lwfed.models.backbones import load_encoder
 
 
 @pytest.fixture

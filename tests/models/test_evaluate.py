@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lwfed.errors import DataError
-from lwfed.models.encoder import load_encoder
+from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
 from lwfed.models.initial import init_parts
 

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from lwfed.config import load_config
-from lwfed.models.heads import load_network
+from lwfed.models.heads import load_network, predict, project
 from lwfed.models.initial import init_parts
 
 
@@ -31,5 +31,5 @@ def test_heads_are_linear_batchnorm_relu(tiny):
     h = norm(h @ t["projector.6.weight"].T)
     p = F.relu(norm(h @ t["predictor.0.weight"].T, t["predictor.1.weight"], t["predictor.1.bias"]))
     p = norm(p @ t["predictor.3.weight"].T)
-    torch.testing.assert_close(network.project(features), h, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(network.predict(features), p, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(project(network, features), h, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predict(network, project(network, features)), p, atol=1e-4, rtol=1e-4)

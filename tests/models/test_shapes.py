@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lwfed.config import load_config
-from lwfed.models.encoder import load_encoder
-from lwfed.models.heads import Network
+from lwfed.models.backbones import load_encoder
+from lwfed.models.heads import build_network
 from lwfed.models.initial import init_parts
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import by_part
@@ -17,7 +17,7 @@ def test_equal_those_of_the_modules(tiny, pooling, channels):
     config = tiny(f"model.pooling={pooling}", f"model.channels={channels}", "model.mlp_ratio=2.6")
     present = config.plan(3).present
     with torch.device("meta"):
-        state = Network(config, 3).state_dict()
+        state = build_network(config, 3).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes(config, present)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     assert {part: dict.fromkeys(names) for part, names in by_part(shapes(config, present)).items()} == {

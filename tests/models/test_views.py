@@ -20,9 +20,13 @@ def source(request):
 SECTION = load_config("base").views
 
 
+def pair(count, size, random):
+    return views.draw(SECTION, 0, count, size, random), views.draw(SECTION, 1, count, size, random)
+
+
 def test_the_same_generator_gives_the_same_views(source):
-    drawn = [views.draw_pair(SECTION, 40, 16, generator(3)) for _ in range(2)]
-    made = [[views.augment(source, params, 16) for params in pair] for pair in drawn]
+    drawn = [pair(40, 16, generator(3)) for _ in range(2)]
+    made = [[views.augment(source, params, 16) for params in params_of_views] for params_of_views in drawn]
     assert torch.equal(made[0][0], made[1][0])
     assert torch.equal(made[0][1], made[1][1])
     assert not torch.equal(made[0][0], made[0][1])
@@ -76,7 +80,7 @@ def test_other_size_than_the_source(source):
 
 
 def test_probabilities_and_ranges():
-    first, second = views.draw_pair(SECTION, 20_000, 32, generator())
+    first, second = pair(20_000, 32, generator())
     for params, blur, solarise in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
         shares = [params.flip, params.jitter, params.grayscale, params.sigma > 0, params.solarise]
         measured = [share.double().mean().item() for share in shares]

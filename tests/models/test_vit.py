@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lwfed.models.encoder import Encoder, load_encoder
+from lwfed.models.backbones import build_encoder, load_encoder
 from lwfed.models.initial import init_parts
 
 
@@ -55,7 +55,30 @@ def test_weights_of_timm_in_ours(model):
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
 def test_prefix_and_rest_are_the_whole(model, layers):
     encoder = load_encoder(model, scrambled(timm_model(model).state_dict()))
-    assert torch.equal(encoder.rest(encoder.prefix(pixels(), layers), layers), encoder.features(pixels()))
+    prefix = encoder.through(encoder.stem(pixels()), last=layers)
+    assert torch.equal(encoder.pool(encoder.through(prefix, layers)), encoder.features(pixels()))
+
+
+def test_a_skipped_layer_is_the_identity(model):
+    encoder = load_encoder(model, scrambled(timm_model(model).state_dict()))
+    x = encoder.stem(pixels())
+    assert torch.equal(encoder.through(x, skip={1}), encoder.through(encoder.through(x, last=1), 2))
+    assert torch.equal(encoder.through(x, skip={0, 1, 2}), x)
+
+
+def test_hidden_patches_have_no_influence(model):
+    encoder = load_encoder(model, scrambled(timm_model(model).state_dict()))
+    keep = torch.tensor([[0, 3], [1, 2], [0, 1], [2, 3], [1, 3]])
+    painted = pixels()
+    for sample, places in enumerate(keep.tolist()):
+        for place in {0, 1, 2, 3} - set(places):
+            row, column = 4 * (place // 2), 4 * (place % 2)
+            painted[sample, :, row : row + 4, column : column + 4] = 0.123
+    assert torch.equal(encoder.stem(pixels(), keep), encoder.stem(painted, keep))
+    extra = encoder.stem(pixels()).shape[1] - 4
+    whole = encoder.stem(pixels())
+    for sample, places in enumerate(keep.tolist()):
+        assert torch.equal(encoder.stem(pixels(), keep)[sample, extra:], whole[sample, [extra + place for place in places]])
 
 
 def test_partial_encoder_is_timm_cut_short(model):
@@ -79,4 +102,4 @@ def test_heads_are_ignored_and_nothing_is_drawn(tiny):
 
 def test_too_many_layers(tiny):
     with pytest.raises(ValueError, match="cannot have 4 layers"):
-        Encoder(tiny().model, 4)
+        build_encoder(tiny().model, 4)
