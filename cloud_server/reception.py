@@ -111,7 +111,8 @@ class Reception:
         else:
             long_ago = before is None and not self._course.state.waits_for(member.participant)  # retained since then
             if member.state != before and not long_ago:
-                self._news.device(member, "has left" if member.state == "stopped" else "is lost; it may return")
+                lost = "not seen again yet" if before is None else "is lost; it may return"
+                self._news.device(member, "has left" if member.state == "stopped" else lost)
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
 

@@ -330,7 +330,34 @@ def test_a_run_that_goes_on_says_which_of_its_devices_is_lost(world, said):
     said.clear()
     fleet.start()
     fleet.quiet()
+    assert of(said, "device", participant=1, status="not seen again yet") != []
+
+
+def test_a_device_that_falls_silent_is_said_to_be_lost(world, said):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.broker.cut("b", reconnect=False)
+    fleet.quiet()
     assert of(said, "device", participant=1, status="is lost; it may return") != []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_last_will_after_the_goodbye_does_not_bring_a_device_back(world, said, restarted):
+    fleet = world()
+    fleet.start()
+    leaver = fleet.join("leaver")
+    leaver.tell("state", leaver.state("stopped"), retain=True)
+    fleet.quiet()
+    if restarted:
+        fleet.kill()
+    leaver.tell("state", leaver.state("lost"), retain=True)
+    leaver.transport.close()
+    fleet.devices.clear()
+    if restarted:
+        fleet.start()
+    fleet.quiet()
+    assert fleet.course.state.devices == {0: "gone"}
+    assert of(said, "device")[-1]["status"] == "has left"
 
 
 def test_a_task_is_repeated_until_it_is_begun(world):
