@@ -16,6 +16,7 @@ from lwfed.cloud_server.store import FILE_NAME, Store
 from lwfed.config import RunConfig
 from lwfed.console import printable
 from lwfed.errors import StateError
+from lwfed.locks import in_use
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -34,12 +35,15 @@ def overview(root: Path) -> str:
             ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
             ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds}, {state.phase}"),
         ]
+        running = in_use(root)
+        if not running:
+            lines.append(("server", "no server is running; devices as last seen"))
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
         for device in store.devices():
             seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.seen_s))
             there = state.devices.get(device.participant, "gone")
-            lines.append((f"device {device.participant}", f"{there}; {device.id}, {device.hello.machine}, last greeting {seen}"))
+            lines.append((f"device {device.participant}", f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {seen}"))
         for (stage, name), scores in store.scores().items():
             probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
             lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))

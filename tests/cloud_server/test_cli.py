@@ -15,6 +15,7 @@ from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import StateError
+from lwfed.locks import locked_state
 from lwfed.models.encoder import load_encoder
 
 
@@ -42,6 +43,26 @@ def test_status_of_a_finished_run(finished, run, monkeypatch):
     assert "stage 2 of 2, round 2 of 2, finished" in result.output
     assert "device 1" in result.output
     assert "kNN 50.0%, linear probe 25.0%" in result.output
+
+
+def test_status_says_whether_a_server_is_at_work(finished, run, monkeypatch):
+    monkeypatch.undo()
+    root = finished.root / "server"
+    without = run("status", "--state", root).output
+    assert "no server is running" in without
+    assert "device 1    was here; b," in without
+    with locked_state(root, "use another"):
+        while_served = run("status", "--state", root).output
+    assert "no server" not in while_served
+    assert "device 1    here; b," in while_served
+
+
+def test_asking_for_the_status_keeps_no_server_out(finished, run, monkeypatch):
+    monkeypatch.undo()
+    root = finished.root / "server"
+    run("status", "--state", root)
+    with locked_state(root, "use another"):
+        pass
 
 
 def test_status_finds_the_runs_of_this_user(run, tmp_path, monkeypatch, finished):
