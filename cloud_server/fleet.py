@@ -31,6 +31,16 @@ class Member:
     def there(self) -> bool:
         return self.state in ("ready", "training")
 
+    def contradicts(self, said: Hello | State) -> bool:
+        """Whether another agent must have said it: one start says one thing of itself, and none speaks after a later one.
+
+        Copies that agree in everything, the number of their starts included, are not told apart.
+        """
+        if isinstance(said, State):
+            late = said.state in ("lost", "stopped") or self.state is None  # a last word, or what a broker kept over a power cut
+            return said.boot < self.boot and not late
+        return said.boot < self.boot or (said.boot == self.hello.boot and said != self.hello)
+
 
 class Fleet:
     def __init__(self, topics: Topics, store: Store, min_images: int) -> None:

@@ -41,9 +41,11 @@ def overview(root: Path) -> str:
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
         for device in store.devices():
-            seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.seen_s))
             there = state.devices.get(device.participant, "gone")
-            lines.append((f"device {device.participant}", f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {seen}"))
+            text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
+            if device.doubled_s is not None:
+                text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
+            lines.append((f"device {device.participant}", text))
         for (stage, name), scores in store.scores().items():
             probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
             lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
@@ -67,6 +69,10 @@ def _intact(path: Path) -> Path:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
         raise StateError(f"{path} is missing or damaged; if the run is going on, try again")
     return path
+
+
+def _minute(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.overview import overview
 from lwfed.errors import PortInUse, Refused, StateError
 from lwfed.models.shapes import shapes
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import Faults
 from lwfed.wire import messages
+
+HELLO = messages.Hello(boot=1, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100, images=10, source="folder")
 
 
 def undisturbed(world):
@@ -206,6 +209,47 @@ def test_a_device_of_another_version_is_told_so(world, said):
     fleet.quiet()
     assert device.refusals == ["version"]
     assert "protocol version 2" in of(said, "warning")[0]["text"]
+
+
+def test_an_agent_that_starts_again_is_no_second_one(world, said):
+    fleet = undisturbed(world)
+    device = fleet.devices[0]
+    fleet.broker.cut(device.name)
+    fleet.quiet()
+    device.restart()
+    fleet.quiet()
+    device.tell("state", messages.State(state="lost", boot=1))
+    fleet.kill()
+    fleet.broker.retained["lwfed/default/d/a/up/state"] = messages.encode(messages.State(state="ready", boot=1))  # from before a power cut
+    fleet.start()
+    fleet.finish()
+    assert of(said, "warning") == []
+    assert {device.doubled_s for device in fleet.course.store.devices()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hello", HELLO.model_copy(update={"boot": 1})),
+        ("hello", HELLO.model_copy(update={"boot": 2, "machine": "aarch64"})),
+        ("state", messages.State(state="training", boot=1)),
+    ],
+)
+def test_two_agents_with_one_identity_are_told_apart_and_told(world, said, kind, message):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("copied")
+    device.restart()
+    fleet.quiet()
+    for _ in range(3):  # a broker that does not throw one of them out lets both speak
+        device.tell(kind, message)
+    fleet.quiet()
+    (warning,) = of(said, "warning")
+    assert "two agents are device 0 (copied)" in warning["text"]
+    assert "delete its --state" in warning["text"]
+    assert fleet.course.store.devices()[0].doubled_s is not None
+    assert "device 0 " in overview(fleet.root / "server")
+    assert "two agents were this device at " in overview(fleet.root / "server")
 
 
 def test_a_device_with_too_few_images_is_not_asked(world, said):
