@@ -11,10 +11,10 @@ from safetensors.numpy import load
 
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.overview import overview
-from lwfed.errors import PortInUse, Refused, StateError
+from lwfed.errors import ConfigError, PortInUse, Refused, StateError, Unreachable
 from lwfed.models.shapes import shapes
 from lwfed.transport.base import Disconnected
-from lwfed.transport.memory import Faults
+from lwfed.transport.memory import Faults, MemoryTransport
 from lwfed.wire import messages
 
 HELLO = messages.Hello(boot=1, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100, images=10, source="folder")
@@ -446,18 +446,61 @@ def test_a_broker_that_dies_is_started_again_and_the_run_goes_on(world, said):
     assert "started again" in of(said, "warning")[0]["text"]
 
 
-def test_a_broker_that_refuses_us_ends_the_server(world):
+def test_a_broker_that_refuses_us_ends_the_server_before_it_begins(world, said):
     fleet = world()
     fleet.start()
     with pytest.raises(Refused, match="bad password"):
         fleet.server.handle(Disconnected(Refused("bad password")))
+    assert fleet.jobs == []
+    assert said == []
 
 
-def test_the_reason_why_no_broker_was_reached_is_told(world):
+def test_the_reason_why_no_broker_was_reached_is_told(world, said):
     fleet = world()
     fleet.broker.stop()
     fleet.start()
-    fleet.server.handle(Disconnected(PortInUse("nothing but a printer listens at mqtt://printer")))
+    for _ in range(2):
+        fleet.server.handle(Disconnected(PortInUse("is the port right?")))
+    assert [one["text"].split(maxsplit=1)[1] for one in said] == ["no connection, trying for 15 s: is the port right?"]
+    assert fleet.server.next_wakeup(fleet.now) == 15.0
     fleet.now = 15.0
-    with pytest.raises(PortInUse, match=r"a printer listens at mqtt://printer; gave up after 15 s"):
+    with pytest.raises(PortInUse, match=r"no connection within 15 s: is the port right\?"):
         fleet.server.handle(None)
+    assert fleet.jobs == []
+
+
+def test_nothing_is_prepared_nor_anybody_called_before_the_broker_is_there(world, said):
+    fleet = world()
+    fleet.broker.stop()
+    fleet.start()
+    fleet.quiet()
+    fleet.server.handle(Disconnected(Unreachable("is it running?")))
+    assert fleet.jobs == []
+    assert of(said, "waiting") == []
+    fleet.now = 5.0
+    fleet.broker.start()
+    fleet.quiet()
+    assert of(said, "doing")[0]["text"].endswith("connected")
+    assert fleet.jobs == ["prepare", "evaluate"]
+    assert "edge-agent join" in of(said, "waiting")[-1]["text"]
+
+
+def test_blobs_are_cut_for_what_the_broker_takes(world, monkeypatch):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", 20_000)
+    fleet = world("transfer.chunk_bytes=122880", "ssl.hidden_dim=512", "rounds.min_devices=1")
+    fleet.start()
+    fleet.join("a")
+    fleet.finish()
+    manifests = [messages.decode(messages.Manifest, payload) for _, topic, payload in fleet.broker.log if topic.endswith("dn/manifest")]
+    assert {manifest.chunk_bytes for manifest in manifests} == {20_000 - 512}
+    assert max(len(manifest.digests) for manifest in manifests) > 1
+
+
+@pytest.mark.parametrize("limit", [512, 1400, 8000])
+def test_a_broker_that_takes_too_small_packets_is_found_before_anybody_trains(world, monkeypatch, limit):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", limit)
+    fleet = world()
+    fleet.start()
+    with pytest.raises(ConfigError, match=rf"takes packets of {limit} bytes at most.* raise its limit .* to \d+"):
+        fleet.quiet()
+    assert fleet.jobs == []
