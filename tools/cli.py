@@ -34,6 +34,20 @@ def demo(out: Path, seed: int, quick: bool, settings: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Download a data set known by name (cifar10, mnist, ...) for --data, or for evaluation and calibration."""
+    from lwfed.data import sets
+    from lwfed.errors import DataError
+
+    if name not in sets.NAMES:
+        raise DataError(f"{name!r} is none of the data sets that can be downloaded: {', '.join(sets.NAMES)}")
+    from lwfed.data import torchvision_sets
+
+    click.echo(f"{name}: {torchvision_sets.fetch(name)}")
+
+
+@main.command()
 @click.argument("name", required=False, metavar="[NAME|FILE]")
 @setting_option
 def config(name: str | None, settings: tuple[str, ...]) -> None:

@@ -47,6 +47,13 @@ def test_the_largest_report_is_within_what_is_counted_for_it(make_report):
     assert len(report.model_dump_json()) < report_bytes(load_config("demo", ["train.epochs=100"])) - 500  # the rest of an offer
 
 
+def test_a_data_set_by_name_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
+    for key in ("evaluation.data=cifar10", "calibration.data=cifar10"):
+        with pytest.raises(DataError, match="`lwfed fetch cifar10`"):
+            check_sources(load_config("demo", [key]))
+
+
 def test_images_for_evaluation_need_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
     with pytest.raises(DataError, match="into a sub-folder"):
