@@ -66,7 +66,9 @@ class News:
 
     def joined(self, member: Member, status: str) -> None:
         hello = member.hello
-        images = f"{hello.images} images" if hello.images else f"images of {hello.source}"
+        images = f"{hello.images} images" if hello.images else "images"
+        if hello.source != "folder":  # the name of a set that is split
+            images += f" of {hello.source}" + (" before the split" if hello.images else "")
         about = f"{hello.machine}, {counted(hello.cores, 'core')}, {hello.memory_mb:.0f} MB, {images}"
         self.device(member, status, f": {member.id} ({about})")
 

@@ -36,7 +36,13 @@ class Reception:
         """Take a message; what is to be answered."""
         parsed = self._topics.parse(topic)
         if isinstance(parsed, UpdateChunk):
-            return self._inbox.chunk(parsed, payload, now)
+            bad = self._inbox.bad_chunks
+            commands = self._inbox.chunk(parsed, payload, now)
+            if self._inbox.bad_chunks > bad:
+                self._complain(
+                    parsed.device, "chunk", f"device {parsed.device} sent a chunk that does not fit its digest; it is asked for again"
+                )
+            return commands
         if not isinstance(parsed, FromDevice) or parsed.kind not in UP:
             return []
         try:

@@ -377,6 +377,43 @@ def test_a_run_that_goes_on_says_which_of_its_devices_is_lost(world, said):
     assert of(said, "device", participant=1, status="not seen again yet") != []
 
 
+@pytest.mark.parametrize(
+    ("images", "source", "says"),
+    [
+        (10, "folder", "100 MB, 10 images)"),
+        (1797, "digits", "100 MB, 1797 images of digits before the split)"),
+        (0, "cifar10", "100 MB, images of cifar10)"),
+    ],
+)
+def test_the_images_of_a_set_that_is_split_are_not_said_to_be_the_device_s(world, said, images, source, says):
+    fleet = world()
+    fleet.start()
+    device = fleet.bring("a")
+    device.tell("hello", HELLO.model_copy(update={"images": images, "source": source}))
+    fleet.quiet()
+    assert of(said, "device", status="joined")[0]["text"].endswith(says)
+
+
+def test_a_chunk_that_was_damaged_on_the_way_is_said_once(world, said):
+    fleet = world()
+    fleet.start()
+    fleet.join("good")
+    device = fleet.join("garbled")
+    garbled = []
+
+    def interfere(client, topic, payload):
+        if "/w0/" in topic and "/garbled/" in topic and len(garbled) < 3:
+            garbled.append(topic)
+            device.transport.publish(topic, b"junk")
+            return 0
+        return 1
+
+    fleet.broker.interfere = interfere
+    fleet.finish()
+    (warning,) = of(said, "warning")
+    assert "device garbled sent a chunk that does not fit its digest; it is asked for again" in warning["text"]
+
+
 def test_a_device_that_falls_silent_is_said_to_be_lost(world, said):
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
