@@ -42,7 +42,7 @@ class News:
         self._say("doing", "server", what)
 
     def waiting(self, here: int, needed: int) -> None:
-        text = f"{here} of {counted(needed, 'device')} {'is' if here == 1 else 'are'} here; start one with: {self.join_command()}"
+        text = f"{here} of {counted(needed, 'device')} {'is' if 1 in (here, needed) else 'are'} here; start one with: {self.join_command()}"
         self._say("waiting", "waiting", text, devices=here, needed=needed, command=self.join_command())
 
     def waiting_for(self, participants: Iterable[int], seconds: float) -> None:

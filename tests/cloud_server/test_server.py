@@ -81,7 +81,9 @@ def test_the_waiting_server_names_the_command_that_joins(world, said):
     fleet.quiet()
     waiting = of(said, "waiting")[-1]
     assert (waiting["devices"], waiting["needed"]) == (0, 2)
-    assert "edge-agent join mqtt://127.0.0.1:1883 --data" in waiting["text"]
+    assert "0 of 2 devices are here; start one with: edge-agent join mqtt://127.0.0.1:1883 --data" in waiting["text"]
+    fleet.join("a")
+    assert "1 of 2 devices is here; " in of(said, "waiting")[-1]["text"]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
