@@ -9,10 +9,8 @@ It never imports torch. What it must not forget is on disk before anybody hears 
 from __future__ import annotations
 
 import queue
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from lwfed.child import Ended, Said
 from lwfed.cloud_server.coordinator import Started, TimeUp
@@ -26,6 +24,7 @@ from lwfed.cloud_server.sizes import fitting_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
 from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.signals import on_signals
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.broadcast import Broadcast
@@ -90,7 +89,7 @@ class Server:
 
         The run itself begins, or goes on, with the first connection.
         """
-        with self._signals():
+        with on_signals(lambda: self._queue.put(Stop())):
             try:
                 self.begin()
                 while not self.over:
@@ -249,12 +248,3 @@ class Server:
             return self._queue.get(timeout=None if wakeup is None else max(0.0, wakeup - now))
         except queue.Empty:
             return None
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, lambda *_: self._queue.put(Stop())) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

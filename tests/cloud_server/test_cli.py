@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load
 from safetensors.torch import load_file
 
+from lwfed.cloud_server import serve
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
@@ -126,6 +128,19 @@ def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, m
     other = run(*options, "--set", "train.lr=0.5")
     assert other.exit_code == 73
     assert "train.lr: 0.01 before, 0.5 now" in other.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_server_listens_to_it_ends_it_cleanly(run, tmp_path, monkeypatch, number):
+    def interrupted(config):
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(serve, "check_sources", interrupted)
+    result = run("serve", "--config", "demo", "--state", tmp_path)
+    assert (result.exit_code, result.output) == (0, "")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize(
