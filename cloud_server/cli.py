@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from lwfed import __version__
 from lwfed.cli import Connection, Program, connection_options, json_option, setting_option
+from lwfed.signals import on_signals
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,7 +33,9 @@ def main() -> None:
 @connection_options
 @click.option("--until-done", is_flag=True, help="End when the run is finished, instead of staying there for its devices.")
 @json_option
+@click.pass_context
 def serve(
+    context: click.Context,
     name: str,
     settings: tuple[str, ...],
     state: Path | None,
@@ -42,6 +46,8 @@ def serve(
     as_json: bool,
 ) -> None:
     """Begin a run, or go on with it where it was left; Ctrl-C ends it and loses nothing."""
+    context.with_resource(on_signals(sys.exit))  # until the server listens: imports and a look at the images take their time
+
     from lwfed.cloud_server.serve import Options, serve_run
     from lwfed.config import load_config
     from lwfed.console import Console

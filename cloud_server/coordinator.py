@@ -117,7 +117,8 @@ def _present(rules: Rules, state: State, event: Present, now: float) -> Result:
 
 
 def _absent(rules: Rules, state: State, event: Absent, now: float) -> Result:
-    return _proceed(rules, with_presence(state, event.participant, "gone" if event.for_good else "away"), now)
+    gone = event.for_good or state.devices.get(event.participant) == "gone"  # which falling silent does not undo
+    return _proceed(rules, with_presence(state, event.participant, "gone" if gone else "away"), now)
 
 
 def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Result:

@@ -1,7 +1,7 @@
 """Who the devices are, and whom to remind of its task. No clock and no socket.
 
 A device is admitted by its first hello and keeps its participant number for ever. Its retained state says whether it is
-there; a state of an earlier boot (a last will that came late) says nothing.
+there; a last will that comes late, after the goodbye or of an earlier boot, says nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ class Member:
     @property
     def there(self) -> bool:
         return self.state in ("ready", "training")
+
+    def contradicts(self, said: Hello | State) -> bool:
+        """Whether another agent must have said it: one start says one thing of itself, and none speaks after a later one.
+
+        Copies that agree in everything, the number of their starts included, are not told apart.
+        """
+        if isinstance(said, State):
+            late = said.state in ("lost", "stopped") or self.state is None  # a last word, or what a broker kept over a power cut
+            return said.boot < self.boot and not late
+        return said.boot < self.boot or (said.boot == self.hello.boot and said != self.hello)
 
 
 class Fleet:
@@ -66,6 +76,8 @@ class Fleet:
         member = self.members.get(device)
         if member is None or state.boot < member.boot:
             return None
+        if (state.boot, member.state, state.state) == (member.boot, "stopped", "lost"):
+            return None  # a goodbye is the last word of a start
         member.boot, member.state = state.boot, state.state
         if state.state == "training" and member.participant in self._asked:
             self.works(member.participant, now)

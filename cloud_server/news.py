@@ -11,7 +11,7 @@ from lwfed.cloud_server.fleet import Member
 from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.store import Contribution, Scores
 from lwfed.config import RunConfig
-from lwfed.console import Console
+from lwfed.console import Console, counted
 from lwfed.models.shapes import size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire.messages import Beat
@@ -34,7 +34,7 @@ class News:
 
     def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
         name, strategy = self._config.run.name, self._config.stages.strategy
-        course = f"{name}: {strategy}, {_count(rules.stages, 'stage')}, {_count(sum(rules.rounds), 'round')}"
+        course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}"
         text = {"started": course, "resumed": f"{course}; goes on at {place}", "finished": f"{course}; finished"}[status]
         self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
 
@@ -42,7 +42,7 @@ class News:
         self._say("doing", "server", what)
 
     def waiting(self, here: int, needed: int) -> None:
-        text = f"{here} of {needed} devices are here; start one with: {self.join_command()}"
+        text = f"{here} of {counted(needed, 'device')} {'is' if 1 in (here, needed) else 'are'} here; start one with: {self.join_command()}"
         self._say("waiting", "waiting", text, devices=here, needed=needed, command=self.join_command())
 
     def waiting_for(self, participants: Iterable[int], seconds: float) -> None:
@@ -66,8 +66,10 @@ class News:
 
     def joined(self, member: Member, status: str) -> None:
         hello = member.hello
-        images = f"{hello.images} images" if hello.images else f"images of {hello.source}"
-        about = f"{hello.machine}, {_count(hello.cores, 'core')}, {hello.memory_mb:.0f} MB, {images}"
+        images = f"{hello.images} images" if hello.images else "images"
+        if hello.source != "folder":  # the name of a set that is split
+            images += f" of {hello.source}" + (" before the split" if hello.images else "")
+        about = f"{hello.machine}, {counted(hello.cores, 'core')}, {hello.memory_mb:.0f} MB, {images}"
         self.device(member, status, f": {member.id} ({about})")
 
     def round_started(self, rules: Rules, stage: int, round: int, chosen: tuple[int, ...]) -> None:
@@ -78,13 +80,13 @@ class News:
     def round_closed(self, rules: Rules, stage: int, round: int, devices: int, loss: float | None) -> None:
         place = {"stage": stage, "round": round, "rounds": rules.rounds_of(stage)}
         shown = "" if loss is None else f", loss {loss:.4f}"
-        text = f"round {round} of {rules.rounds_of(stage)}: done with {_count(devices, 'update')}{shown}"
+        text = f"round {round} of {rules.rounds_of(stage)}: done with {counted(devices, 'update')}{shown}"
         self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
 
     def contribution(self, one: Contribution) -> None:
         report, memory = one.report, one.report.memory
         text = (
-            f"update: loss {report.losses[-1]:.4f} over {_count(report.images, 'image')} in {report.seconds:.1f} s, "
+            f"update: loss {report.losses[-1]:.4f} over {counted(report.images, 'image')} in {report.seconds:.1f} s, "
             f"peak memory {memory.peak_mb:.0f} MB ({memory.baseline_mb:.0f} before training)"
         )
         fields = {"stage": one.stage, "round": one.round, "participant": one.participant, "loss": report.losses[-1]}
@@ -134,10 +136,6 @@ class News:
 
     def _say(self, event: str, label: str, text: str, **fields: Any) -> None:
         self._console.say(event, f"{label:<{LABEL}}{text}", **fields)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _devices(participants: Iterable[int]) -> str:

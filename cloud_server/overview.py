@@ -16,6 +16,7 @@ from lwfed.cloud_server.store import FILE_NAME, Store
 from lwfed.config import RunConfig
 from lwfed.console import printable
 from lwfed.errors import StateError
+from lwfed.locks import in_use
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -34,12 +35,17 @@ def overview(root: Path) -> str:
             ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
             ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds_of(state.stage)}, {state.phase}"),
         ]
+        running = in_use(root)
+        if not running:
+            lines.append(("server", "no server is running; devices as last seen"))
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
         for device in store.devices():
-            seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.seen_s))
             there = state.devices.get(device.participant, "gone")
-            lines.append((f"device {device.participant}", f"{there}; {device.id}, {device.hello.machine}, last greeting {seen}"))
+            text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
+            if device.doubled_s is not None:
+                text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
+            lines.append((f"device {device.participant}", text))
         for (stage, name), scores in store.scores().items():
             probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
             lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
@@ -63,6 +69,10 @@ def _intact(path: Path) -> Path:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
         raise StateError(f"{path} is missing or damaged; if the run is going on, try again")
     return path
+
+
+def _minute(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
 @contextmanager

@@ -36,7 +36,13 @@ class Reception:
         """Take a message; what is to be answered."""
         parsed = self._topics.parse(topic)
         if isinstance(parsed, UpdateChunk):
-            return self._inbox.chunk(parsed, payload, now)
+            bad = self._inbox.bad_chunks
+            commands = self._inbox.chunk(parsed, payload, now)
+            if self._inbox.bad_chunks > bad:
+                self._complain(
+                    parsed.device, "chunk", f"device {parsed.device} sent a chunk that does not fit its digest; it is asked for again"
+                )
+            return commands
         if not isinstance(parsed, FromDevice) or parsed.kind not in UP:
             return []
         try:
@@ -79,6 +85,7 @@ class Reception:
         known = self._fleet.members.get(device)
         was_there = known is not None and known.there
         anew = known is not None and hello.boot != known.boot
+        self._look_for_double(known, hello)
         member = self._fleet.greet(device, hello)
         if member is None:
             self._complain(device, "full", f"device {device} is one too many and gets no task")
@@ -99,6 +106,7 @@ class Reception:
     def _on_state(self, device: str, state: State, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
         before, boot = (known.state, known.boot) if known else (None, 0)
+        self._look_for_double(known, state)
         member = self._fleet.note(device, state, now)
         if member is None or not self._fleet.can_train(member):
             return []
@@ -111,9 +119,21 @@ class Reception:
         else:
             long_ago = before is None and not self._course.state.waits_for(member.participant)  # retained since then
             if member.state != before and not long_ago:
-                self._news.device(member, "has left" if member.state == "stopped" else "is lost; it may return")
+                lost = "not seen again yet" if before is None else "is lost; it may return"
+                self._news.device(member, "has left" if member.state == "stopped" else lost)
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
+
+    def _look_for_double(self, known: Member | None, said: Hello | State) -> None:
+        """Brokers that let a client id in twice leave it to us to notice."""
+        if known is None or not known.contradicts(said):
+            return
+        self._course.store.note_double(known.participant)
+        text = (
+            f"two agents are device {known.participant} ({known.id}), or its state was put back from a copy: "
+            "if there are two, end one, delete its --state folder and start it again as a device of its own"
+        )
+        self._complain(known.id, "double", text)
 
     def _restarted(self, member: Member, now: float) -> None:
         if member.participant in self._course.state.failed:

@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 2  # PRAGMA user_version
+VERSION = 3  # PRAGMA user_version
 
 metadata = MetaData()
 
@@ -44,6 +44,7 @@ devices = Table(
     Column("device", String, nullable=False),
     Column("hello", JSON, nullable=False),
     Column("seen_s", Float, nullable=False),
+    Column("doubled_s", Float),  # when two agents last spoke with its identity
     UniqueConstraint("run", "device"),
 )
 

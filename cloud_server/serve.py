@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lwfed.blobs import check_cut
 from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
-from lwfed.cloud_server.course import HEADER_BYTES, Course
+from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.sizes import check_sizes
 from lwfed.cloud_server.telling import place
 from lwfed.cloud_server.workshop import starter
 from lwfed.config import RunConfig
 from lwfed.console import Console
 from lwfed.data import open_source, scan
-from lwfed.errors import ConfigError, DataError, InvalidPayload, MissingDependency
-from lwfed.models.shapes import size_bytes
+from lwfed.errors import ConfigError, DataError, MissingDependency
 from lwfed.transport.address import BrokerAddress
 
 DEFAULT_PORT = 1883
@@ -55,6 +54,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         news.run(course.rules, "finished" if finished else "resumed" if course.resumed else "started", place(course), root)
         for change in course.changed:
             news.doing(f"changed setting {change}")
+        if broker is None:
+            news.doing(f"connecting to {address}")
         server = Server(
             course,
             options.connection.transport(address),
@@ -83,17 +84,6 @@ def check_sources(config: RunConfig) -> None:
             raise DataError(
                 f"evaluation.data {config.evaluation.data!r} has no classes: put the images of each, two at least, into a sub-folder"
             )
-
-
-def check_sizes(config: RunConfig) -> None:
-    """Whether every update and every part of the model can travel, known before anybody trains. Raises ConfigError."""
-    plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
-    loads = [plan.uploaded for plan in plans] + [(part,) for plan in plans for part in plan.added]
-    largest = max(loads, key=lambda parts: size_bytes(config, parts))
-    try:
-        check_cut(size_bytes(config, largest) + HEADER_BYTES, config.transfer.chunk_bytes)
-    except InvalidPayload as error:
-        raise ConfigError(f"{', '.join(largest)}: {error}") from None
 
 
 def _broker(options: Options, root: Path) -> ManagedBroker | None:

@@ -9,10 +9,8 @@ It never imports torch. What it must not forget is on disk before anybody hears 
 from __future__ import annotations
 
 import queue
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from lwfed.child import Ended, Said
 from lwfed.cloud_server.coordinator import Started, TimeUp
@@ -22,9 +20,11 @@ from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import Event
+from lwfed.cloud_server.sizes import fitting_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
 from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.signals import on_signals
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.broadcast import Broadcast
@@ -35,7 +35,6 @@ from lwfed.wire.topics import Topics
 
 SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
 FIRST_CONNECTION_S = 15.0
-PACKET_MARGIN_BYTES = 512  # topic and headers of a chunk's packet
 FAREWELL_S = 10.0  # at most, for devices to be told that the run is finished
 
 
@@ -86,8 +85,11 @@ class Server:
         return self._topics.server_state
 
     def run(self) -> None:
-        """Until the run is finished (`until_done`), SIGINT or SIGTERM; raises what makes it impossible to go on."""
-        with self._signals():
+        """Until the run is finished (`until_done`), SIGINT or SIGTERM; raises what makes it impossible to go on.
+
+        The run itself begins, or goes on, with the first connection.
+        """
+        with on_signals(lambda: self._queue.put(Stop())):
             try:
                 self.begin()
                 while not self.over:
@@ -96,13 +98,9 @@ class Server:
                 self.end()
 
     def begin(self) -> None:
-        now = self._clock()
-        self._apply(Started(), now, None)
-        self._give_up_at = now + FIRST_CONNECTION_S
+        self._give_up_at = self._clock() + FIRST_CONNECTION_S
         self._transport.subscribe(self._topics.from_all_devices)
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
-        self._follow(now)
-        waiting(self._news, self._course)
 
     def end(self) -> None:
         """Idempotent."""
@@ -125,7 +123,7 @@ class Server:
             case base.Received(topic, payload):
                 self._execute(self._reception.receive(topic, payload, now))
             case base.Connected():
-                self._on_connected()
+                self._on_connected(now)
             case base.Disconnected(reason):
                 self._on_disconnected(reason)
             case Said() | Ended():
@@ -137,8 +135,10 @@ class Server:
 
     def next_wakeup(self, now: float) -> float | None:
         """When to call `handle(None)` if nothing happens before."""
+        if self._give_up_at is not None:
+            return self._give_up_at
         state = self._course.state
-        times = [state.due, self._duties.next_wakeup(), self._give_up_at, self._farewell_until]
+        times = [state.due, self._duties.next_wakeup(), self._farewell_until]
         if self._connected:
             owing = state.owing
             times += [self._broadcast.next_wakeup(now), self._inbox.next_wakeup(now), self._fleet.next_wakeup(owing)]
@@ -146,19 +146,23 @@ class Server:
 
     # Connection
 
-    def _on_connected(self) -> None:
+    def _on_connected(self, now: float) -> None:
+        first = self._give_up_at is not None
         if self._told_lost:
-            self._news.doing("connected again")
+            self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, False, None
         self._fit_chunks()
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
         self._fleet.remind()
+        if first:
+            self._apply(Started(), now, None)
+            self._follow(now)
+            waiting(self._news, self._course)
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
-        limit = self._transport.packet_limit
-        fitting = self._course.config.transfer.chunk_bytes if limit is None else min(self._chunk_bytes, limit - PACKET_MARGIN_BYTES)
+        fitting = fitting_chunk_bytes(self._course.config, self._transport.packet_limit)
         if fitting != self._chunk_bytes:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)
@@ -169,9 +173,10 @@ class Server:
             raise reason
         if self._revive():
             self._news.warning("the broker had died and was started again")
-        elif self._give_up_at is None and not self._told_lost:
+        elif not self._told_lost:
             self._told_lost = True
-            self._news.warning(f"{reason}; trying again until it is back")
+            trying = "trying again until it is back" if self._give_up_at is None else f"trying for {FIRST_CONNECTION_S:g} s"
+            self._news.warning(f"no connection, {trying}: {reason}")
 
     def _state(self, online: bool) -> bytes:
         return encode(ServerState(online=online, epoch=self._course.epoch))
@@ -184,8 +189,10 @@ class Server:
         tell(self._news, self._course, before, notices)
 
     def _on_time(self, now: float) -> None:
-        if self._give_up_at is not None and now >= self._give_up_at:
-            raise type(self._unreached)(f"{self._unreached}; gave up after {FIRST_CONNECTION_S:g} s")
+        if self._give_up_at is not None:
+            if now >= self._give_up_at:
+                raise type(self._unreached)(f"no connection within {FIRST_CONNECTION_S:g} s: {self._unreached}")
+            return
         if self._course.state.due is not None and now >= self._course.state.due:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)
@@ -241,12 +248,3 @@ class Server:
             return self._queue.get(timeout=None if wakeup is None else max(0.0, wakeup - now))
         except queue.Empty:
             return None
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, lambda *_: self._queue.put(Stop())) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

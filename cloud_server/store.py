@@ -50,6 +50,7 @@ class Device:
     id: str
     hello: Hello
     seen_s: float
+    doubled_s: float | None  # when two agents last spoke with its identity
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,13 @@ class Store:
     def devices(self) -> list[Device]:
         with self._transaction() as connection:
             rows = connection.execute(select(schema.devices).order_by(schema.devices.c.participant))
-            return [Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s) for row in rows]
+            return [Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s, row.doubled_s) for row in rows]
+
+    def note_double(self, participant: int) -> None:
+        """Two agents speak with the identity of this device."""
+        table = schema.devices
+        with self._transaction() as connection:
+            connection.execute(table.update().where(table.c.participant == participant).values(doubled_s=self._clock()))
 
     # What happened
 

@@ -22,6 +22,11 @@ class Console:
             click.echo(f"{time.strftime('%H:%M:%S')}  {printable(text)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def printable(text: str) -> str:
     """One line without control characters: what a device says of itself must neither forge lines nor steer a terminal."""
     line = re.sub(r"\s*\n\s*", "; ", text.strip())

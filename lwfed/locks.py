@@ -41,6 +41,18 @@ def locked_state(root: Path, hint: str) -> Iterator[Path]:
         os.close(handle)
 
 
+def in_use(root: Path) -> bool:
+    """Whether a process holds `root`. Asking shares the lock for an instant, so that those who ask do not see each other."""
+    try:
+        with (root / LOCK_NAME).open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _open(root: Path) -> int:
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)

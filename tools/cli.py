@@ -8,6 +8,7 @@ import click
 
 from lwfed import __version__
 from lwfed.cli import Program, setting_option
+from lwfed.tools.endings import leave, on_endings
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,14 +24,31 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights, splits, batches and views.")
 @click.option("--quick", is_flag=True, help="One round of one epoch per stage: shows that all works, not that it learns.")
 @setting_option
-def demo(out: Path, seed: int, quick: bool, settings: tuple[str, ...]) -> None:
+@click.pass_context
+def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tuple[str, ...]) -> None:
     """Train on real digits with a broker, a server and three devices, all on this machine.
 
     First layer by layer, then end to end for comparison; leaves report.json, report.html and report.png in --out.
     """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
     from lwfed.tools.demo import run_demo
 
     run_demo(out, seed, quick, settings)
+
+
+@main.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Download a data set known by name (cifar10, mnist, ...) for --data, or for evaluation and calibration."""
+    from lwfed.data import sets
+    from lwfed.errors import DataError
+
+    if name not in sets.NAMES:
+        raise DataError(f"{name!r} is none of the data sets that can be downloaded: {', '.join(sets.NAMES)}")
+    from lwfed.data import torchvision_sets
+
+    click.echo(f"{name}: {torchvision_sets.fetch(name)}")
 
 
 @main.command()

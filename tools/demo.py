@@ -12,7 +12,6 @@ import json
 import platform
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -51,7 +50,6 @@ def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StateError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that programs end and scratch files go
     began = time.monotonic()
     screen = Screen(sys.stdout.isatty())
     with tempfile.TemporaryDirectory(prefix="lwfed-demo-") as scratch:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from lwfed.cloud_server import tethered
 from lwfed.errors import WorkerFailed
+from lwfed.tools.endings import leave, on_endings
 
 STOP_S = 10.0
 KEPT_LINES = 10
@@ -28,15 +29,21 @@ class Line:
 
 
 class Programs:
-    """Started one by one; all end with the block, and with this process however it ends."""
+    """Started one by one; all end with the block, and with this process however it ends.
+
+    A signal that ends the demo takes effect in `next` or with the block: within `start` it would lose a process.
+    """
 
     def __init__(self) -> None:
-        self._lines: queue.Queue[Line] = queue.Queue()
+        self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
+        self._signals = on_endings(self._interrupt)
+        self._interrupted: int | None = None  # the number of the signal
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._last: dict[str, deque[str]] = {}  # what a program said last, for people
         self._readers: list[threading.Thread] = []
 
     def __enter__(self) -> Programs:
+        self._signals.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,6 +61,9 @@ class Programs:
             for pipe in (process.stdout, process.stderr):
                 if pipe is not None:
                     pipe.close()
+        self._signals.__exit__(None, None, None)
+        if self._interrupted is not None and error is None:
+            leave(self._interrupted)
 
     def start(self, name: str, module: str, *arguments: str) -> None:
         """Run ``python -m module arguments --json``."""
@@ -75,9 +85,16 @@ class Programs:
     def next(self) -> Line:
         """Wait for the next event of any program. Raises WorkerFailed, with its last words, when one has failed."""
         line = self._lines.get()
+        if self._interrupted is not None:
+            leave(self._interrupted)
+        assert line is not None
         if line.said is None and (code := self._processes[line.program].wait()) != 0:
             raise WorkerFailed(f"{line.program} ended with exit code {code}; its last lines:\n" + "\n".join(self._last[line.program]))
         return line
+
+    def _interrupt(self, number: int) -> None:
+        self._interrupted = number
+        self._lines.put(None)
 
     def _read_events(self, name: str, pipe: IO[str], errors: threading.Thread) -> None:
         for text in pipe:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lwfed.config import RunConfig
+from lwfed.console import counted
 from lwfed.tools.account import total, training_mb
 
 TITLES = {"layer_wise": "layer by layer", "end_to_end": "end to end"}
@@ -37,7 +38,8 @@ class Screen:
         self._title, self._place = TITLES[config.stages.strategy], "starting"
         rounds = sum(config.round_counts)
         devices = config.data.devices
-        click.echo(f"training {self._title}: {devices} devices, {rounds} rounds of {config.train.epochs} epochs")
+        each = counted(config.train.epochs, "epoch")
+        click.echo(f"training {self._title}: {counted(devices, 'device')}, {counted(rounds, 'round')} of {each}")
         if not self._live:
             yield
             return

@@ -36,6 +36,7 @@ import importlib.metadata as metadata, importlib.util as util, json
 first = {name: next(iter(metadata.distributions(name=name)), None) for name in ("pip", "torch")}
 print(json.dumps({name: found.version for name, found in first.items() if found and util.find_spec(name)}))
 """
+VISION = "import importlib.util as util; util.find_spec('torchvision') and __import__('torchvision')"
 
 
 class SetupError(Exception):
@@ -114,6 +115,21 @@ def set_up(extra: str, venv: Path, options: Sequence[str]) -> None:
     _pip(python, ["--editable", f"{ROOT}[{extra}]", "--constraint", str(constraints), *options])
     for name in sorted(contained):
         (venv / f"{STAMP}{name}").touch()
+    text = misfit(python)
+    if text:
+        _say(text)
+
+
+def misfit(python: Path) -> str | None:
+    """What to know of a torchvision that cannot be imported as it is installed; None where it can, or is not there."""
+    answer = subprocess.run([str(python), "-c", VISION], capture_output=True, text=True, cwd="/")
+    if answer.returncode == 0:
+        return None
+    reason = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+    return (
+        f"The torchvision that is installed does not fit torch ({reason}).\n"
+        "lwfed does not need it, timm does: for that one, install torch and torchvision from the same index"
+    )
 
 
 def _make_venv(venv: Path) -> Path:

@@ -8,6 +8,30 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lwfed.console import counted
+
+WORDS = {  # by the type of pydantic's error, whose own words are for programmers
+    "model_type": "must be a section of keys, not a value",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "string_pattern_mismatch": "must be 1 to 64 of a-z, 0-9 and -",  # Identifier, the only one
+    "literal_error": "must be {expected}",
+    "tuple_type": "must be a list",
+    "too_long": "must have at most {max_length} values",
+    "greater_than": "must be more than {gt:.10g}",
+    "greater_than_equal": "must be at least {ge:.10g}",
+    "less_than": "must be less than {lt:.10g}",
+    "less_than_equal": "must be at most {le:.10g}",
+}
+
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted keys of the configuration, e.g. ``train.lr``."""
@@ -24,8 +48,7 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """All problems of configuration `name`, a line each."""
     known = keys(model)
     lines = [_line(problem, known) for problem in error.errors()]
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return f"{name}: {count}\n" + "\n".join(f"  {line}" for line in lines)
+    return f"{name}: {counted(len(lines), 'problem')}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _line(problem: Mapping[str, Any], known: Iterable[str]) -> str:
@@ -34,7 +57,8 @@ def _line(problem: Mapping[str, Any], known: Iterable[str]) -> str:
         return f"{path}: no such key{_nearest(path, list(known))}"
     if problem["type"] == "missing":
         return f"{path}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    words = WORDS.get(problem["type"])
+    message = words.format(**problem.get("ctx", {})) if words else problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
     return f"{path}: {message}{shown}" if path else message

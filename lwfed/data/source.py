@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lwfed.data import digits, scan
+from lwfed.data import digits, scan, sets
 from lwfed.errors import MissingDependency
 
-TORCHVISION_SETS = ("cifar10", "cifar100", "fashion-mnist", "kmnist", "mnist")
-NAMES = ("digits", *TORCHVISION_SETS)
+NAMES = ("digits", *sets.NAMES)
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -51,6 +50,7 @@ class Source:
         if self.named:
             if find_spec("torchvision") is None:
                 raise MissingDependency(f"the data set {self.spec!r} needs torchvision, which is not installed: pip install 'lwfed[sets]'")
+            sets.require(self.spec)
             return None
         files = scan.find(self.folder)
         scan.require_readable(self.folder, files)

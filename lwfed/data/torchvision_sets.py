@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lwfed.data import sets
 from lwfed.errors import DataError, MissingDependency
 
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "mnist": "MNIST"}
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # others: <class>/raw
 DOWNLOAD_TIMEOUT_S = 30
 OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -27,43 +25,32 @@ OPERATORS = (
 _keep_alive: list[object] = []  # an operator lives as long as the library object that defined it
 
 
-def root() -> Path:
-    return Path(os.environ.get("LWFED_DATASETS") or "~/.cache/lwfed/datasets").expanduser()
-
-
 def read(name: str, train: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], tuple[str, ...]]:
-    """Images [N, H, W] or [N, H, W, 3], labels [N] and class names; downloads what is not there.
+    """Images [N, H, W] or [N, H, W, 3], labels [N] and class names.
 
-    Raises MissingDependency without torchvision, DataError when the files are missing and cannot be fetched.
+    Raises MissingDependency without torchvision, DataError when the files are missing or damaged.
     """
     kind = getattr(import_torchvision().datasets, CLASSES[name])
-    place = root()
     try:
-        dataset = kind(root=str(place), train=train, download=False)
-    except (RuntimeError, OSError, ValueError):
-        dataset = _download(kind, name, place, train)
+        dataset = kind(root=str(sets.root()), train=train, download=False)
+    except (RuntimeError, OSError, ValueError, EOFError):
+        raise sets.not_whole(name) from None
     return np.asarray(dataset.data, dtype=np.uint8), np.asarray(dataset.targets, dtype=np.int64), tuple(dataset.classes)
 
 
-def _download(kind: Any, name: str, place: Path, train: bool) -> Any:
+def fetch(name: str) -> Path:
+    """Download the data set unless it is there; its folder. Raises MissingDependency and DataError."""
+    kind = getattr(import_torchvision().datasets, CLASSES[name])
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with _alone(place), _impatient():
-            return kind(root=str(place), train=train, download=True)
+        sets.root().mkdir(parents=True, exist_ok=True)
+        with _impatient():
+            kind(root=str(sets.root()), train=True, download=True)
     except (RuntimeError, OSError, ValueError, EOFError) as error:
-        files = place / FOLDERS.get(name, f"{kind.__name__}/raw")
         raise DataError(
-            f"the data set {name!r} is not on this machine and cannot be downloaded ({error}); put its files into {files} by hand, "
+            f"the data set {name!r} cannot be downloaded ({error}); put its files into {sets.folder(name)} by hand, "
             "or set LWFED_DATASETS to the folder that holds it"
         ) from None
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Several devices on one machine must not unpack over each other; the second finds everything there."""
-    with open(place / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return sets.folder(name)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 
 import pytest
@@ -11,10 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import load
 from safetensors.torch import load_file
 
+from lwfed.cloud_server import serve
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import StateError
+from lwfed.locks import locked_state
 from lwfed.models.backbones import load_encoder
 
 
@@ -42,6 +45,26 @@ def test_status_of_a_finished_run(finished, run, monkeypatch):
     assert "stage 2 of 2, round 2 of 2, finished" in result.output
     assert "device 1" in result.output
     assert "kNN 50.0%, linear probe 25.0%" in result.output
+
+
+def test_status_says_whether_a_server_is_at_work(finished, run, monkeypatch):
+    monkeypatch.undo()
+    root = finished.root / "server"
+    without = run("status", "--state", root).output
+    assert "no server is running" in without
+    assert "device 1    was here; b," in without
+    with locked_state(root, "use another"):
+        while_served = run("status", "--state", root).output
+    assert "no server" not in while_served
+    assert "device 1    here; b," in while_served
+
+
+def test_asking_for_the_status_keeps_no_server_out(finished, run, monkeypatch):
+    monkeypatch.undo()
+    root = finished.root / "server"
+    run("status", "--state", root)
+    with locked_state(root, "use another"):
+        pass
 
 
 def test_status_finds_the_runs_of_this_user(run, tmp_path, monkeypatch, finished):
@@ -105,6 +128,19 @@ def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, m
     other = run(*options, "--set", "train.lr=0.5")
     assert other.exit_code == 73
     assert "train.lr: 0.01 before, 0.5 now" in other.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_server_listens_to_it_ends_it_cleanly(run, tmp_path, monkeypatch, number):
+    def interrupted(config):
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(serve, "check_sources", interrupted)
+    result = run("serve", "--config", "demo", "--state", tmp_path)
+    assert (result.exit_code, result.output) == (0, "")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 import pytest
 from PIL import Image
 
-from lwfed.cloud_server.serve import check_sizes, check_sources
+from lwfed.cloud_server.serve import check_sources
+from lwfed.cloud_server.sizes import check_sizes, fitting_chunk_bytes, report_bytes
 from lwfed.config import load_config
 from lwfed.errors import ConfigError, DataError
+from lwfed.wire.messages import MAX_CURVE, Reading
 
 WIDE = ["model.width=1024", "model.heads=16", "model.depth=12"]
 
@@ -25,6 +27,31 @@ def test_what_cannot_travel_is_found_before_anybody_trains(settings, names):
 @pytest.mark.parametrize("settings", [[], ["stages.strategy=end_to_end"], ["stages.strategy=progressive"], WIDE])
 def test_the_paper_s_models_and_wide_ones_layer_by_layer_can_travel(settings):
     check_sizes(load_config("paper", settings))
+
+
+@pytest.mark.parametrize("name", ["demo", "paper", "cifar10"])
+def test_the_limit_that_is_asked_for_is_enough(name):
+    config = load_config(name)
+    with pytest.raises(ConfigError) as caught:
+        fitting_chunk_bytes(config, 2000)
+    enough = int(str(caught.value).rsplit(" ", 1)[1])
+    assert fitting_chunk_bytes(config, enough) == config.transfer.chunk_bytes
+    assert fitting_chunk_bytes(config, 20_000_000) == fitting_chunk_bytes(config, None) == config.transfer.chunk_bytes
+
+
+def test_the_largest_report_is_within_what_is_counted_for_it(make_report):
+    reading = Reading(t_s=12345.67, rss_mb=12345.67, uss_mb=12345.67, swap_mb=12345.67, available_mb=123456.78)
+    report = make_report(images=10**9)
+    memory = report.memory.model_copy(update={"curve": (reading,) * MAX_CURVE})
+    report = report.model_copy(update={"memory": memory, "losses": (-1.2345678901234567,) * 100, "seconds": 1234.5678901234567})
+    assert len(report.model_dump_json()) < report_bytes(load_config("demo", ["train.epochs=100"])) - 500  # the rest of an offer
+
+
+def test_a_data_set_by_name_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
+    for key in ("evaluation.data=cifar10", "calibration.data=cifar10"):
+        with pytest.raises(DataError, match="`lwfed fetch cifar10`"):
+            check_sources(load_config("demo", [key]))
 
 
 def test_images_for_evaluation_need_classes(tmp_path):

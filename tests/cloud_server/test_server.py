@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from lwfed.cloud_server.course import Course
-from lwfed.errors import PortInUse, Refused, StateError
+from lwfed.cloud_server.overview import overview
+from lwfed.errors import ConfigError, PortInUse, Refused, StateError, Unreachable
 from lwfed.models.shapes import shapes
 from lwfed.transport.base import Disconnected
-from lwfed.transport.memory import Faults
+from lwfed.transport.memory import Faults, MemoryTransport
 from lwfed.wire import messages
+
+HELLO = messages.Hello(boot=1, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100, images=10, source="folder")
 
 
 def undisturbed(world):
@@ -78,7 +81,9 @@ def test_the_waiting_server_names_the_command_that_joins(world, said):
     fleet.quiet()
     waiting = of(said, "waiting")[-1]
     assert (waiting["devices"], waiting["needed"]) == (0, 2)
-    assert "edge-agent join mqtt://127.0.0.1:1883 --data" in waiting["text"]
+    assert "0 of 2 devices are here; start one with: edge-agent join mqtt://127.0.0.1:1883 --data" in waiting["text"]
+    fleet.join("a")
+    assert "1 of 2 devices is here; " in of(said, "waiting")[-1]["text"]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,6 +213,47 @@ def test_a_device_of_another_version_is_told_so(world, said):
     assert "protocol version 2" in of(said, "warning")[0]["text"]
 
 
+def test_an_agent_that_starts_again_is_no_second_one(world, said):
+    fleet = undisturbed(world)
+    device = fleet.devices[0]
+    fleet.broker.cut(device.name)
+    fleet.quiet()
+    device.restart()
+    fleet.quiet()
+    device.tell("state", messages.State(state="lost", boot=1))
+    fleet.kill()
+    fleet.broker.retained["lwfed/default/d/a/up/state"] = messages.encode(messages.State(state="ready", boot=1))  # from before a power cut
+    fleet.start()
+    fleet.finish()
+    assert of(said, "warning") == []
+    assert {device.doubled_s for device in fleet.course.store.devices()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hello", HELLO.model_copy(update={"boot": 1})),
+        ("hello", HELLO.model_copy(update={"boot": 2, "machine": "aarch64"})),
+        ("state", messages.State(state="training", boot=1)),
+    ],
+)
+def test_two_agents_with_one_identity_are_told_apart_and_told(world, said, kind, message):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("copied")
+    device.restart()
+    fleet.quiet()
+    for _ in range(3):  # a broker that does not throw one of them out lets both speak
+        device.tell(kind, message)
+    fleet.quiet()
+    (warning,) = of(said, "warning")
+    assert "two agents are device 0 (copied)" in warning["text"]
+    assert "delete its --state" in warning["text"]
+    assert fleet.course.store.devices()[0].doubled_s is not None
+    assert "device 0 " in overview(fleet.root / "server")
+    assert "two agents were this device at " in overview(fleet.root / "server")
+
+
 def test_a_device_with_too_few_images_is_not_asked(world, said):
     fleet = world("rounds.min_devices=1")
     fleet.start()
@@ -330,7 +376,71 @@ def test_a_run_that_goes_on_says_which_of_its_devices_is_lost(world, said):
     said.clear()
     fleet.start()
     fleet.quiet()
+    assert of(said, "device", participant=1, status="not seen again yet") != []
+
+
+@pytest.mark.parametrize(
+    ("images", "source", "says"),
+    [
+        (10, "folder", "100 MB, 10 images)"),
+        (1797, "digits", "100 MB, 1797 images of digits before the split)"),
+        (0, "cifar10", "100 MB, images of cifar10)"),
+    ],
+)
+def test_the_images_of_a_set_that_is_split_are_not_said_to_be_the_device_s(world, said, images, source, says):
+    fleet = world()
+    fleet.start()
+    device = fleet.bring("a")
+    device.tell("hello", HELLO.model_copy(update={"images": images, "source": source}))
+    fleet.quiet()
+    assert of(said, "device", status="joined")[0]["text"].endswith(says)
+
+
+def test_a_chunk_that_was_damaged_on_the_way_is_said_once(world, said):
+    fleet = world()
+    fleet.start()
+    fleet.join("good")
+    device = fleet.join("garbled")
+    garbled = []
+
+    def interfere(client, topic, payload):
+        if "/w0/" in topic and "/garbled/" in topic and len(garbled) < 3:
+            garbled.append(topic)
+            device.transport.publish(topic, b"junk")
+            return 0
+        return 1
+
+    fleet.broker.interfere = interfere
+    fleet.finish()
+    (warning,) = of(said, "warning")
+    assert "device garbled sent a chunk that does not fit its digest; it is asked for again" in warning["text"]
+
+
+def test_a_device_that_falls_silent_is_said_to_be_lost(world, said):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.broker.cut("b", reconnect=False)
+    fleet.quiet()
     assert of(said, "device", participant=1, status="is lost; it may return") != []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_last_will_after_the_goodbye_does_not_bring_a_device_back(world, said, restarted):
+    fleet = world()
+    fleet.start()
+    leaver = fleet.join("leaver")
+    leaver.tell("state", leaver.state("stopped"), retain=True)
+    fleet.quiet()
+    if restarted:
+        fleet.kill()
+    leaver.tell("state", leaver.state("lost"), retain=True)
+    leaver.transport.close()
+    fleet.devices.clear()
+    if restarted:
+        fleet.start()
+    fleet.quiet()
+    assert fleet.course.state.devices == {0: "gone"}
+    assert of(said, "device")[-1]["status"] == "has left"
 
 
 def test_a_task_is_repeated_until_it_is_begun(world):
@@ -375,18 +485,61 @@ def test_a_broker_that_dies_is_started_again_and_the_run_goes_on(world, said):
     assert "started again" in of(said, "warning")[0]["text"]
 
 
-def test_a_broker_that_refuses_us_ends_the_server(world):
+def test_a_broker_that_refuses_us_ends_the_server_before_it_begins(world, said):
     fleet = world()
     fleet.start()
     with pytest.raises(Refused, match="bad password"):
         fleet.server.handle(Disconnected(Refused("bad password")))
+    assert fleet.jobs == []
+    assert said == []
 
 
-def test_the_reason_why_no_broker_was_reached_is_told(world):
+def test_the_reason_why_no_broker_was_reached_is_told(world, said):
     fleet = world()
     fleet.broker.stop()
     fleet.start()
-    fleet.server.handle(Disconnected(PortInUse("nothing but a printer listens at mqtt://printer")))
+    for _ in range(2):
+        fleet.server.handle(Disconnected(PortInUse("is the port right?")))
+    assert [one["text"].split(maxsplit=1)[1] for one in said] == ["no connection, trying for 15 s: is the port right?"]
+    assert fleet.server.next_wakeup(fleet.now) == 15.0
     fleet.now = 15.0
-    with pytest.raises(PortInUse, match=r"a printer listens at mqtt://printer; gave up after 15 s"):
+    with pytest.raises(PortInUse, match=r"no connection within 15 s: is the port right\?"):
         fleet.server.handle(None)
+    assert fleet.jobs == []
+
+
+def test_nothing_is_prepared_nor_anybody_called_before_the_broker_is_there(world, said):
+    fleet = world()
+    fleet.broker.stop()
+    fleet.start()
+    fleet.quiet()
+    fleet.server.handle(Disconnected(Unreachable("is it running?")))
+    assert fleet.jobs == []
+    assert of(said, "waiting") == []
+    fleet.now = 5.0
+    fleet.broker.start()
+    fleet.quiet()
+    assert of(said, "doing")[0]["text"].endswith("connected")
+    assert fleet.jobs == ["prepare", "evaluate"]
+    assert "edge-agent join" in of(said, "waiting")[-1]["text"]
+
+
+def test_blobs_are_cut_for_what_the_broker_takes(world, monkeypatch):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", 20_000)
+    fleet = world("transfer.chunk_bytes=122880", "ssl.hidden_dim=512", "rounds.min_devices=1")
+    fleet.start()
+    fleet.join("a")
+    fleet.finish()
+    manifests = [messages.decode(messages.Manifest, payload) for _, topic, payload in fleet.broker.log if topic.endswith("dn/manifest")]
+    assert {manifest.chunk_bytes for manifest in manifests} == {20_000 - 512}
+    assert max(len(manifest.digests) for manifest in manifests) > 1
+
+
+@pytest.mark.parametrize("limit", [512, 1400, 8000])
+def test_a_broker_that_takes_too_small_packets_is_found_before_anybody_trains(world, monkeypatch, limit):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", limit)
+    fleet = world()
+    fleet.start()
+    with pytest.raises(ConfigError, match=rf"takes packets of {limit} bytes at most.* raise its limit .* to \d+"):
+        fleet.quiet()
+    assert fleet.jobs == []

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lwfed.config import load_config
-from lwfed.data import open_source, torchvision_sets
+from lwfed.data import open_source, sets, torchvision_sets
 from lwfed.data.load import auxiliary_images, device_images, labelled_images
 from lwfed.errors import DataError, MissingDependency
 
@@ -258,13 +258,42 @@ def test_torchvision_sets_keep_their_test_split_for_evaluation():
 
 
 @pytest.mark.usefixtures("fashion")
-def test_a_set_that_cannot_be_fetched_says_where_its_files_belong(monkeypatch, tmp_path):
-    def offline(*args, **options):
-        raise RuntimeError("Error downloading")
+def test_a_set_that_is_not_whole_is_found_before_training_with_what_to_do(tmp_path):
+    assert open_source("fashion-mnist").check() is None
+    (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    for name in ("fashion-mnist", "cifar10"):
+        with pytest.raises(DataError, match=rf"`lwfed fetch {name}`.*LWFED_DATASETS.*a folder of images"):
+            open_source(name).check()
+        with pytest.raises(DataError, match=rf"`lwfed fetch {name}`"):
+            device_images(name, config(), 0)
 
-    monkeypatch.setattr(torchvision_sets.import_torchvision().datasets.CIFAR10, "download", offline)
-    with pytest.raises(DataError, match="cifar-10-batches-py by hand"):
-        device_images("cifar10", config(), 0)
+
+@pytest.mark.usefixtures("fashion")
+def test_a_set_is_fetched_where_it_is_looked_for(monkeypatch, tmp_path):
+    def download(dataset):
+        folder = tmp_path / dataset.base_folder
+        folder.mkdir()
+        for name, _ in (*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], "")):
+            (folder / name).touch()
+        raise RuntimeError("Dataset not found or corrupted")  # as for any files but the real ones
+
+    monkeypatch.setattr(torchvision_sets.import_torchvision().datasets.CIFAR10, "download", download)
+    with pytest.raises(DataError, match=r"corrupted.*put its files into .*cifar-10-batches-py by hand"):
+        torchvision_sets.fetch("cifar10")
+    assert open_source("cifar10").check() is None  # the names of the files are those that torchvision has
+
+
+@pytest.mark.parametrize("name", sets.NAMES)
+def test_the_files_that_are_looked_for_are_those_that_torchvision_reads(name, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
+    kind = getattr(torchvision_sets.import_torchvision().datasets, torchvision_sets.CLASSES[name])
+    if name.startswith("cifar"):
+        read = {file for file, _ in (*kind.train_list, *kind.test_list)} | {kind.meta["filename"]}
+        assert (sets.folder(name), set(sets.FILES[name][1])) == (tmp_path / kind.base_folder, read)
+    else:
+        read = {Path(file).stem for file, _ in kind.resources}
+        assert (sets.folder(name), set(sets.FILES[name][1])) == (tmp_path / kind.__name__ / "raw", read)
 
 
 def test_a_float_image_is_skipped_not_guessed(folder):

@@ -98,6 +98,32 @@ def test_bad_files_are_explained(tmp_path, text, message):
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("run=5", "run: must be a section of keys, not a value (got 5)"),
+        ("train.epochs=many", "train.epochs: must be a whole number (got 'many')"),
+        ("train.epochs=1.5", "train.epochs: must be a whole number (got 1.5)"),
+        ("train.epochs=0", "train.epochs: must be at least 1 (got 0)"),
+        ("train.lr=fast", "train.lr: must be a number (got 'fast')"),
+        ("train.lr=.inf", "train.lr: must be a finite number (got inf)"),
+        ("train.lr=0", "train.lr: must be more than 0 (got 0)"),
+        ("ssl.momentum=1", "ssl.momentum: must be less than 1 (got 1)"),
+        ("model.image_size=5000", "model.image_size: must be at most 1024 (got 5000)"),
+        ("run.name=Big Name", "run.name: must be 1 to 64 of a-z, 0-9 and - (got 'Big Name')"),
+        ("calibration.data=3", "calibration.data: must be text (got 3)"),
+        ("evaluation.probe=maybe", "evaluation.probe: must be true or false (got 'maybe')"),
+        ("model.channels=2", "model.channels: must be 1 or 3 (got 2)"),
+        ("views.blur=3", "views.blur: must be a list (got 3)"),
+        ("views.blur=[1, 2, 3]", "views.blur: must have at most 2 values (got [1, 2, 3])"),
+    ],
+)
+def test_values_are_objected_to_in_plain_words(setting, line):
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [setting])
+    assert str(caught.value).splitlines() == ["demo: 1 problem", f"  {line}"]
+
+
 def test_a_misspelt_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean the preset 'demo'"):
         load_config("demmo")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lwfed.errors import StateError
-from lwfed.locks import locked_state, state_home
+from lwfed.locks import in_use, locked_state, state_home
 
 
 def test_a_second_holder_is_told_what_to_do(tmp_path):
@@ -16,6 +16,13 @@ def test_a_second_holder_is_told_what_to_do(tmp_path):
             pass
     with locked_state(root, ""):
         pass
+
+
+def test_whether_a_place_is_in_use(tmp_path):
+    assert not in_use(tmp_path / "state")
+    with locked_state(tmp_path / "state", "") as root:
+        assert in_use(root)
+    assert not in_use(root)
 
 
 def test_a_place_that_cannot_be_used_is_explained(tmp_path):

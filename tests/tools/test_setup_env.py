@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lwfed.tools.setup_env import Forecast, SetupError, closure, forecast, keep_torch, needs_new_pip, read_extras, warning
+from lwfed.tools.setup_env import Forecast, SetupError, closure, forecast, keep_torch, misfit, needs_new_pip, read_extras, warning
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = """\
@@ -89,6 +89,32 @@ def test_the_extras_that_the_makefile_installs_are_in_setup_cfg() -> None:
     assert package == "lwfed"
     assert {"demo", "test"} <= set(extras)
     assert "demo" in closure("test", extras, package)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "(RuntimeError: operator torchvision::nms does not exist)"),
+        ("", None),
+    ],
+)
+def test_a_torchvision_that_does_not_fit_is_told_with_whom_it_concerns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, says: str | None
+) -> None:
+    (tmp_path / "torchvision.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text = misfit(Path(sys.executable))
+    if says is None:
+        assert text is None
+    else:
+        assert text is not None
+        assert says in text
+        assert "lwfed does not need it, timm does" in text
+
+
+def test_a_torchvision_that_is_not_there_is_not_missed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    assert misfit(tmp_path / "venv" / "bin" / "python") is None
 
 
 def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
