@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lwfed.config import RunConfig
 from lwfed.models.backbones import build_encoder
 from lwfed.models.encoder import Encoder, layer_count
+from lwfed.models.kernels import Linear
 from lwfed.plan import DECODER, HEADS, PREDICTOR, PROJECTOR
 
 
@@ -24,7 +25,7 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     last = len(widths) - 2
     for index in range(last + 1):
-        layers.append(nn.Linear(widths[index], widths[index + 1], bias=False))
+        layers.append(Linear(widths[index], widths[index + 1], bias=False))
         layers.append(nn.BatchNorm1d(widths[index + 1], affine=index < last, track_running_stats=False))
         if index < last:
             layers.append(nn.ReLU(inplace=True))

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lwfed.config import RunConfig
 from lwfed.errors import DataError, Diverged
+from lwfed.models.prefix import Prefix
 from lwfed.models.schedules import learning_rate
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import METHOD_ALONE, Batch, Branches, Terms, prepare, train_step
-from lwfed.models.views import augment
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
 
@@ -75,23 +75,25 @@ def train_local(
     images: Images,
     on_step: Callable[[StepReport], None] | None = None,
     previous: Mapping[str, Tensor] | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[dict[str, Tensor], LocalSummary]:
     """Train the parts `task.trained` of the model `tensors` (all parts present, left unchanged) on uint8 images [N, C, H, W].
 
-    `previous` is what this place's last local call of the stage returned. Returns the trained tensors, without gradients,
+    `previous` is what this place's last local call of the stage returned; `prefix` runs the frozen layers, or torch.
+    Returns the trained tensors, without gradients,
     and a summary. Runs on the device where `tensors` are; images may be there or in main memory.
     Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
     ValueError when the parts cannot be trained.
     """
     _check(config, images)
-    branches = prepare(config, tensors, task.trained, task.terms, previous)
+    branches = prepare(config, tensors, task.trained, task.terms, previous, prefix)
     batch_size = min(task.batch_size, len(images))
     per_epoch = len(images) // batch_size  # the incomplete last batch is dropped
     steps = task.epochs * per_epoch
     sums = [0.0] * task.epochs
     for done, (epoch, indices) in enumerate(_batches(task, len(images), batch_size)):
         lr = learning_rate(task.lr, batch_size, config.train, task.place, done / steps)
-        batch = draw_batch(config, task.seed, done, _choose(images, indices, branches.online.device), branches.prefix_layers or 0)
+        batch = draw_batch(config, task.seed, done, _choose(images, indices, branches.online.device), branches.prefix_layers)
         loss = train_step(branches, batch, lr, config, task.terms)
         if not math.isfinite(loss):
             raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))
@@ -102,16 +104,16 @@ def train_local(
 
 
 def draw_batch(config: RunConfig, seed: int, step: int, images: Tensor, prefix_layers: int) -> Batch:
-    """Views of uint8 images [B, C, H, W] and all other draws of step number `step` (0-based) of a local call."""
-    method, count, size = METHODS[config.ssl.method], len(images), config.model.image_size
+    """The random draws for uint8 images [B, C, H, W] of step number `step` (0-based) of a local call."""
+    method, count = METHODS[config.ssl.method], len(images)
 
     def stream(purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive(seed, purpose, step))
 
-    views = tuple(augment(images, params.to(images.device), size) for params in method.draw_views(config, count, stream("views")))
+    views = tuple(params.to(images.device) for params in method.draw_views(config, count, stream("views")))
     keep = method.draw_kept(config, count, stream("patches"))
     skipped = torch.rand(prefix_layers, generator=stream("depth")) < config.stages.depth_dropout
-    return Batch(views, None if keep is None else keep.to(images.device), frozenset(skipped.nonzero().flatten().tolist()))
+    return Batch(images, views, None if keep is None else keep.to(images.device), frozenset(skipped.nonzero().flatten().tolist()))
 
 
 def _check(config: RunConfig, images: Images) -> None:

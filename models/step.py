@@ -13,7 +13,7 @@ piece are all that is held: the price is one more forward pass of the trained la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,13 +25,15 @@ from lwfed.models.ema import Target, branch
 from lwfed.models.encoder import Encoder, freeze
 from lwfed.models.heads import load_network
 from lwfed.models.optimiser import AdamW
+from lwfed.models.prefix import Prefix, TorchPrefix
 from lwfed.models.ssl import METHODS, alignment
+from lwfed.models.views import ViewParams, augment
 from lwfed.plan import STEM, in_model_order, part_of
 
 
 @dataclass(frozen=True)
 class Branches:
-    """What one local call holds; `prefix_layers` is None when nothing is frozen, not even the stem."""
+    """What one local call holds; `prefix` is None when nothing is frozen, not even the stem."""
 
     online: Encoder
     target: Target | None
@@ -40,16 +42,22 @@ class Branches:
     anchors: list[Tensor]  # the weights received, for the proximal term; empty without
     optimiser: AdamW
     trained: list[Tensor]
-    prefix_layers: int | None
+    prefix: Prefix | None
+    prefix_layers: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of the same images, and the step's other random draws, all made before anything is computed."""
+    """Images, and every random draw of the step, made before anything is computed. Views are made when they are needed."""
 
-    views: tuple[Tensor, ...]  # each float32 [B, C, H, W] in [0, 1], B >= 2
+    images: Tensor  # uint8 [B, C, H, W], B >= 2
+    views: tuple[ViewParams, ...]
     keep: Tensor | None = None  # int64 [B, visible]: patches that the encoder sees; None: all
     skip: frozenset[int] = field(default_factory=frozenset)  # frozen layers (0-based) that this step does without
+
+    def view(self, number: int, rows: slice) -> Tensor:
+        """View `number` of some images: float32 [rows, C, H, W] in [0, 1]."""
+        return augment(self.images[rows], self.views[number][rows], self.images.shape[3])
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,11 @@ def prepare(
     trained: Iterable[str],
     terms: Terms = METHOD_ALONE,
     previous: Mapping[str, Tensor] | None = None,
+    prefix: Prefix | None = None,
 ) -> Branches:
     """The branches for training the parts `trained` of the model that `tensors` hold; `previous` is what a local call gave before.
 
+    `prefix` runs the frozen layers; without it torch does.
     Trained tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
     """
     active = set(trained)
@@ -93,7 +103,8 @@ def prepare(
         anchors=[tensors[name] for name in optimised] if terms.proximal else [],
         optimiser=AdamW(optimised, config.train.weight_decay),
         trained=list(optimised.values()),
-        prefix_layers=layers,
+        prefix=None if layers is None else prefix or TorchPrefix(online, layers),
+        prefix_layers=layers or 0,
     )
 
 
@@ -123,29 +134,35 @@ def backward(branches: Branches, batch: Batch, config: RunConfig, terms: Terms =
     """The loss; and its gradients, left on the trained tensors where it is finite."""
     method, online = METHODS[config.ssl.method], branches.online
     run = _Run(branches, batch, config)
-    inputs = [run.frozen(view) for view in batch.views]
+    views = [View(number, run.frozen(number)) for number in range(len(batch.views))]
     with torch.no_grad():
-        keys = [] if branches.target is None else [run.key(branches.target.network, x) for x in inputs]
+        keys = [] if branches.target is None else [run.key(branches.target.network, view) for view in views]
     whole = run.pieces == 1
-    found = [run.represent(x, view, graph=whole) for x, view in zip(inputs, batch.views, strict=True)]
+    found = [run.represent(view, graph=whole) for view in views]
     projected = [method.project(online, one) for one in found]
     loss = method.loss(online, found, projected, keys, config.ssl)
     if branches.received is not None and terms.alignment is not None:
-        loss = loss + _alignment(branches, run, inputs[0], projected[0], terms.alignment)
+        loss = loss + _alignment(branches, run, views[0], projected[0], terms.alignment)
     value = loss.item()
     if math.isfinite(value):
         loss.backward()  # type: ignore[no-untyped-call]
         if not whole:
-            for x, view, one in zip(inputs, batch.views, found, strict=True):
-                run.take_back(x, view, one.grad)
+            for view, one in zip(views, found, strict=True):
+                run.take_back(view, one.grad)
     return value
 
 
-def _alignment(branches: Branches, run: _Run, x: Tensor, z: Tensor, section: AlignmentSection) -> Tensor:
+@dataclass(frozen=True)
+class View:
+    number: int
+    tokens: Tensor | None  # what the frozen prefix gives for the whole batch; None where nothing is frozen
+
+
+def _alignment(branches: Branches, run: _Run, view: View, z: Tensor, section: AlignmentSection) -> Tensor:
     assert branches.received is not None
     with torch.no_grad():
-        z_global = run.key(branches.received, x)
-        z_previous = None if branches.previous is None else run.key(branches.previous, x)
+        z_global = run.key(branches.received, view)
+        z_previous = None if branches.previous is None else run.key(branches.previous, view)
     if section.method == "cosine":
         return section.alpha * alignment.cosine(z, z_global)
     # Without a previous model MOON compares with the received one twice: a constant.
@@ -156,11 +173,12 @@ class _Run:
     """Forward passes of one batch, in pieces of the micro-batch."""
 
     def __init__(self, branches: Branches, batch: Batch, config: RunConfig) -> None:
-        self._online, self._prefix, self._batch = branches.online, branches.prefix_layers, batch
+        self._online, self._batch = branches.online, batch
+        self._prefix, self._layers = branches.prefix, branches.prefix_layers
         self._method = METHODS[config.ssl.method]
-        self._count = len(batch.views[0])
-        self._dtype = batch.views[0].dtype  # of all that leaves mixed precision
+        self._count = len(batch.images)
         self._size = min(config.train.micro_batch or self._count, self._count)
+        self._dtype = next(branches.online.parameters()).dtype  # of all that leaves mixed precision
         self._mixed = torch.autocast(branches.online.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     @property
@@ -168,48 +186,67 @@ class _Run:
         return -(-self._count // self._size)
 
     @torch.no_grad()
-    def frozen(self, view: Tensor) -> Tensor:
-        """What the prefix gives, or the view itself where nothing is frozen."""
-        if (last := self._prefix) is None:
-            return view
-        return self._cat(lambda rows: self._online.through(self._stem(self._online, view[rows], rows), 0, last, self._batch.skip))
+    def frozen(self, number: int) -> Tensor | None:
+        """What the prefix gives for view `number`; None where nothing is frozen."""
+        if (prefix := self._prefix) is None:
+            return None
+        with self._mixed:
+            return self._cat(lambda rows: prefix(self._stem(self._online, number, rows), self._batch.skip), prefix.kept_as or self._dtype)
 
-    def key(self, network: Encoder, x: Tensor) -> Tensor:
+    def key(self, network: Encoder, view: View) -> Tensor:
         """z [B, D] of a branch that takes no gradients."""
-        return self._method.key(network, self._cat(lambda rows: network.pool(self._through(network, x[rows], rows))))
+        return self._method.key(network, self._cat(lambda rows: network.pool(self._through(network, view, rows)), self._dtype))
 
-    def represent(self, x: Tensor, view: Tensor, graph: bool) -> Tensor:
+    def represent(self, view: View, graph: bool) -> Tensor:
         """Representations [B, ...] of the online branch: with the graph that made them, or as a leaf that collects their gradient."""
         if graph:
-            return self._represent(x, view, slice(None))
+            return self._represent(view, slice(None))
         with torch.no_grad():
-            found = self._cat(lambda rows: self._represent(x, view, rows))
+            found = self._cat(lambda rows: self._represent(view, rows), self._dtype)
         return found.requires_grad_()
 
-    def take_back(self, x: Tensor, view: Tensor, gradient: Tensor | None) -> None:
+    def take_back(self, view: View, gradient: Tensor | None) -> None:
         """Take the gradient [B, ...] of the representations back through the layers, piece by piece."""
         assert gradient is not None
         for rows in self._rows():
-            self._represent(x, view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
+            self._represent(view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
 
-    def _represent(self, x: Tensor, view: Tensor, rows: slice) -> Tensor:
-        keep = None if self._batch.keep is None else self._batch.keep[rows]
+    def _represent(self, view: View, rows: slice) -> Tensor:
         with self._mixed:
-            found = self._method.represent(self._online, self._through(self._online, x[rows], rows), view[rows], keep)
+            x = self._through(self._online, view, rows)
+            pixels = self._pixels(view.number, rows) if self._method.sees_pixels else None
+            found = self._method.represent(self._online, x, pixels, self._keep(rows))
         return found.to(self._dtype)
 
-    def _through(self, network: Encoder, x: Tensor, rows: slice) -> Tensor:
-        """What the last layer gives, from what `frozen` gave."""
+    def _through(self, network: Encoder, view: View, rows: slice) -> Tensor:
+        """What the last layer gives."""
         with self._mixed:
-            return network.through(self._stem(network, x, rows)) if self._prefix is None else network.through(x, self._prefix)
+            if view.tokens is None:
+                return network.through(self._stem(network, view.number, rows))
+            return network.through(view.tokens[rows].to(self._dtype), self._layers)
 
-    def _stem(self, network: Encoder, view: Tensor, rows: slice) -> Tensor:
+    def _stem(self, network: Encoder, number: int, rows: slice) -> Tensor:
         with self._mixed:
-            return network.stem(view, None if self._batch.keep is None else self._batch.keep[rows])
+            return network.stem(self._pixels(number, rows), self._keep(rows))
 
-    def _cat(self, one: Callable[[slice], Tensor]) -> Tensor:
-        found: Sequence[Tensor] = [one(rows).to(self._dtype) for rows in self._rows()]
-        return found[0] if len(found) == 1 else torch.cat(list(found))
+    def _pixels(self, number: int, rows: slice) -> Tensor:
+        return self._batch.view(number, rows).to(self._dtype)
+
+    def _keep(self, rows: slice) -> Tensor | None:
+        return None if self._batch.keep is None else self._batch.keep[rows]
+
+    def _cat(self, one: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
+        """The pieces in one tensor that is made before them, so that it does not lie between what they leave behind."""
+        found: Tensor | None = None
+        for rows in self._rows():
+            piece = one(rows).to(dtype)
+            if len(piece) == self._count:
+                return piece
+            if found is None:
+                found = piece.new_empty(self._count, *piece.shape[1:])
+            found[rows] = piece
+        assert found is not None
+        return found
 
     def _rows(self) -> Iterator[slice]:
         for first in range(0, self._count, self._size):

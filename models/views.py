@@ -37,6 +37,9 @@ class ViewParams:
     def to(self, device: torch.device) -> ViewParams:
         return ViewParams(**{one.name: getattr(self, one.name).to(device) for one in fields(self)})
 
+    def __getitem__(self, rows: slice) -> ViewParams:
+        return ViewParams(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
+
 
 def draw(views: ViewsSection, view: int, count: int, size: int, generator: torch.Generator) -> ViewParams:
     """The record of view 0 or 1 of `count` square images of `size` pixels; always draws the same number of values."""

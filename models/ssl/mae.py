@@ -26,6 +26,8 @@ VARIANCE_FLOOR = 1e-6  # of a patch in one colour
 class Mae(Method):
     """A representation is [B, 1 + width]: the loss of the sample, and its features for alignment."""
 
+    sees_pixels = True
+
     def draw_views(self, config: RunConfig, count: int, generator: torch.Generator) -> tuple[ViewParams, ...]:
         view = draw(config.views, 0, count, config.model.image_size, generator)
         never = torch.zeros(count, dtype=torch.bool)
@@ -36,9 +38,10 @@ class Mae(Method):
         visible = min(max(1, round(patches * (1 - config.ssl.mask_ratio))), patches - 1)
         return torch.rand(count, patches, generator=generator).argsort(dim=1)[:, :visible].sort(dim=1).values
 
-    def represent(self, network: Encoder, x: Tensor, view: Tensor, keep: Tensor | None) -> Tensor:
+    def represent(self, network: Encoder, x: Tensor, view: Tensor | None, keep: Tensor | None) -> Tensor:
         assert isinstance(network, VisionTransformer)
         assert keep is not None
+        assert view is not None
         tokens = network.final_norm(x)
         painted = network.get_submodule(DECODER)(tokens[:, tokens.shape[1] - keep.shape[1] :], keep)
         patch = network.patch_embed.proj.kernel_size[0]

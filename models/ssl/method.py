@@ -22,6 +22,7 @@ class Method:
     """A method of two views whose representation is the encoder's features. Methods override what is different."""
 
     has_target = False  # whether keys of a target branch are compared with
+    sees_pixels = False  # whether a representation depends on the view beyond what the encoder makes of it
 
     def draw_views(self, config: RunConfig, count: int, generator: torch.Generator) -> tuple[ViewParams, ...]:
         """The random views of `count` images."""
@@ -32,8 +33,8 @@ class Method:
         """Which patches the encoder sees, int64 [count, visible], ascending; None: all."""
         return None
 
-    def represent(self, network: Encoder, x: Tensor, view: Tensor, keep: Tensor | None) -> Tensor:
-        """What the last layer gave, with the view that went in -> [B, ...], row i from sample i alone."""
+    def represent(self, network: Encoder, x: Tensor, view: Tensor | None, keep: Tensor | None) -> Tensor:
+        """What the last layer gave, with the view that went in if the method sees it -> [B, ...], row i from sample i alone."""
         return network.pool(x)
 
     def project(self, network: Encoder, found: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ def batch(config, count=6, seed=0):
     return draw_batch(config, seed, 0, torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator), 1)
 
 
+def views(drawn):
+    return [drawn.view(number, slice(None)) for number in range(len(drawn.views))]
+
+
 def prepared(config, stage, terms=METHOD_ALONE, previous=None, dtype=torch.float32):
     plan = config.plan(stage)
     tensors = {name: tensor.to(dtype) for name, tensor in init_parts(config, plan.present).items()}
@@ -33,9 +37,7 @@ def prepared(config, stage, terms=METHOD_ALONE, previous=None, dtype=torch.float
 def gradients(config, stage, terms=METHOD_ALONE, previous=None, dtype=torch.float64):
     """Loss and gradients of one batch."""
     made, _, _ = prepared(config, stage, terms, previous, dtype)
-    drawn = batch(config, 7)
-    drawn = replace(drawn, views=tuple(view.to(dtype) for view in drawn.views))
-    loss = backward(made, drawn, config, terms)
+    loss = backward(made, batch(config, 7), config, terms)
     return loss, {name: tensor.grad for name, tensor in made.online.named_parameters() if tensor.requires_grad}
 
 
@@ -50,8 +52,8 @@ def test_two_steps_against_whole_modules(tiny, strategy, stage):
     reference = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, foreach=True)
     for number in range(2):
         drawn = batch(config, seed=number)
-        q1, q2 = (predict(online, project(online, online.features(view))) for view in drawn.views)
-        k1, k2 = (project(target, target.features(view)) for view in drawn.views)
+        q1, q2 = (predict(online, project(online, online.features(view))) for view in views(drawn))
+        k1, k2 = (project(target, target.features(view)) for view in views(drawn))
         loss = info_nce(q1, k2, 0.05) + info_nce(q2, k1, 0.05)
         reference.zero_grad()
         loss.backward()
@@ -107,7 +109,7 @@ def test_alignment_adds_its_term(tiny):
         made, tensors, _ = prepared(config, 2, terms, previous)
         train_step(made, batch(config), 1e-2, config, terms)
         plain = copy.deepcopy(replace(made, received=None))
-        view = batch(config).views[0]
+        view = views(batch(config))[0]
         with torch.no_grad():
             z = [
                 project(one, one.features(view))
@@ -188,7 +190,8 @@ def test_depth_dropout_skips_frozen_layers_at_its_rate(tiny):
 def test_a_loss_that_is_not_finite_changes_nothing(tiny):
     made, tensors, _ = prepared(tiny(), 1)
     drawn = batch(tiny())
-    assert math.isnan(train_step(made, replace(drawn, views=(torch.full((6, 3, 8, 8), float("nan")), drawn.views[1])), 1e-3, tiny()))
+    drawn.views[1].amounts[:] = float("nan")
+    assert math.isnan(train_step(made, drawn, 1e-3, tiny()))
     assert all(torch.equal(dict(made.online.named_parameters())[name], tensor) for name, tensor in tensors.items())
 
 

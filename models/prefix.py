@@ -1,0 +1,191 @@
+"""The frozen layers below those that are trained: torch, or ONNX Runtime in float32 or int8.
+
+ONNX Runtime runs each frozen layer in a session of its own, all of one small graph (`lwfed.models.onnx_layer`), so a stage
+more is a session more and a skipped layer is a session not run. int8 quantises weights once per output, and activations
+as they come, with one scale for a micro-batch: fast, and off by a fraction of a percent a layer.
+
+An engine is used for a stage only after its tokens have been compared with torch's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lwfed.config import ModelSection
+from lwfed.models.encoder import Encoder
+from lwfed.models.onnx_layer import INPUT, MATRICES, NORMS, OUTPUT
+from lwfed.models.vit import EPS, VisionTransformer
+
+Engine = Literal["torch", "onnx", "onnx_int8"]
+TOLERANCE: Mapping[str, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
+TRIAL_S = 0.3  # for timing one engine
+GRAPH_S = 60.0
+
+Array = npt.NDArray[Any]
+
+
+class Prefix(Protocol):
+    """Frozen layers: what the stem gives -> what the last of them gives, without gradients."""
+
+    engine: Engine
+    kept_as: torch.dtype | None  # how tokens are kept until they have been used; None: as they are
+
+    def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor: ...
+
+
+class TorchPrefix:
+    engine: Engine = "torch"
+    kept_as: torch.dtype | None = None
+
+    def __init__(self, encoder: Encoder, layers: int) -> None:
+        self._encoder, self._layers = encoder, layers
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor:
+        return self._encoder.through(x, 0, self._layers, skip)
+
+
+class OnnxPrefix:
+    """Raises ImportError without ONNX Runtime, OSError and subprocess.SubprocessError when the graph cannot be made."""
+
+    def __init__(self, encoder: VisionTransformer, layers: int, model: ModelSection, int8: bool, folder: Path) -> None:
+        self.engine: Engine = "onnx_int8" if int8 else "onnx"
+        self.kept_as: torch.dtype | None = torch.float16 if int8 else None  # rounding that is far finer than int8's
+        graph = graph_file(folder, model, int8).read_bytes()
+        self._sessions = [_session(graph, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
+
+    def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor:
+        tokens = x.numpy()
+        for number, session in enumerate(self._sessions):
+            if number not in skip:
+                (tokens,) = session.run([OUTPUT], {INPUT: tokens})
+        return torch.from_numpy(tokens)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    prefix: Prefix
+    reason: str  # for people: why this one
+
+
+def make_prefix(
+    encoder: Encoder, layers: int, model: ModelSection, wanted: Engine | Literal["auto"], folder: Path, trial: Tensor
+) -> Chosen:
+    """The engine `wanted`, or the fastest of those within tolerance; torch where nothing else will do.
+
+    `trial` [micro-batch, tokens, width] is what the stem gives for some images; graphs are kept in `folder`.
+    """
+    plain = TorchPrefix(encoder, layers)
+    if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
+        return Chosen(plain, "as configured" if wanted == "torch" else "nothing to gain")
+    reference, seconds = plain(trial, ()), {}
+    found: dict[str, Prefix] = {}
+    refused: list[str] = []
+    for engine in (wanted,) if wanted != "auto" else ("onnx", "onnx_int8"):
+        made = _attempt(encoder, layers, model, engine, folder)
+        if isinstance(made, str):
+            refused.append(f"{engine}: {made}")
+            continue
+        error = relative_error(made(trial, ()), reference)
+        if error <= TOLERANCE[engine]:  # a NaN is not
+            found[engine] = made
+        else:
+            refused.append(f"{engine}: off by {error:.2%} of torch's tokens, more than {TOLERANCE[engine]:.2%}")
+    if wanted != "auto":
+        return Chosen(found[wanted], "as configured") if wanted in found else Chosen(plain, "; ".join(refused))
+    found["torch"] = plain
+    seconds = {engine: _time(prefix, trial) for engine, prefix in found.items()}
+    best = min(seconds, key=lambda engine: seconds[engine])
+    speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
+    return Chosen(found[best], "; ".join([speeds, *refused]))
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    return float((found - reference).norm() / reference.norm())
+
+
+def _attempt(encoder: VisionTransformer, layers: int, model: ModelSection, engine: str, folder: Path) -> Prefix | str:
+    """The engine, or why it cannot be had."""
+    try:
+        return OnnxPrefix(encoder, layers, model, engine == "onnx_int8", folder)
+    except ImportError:
+        return "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr or "").strip().splitlines()
+        return f"its graph cannot be made ({last[-1] if last else error}): pip install 'lwfed[onnx]'"
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def graph_file(folder: Path, model: ModelSection, int8: bool) -> Path:
+    """The layer's graph, made at first use."""
+    hidden = int(model.width * model.mlp_ratio)
+    path = folder / f"layer-{model.width}-{model.heads}-{hidden}{'-int8' if int8 else ''}.onnx"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".layer-", delete=False) as file:
+            temporary = Path(file.name)
+        arguments = [str(temporary), str(model.width), str(model.heads), str(hidden), str(EPS), "int8" if int8 else "float32"]
+        try:
+            command = [sys.executable, "-m", "lwfed.models.onnx_layer", *arguments]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=GRAPH_S)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def weights(block: Mapping[str, Tensor], int8: bool) -> dict[str, Array]:
+    """A layer's tensors as its graph wants them."""
+    given: dict[str, Array] = {}
+    for name in (*MATRICES, *NORMS):
+        weight, given[f"{name}.bias"] = block[f"{name}.weight"].detach().numpy(), block[f"{name}.bias"].detach().numpy()
+        if name in NORMS:
+            given[f"{name}.weight"] = weight
+        elif not int8:
+            given[f"{name}.weight"] = np.ascontiguousarray(weight.T)
+        else:
+            given[f"{name}.weight"], given[f"{name}.weight.scale"] = quantise(weight)
+    return given
+
+
+def quantise(weight: Array) -> tuple[Array, Array]:
+    """float32 [out, in] -> int8 [in, out] and a scale [out] each: weight[o, i] is about scale[o] * int8[i, o]."""
+    scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny * 127).astype(np.float32) / np.float32(127)
+    return np.ascontiguousarray(np.round(weight / scale[:, None]).T.astype(np.int8)), scale
+
+
+def _session(graph: bytes, given: Mapping[str, Array]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # an arena a session would hold the activations of every layer at once
+    options.log_severity_level = 3
+    options.add_external_initializers(list(given), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in given.values()])
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _time(prefix: Prefix, trial: Tensor) -> float:
+    """Seconds for `trial`, the best of a few."""
+    prefix(trial, ())
+    taken: list[float] = []
+    began = time.perf_counter()
+    while len(taken) < 2 or time.perf_counter() - began < TRIAL_S:
+        start = time.perf_counter()
+        prefix(trial, ())
+        taken.append(time.perf_counter() - start)
+    return min(taken)

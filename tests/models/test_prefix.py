@@ -1,0 +1,143 @@
+import importlib.util
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from lwfed.models import prefix as module
+from lwfed.models.backbones import load_encoder
+from lwfed.models.initial import init_parts
+from lwfed.models.prefix import OnnxPrefix, TorchPrefix, make_prefix, quantise, relative_error, weights
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
+    reason="ONNX Runtime is not installed: pip install 'lwfed[onnx]'",
+)
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(params=["mean", "token"])
+def encoder(request, tiny):
+    """With weights of ordinary size everywhere, so that no term hides behind zeros and ones."""
+    config = tiny(f"model.pooling={request.param}")
+    generator = torch.Generator().manual_seed(0)
+    tensors = init_parts(config, config.plan(3).present)
+    return load_encoder(
+        config.model, {name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in tensors.items()}
+    ), config
+
+
+def tokens(encoder, batch=5, seed=1):
+    return encoder.stem(torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+@needs_onnx
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_float32_equals_torch_at_any_batch(encoder, graphs, batch, layers):
+    model, config = encoder
+    made = OnnxPrefix(model, layers, config.model, False, graphs)
+    x = tokens(model, batch)
+    assert relative_error(made(x, ()), TorchPrefix(model, layers)(x, ())) < 1e-6
+    assert relative_error(made(x, {0}), TorchPrefix(model, layers)(x, {0})) < 1e-6
+
+
+@needs_onnx
+def test_int8_is_near(encoder, graphs):
+    model, config = encoder
+    error = relative_error(OnnxPrefix(model, 3, config.model, True, graphs)(tokens(model), ()), TorchPrefix(model, 3)(tokens(model), ()))
+    assert 1e-6 < error < 0.1
+
+
+@needs_onnx
+def test_current_weights_go_in(encoder, graphs):
+    model, config = encoder
+    before = OnnxPrefix(model, 1, config.model, False, graphs)(tokens(model), ())
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.mul_(2)
+    after = OnnxPrefix(model, 1, config.model, False, graphs)(tokens(model), ())
+    assert not torch.allclose(before, after)
+    assert relative_error(after, TorchPrefix(model, 1)(tokens(model), ())) < 1e-6
+
+
+def test_quantised_weights_are_within_half_a_step():
+    weight = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
+    weight[2] = 0
+    values, scale = quantise(weight)
+    assert values.dtype == np.int8
+    assert np.abs(values).max() == 127
+    assert np.all(np.abs(values.T * scale[:, None] - weight) <= scale[:, None] / 2 + 1e-7)
+
+
+@needs_onnx
+def test_quantisation_is_that_of_onnxruntime(encoder):
+    """Against the tool's per-channel symmetric int8, which imports onnx."""
+    from onnxruntime.quantization.quant_utils import quantize_data
+
+    matrix = encoder[0].blocks[0].attn.qkv.weight.detach().numpy()
+    values, scale = quantise(matrix)
+    for row in range(len(matrix)):
+        result = quantize_data(matrix[row], 3, True)  # TensorProto.INT8
+        wanted = result[-1] if isinstance(result, tuple) else result
+        assert np.abs(values[:, row].astype(int) - np.asarray(wanted, dtype=int).reshape(-1)).max() <= 1
+        assert scale[row] > 0
+
+
+@needs_onnx
+def test_auto_takes_the_fastest_that_is_near_enough(encoder, graphs, monkeypatch):
+    model, config = encoder
+    speeds = {"torch": 3.0, "onnx": 2.0, "onnx_int8": 1.0}
+    monkeypatch.setattr(module, "_time", lambda prefix, trial: speeds[prefix.engine])
+    chosen = make_prefix(model, 3, config.model, "auto", graphs, tokens(model))
+    assert chosen.prefix.engine == "onnx_int8"
+    monkeypatch.setattr(module, "TOLERANCE", {"onnx": 1e-4, "onnx_int8": 1e-9})
+    chosen = make_prefix(model, 3, config.model, "auto", graphs, tokens(model))
+    assert chosen.prefix.engine == "onnx"
+    assert "onnx_int8: off by" in chosen.reason
+    assert make_prefix(model, 3, config.model, "onnx_int8", graphs, tokens(model)).prefix.engine == "torch"
+
+
+def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monkeypatch):
+    model, config = encoder
+
+    def missing(*_, **__):
+        raise ImportError
+
+    monkeypatch.setattr(module, "OnnxPrefix", missing)
+    for wanted in ("auto", "onnx"):
+        chosen = make_prefix(model, 3, config.model, wanted, tmp_path, tokens(model))
+        assert chosen.prefix.engine == "torch"
+        assert "pip install 'lwfed[onnx]'" in chosen.reason
+
+
+@needs_onnx
+def test_a_broken_graph_is_a_reason_and_no_crash(encoder, tmp_path):
+    model, config = encoder
+    module.graph_file(tmp_path, config.model, False).write_bytes(b"broken")
+    chosen = make_prefix(model, 3, config.model, "onnx", tmp_path, tokens(model))
+    assert chosen.prefix.engine == "torch"
+    assert "onnx: " in chosen.reason
+
+
+def test_a_graph_that_cannot_be_made_is_a_reason(encoder, tmp_path, monkeypatch):
+    model, config = encoder
+
+    def fail(*_, **__):
+        raise subprocess.CalledProcessError(1, "python", stderr="No module named 'onnx'")
+
+    monkeypatch.setattr(module.subprocess, "run", fail)
+    chosen = make_prefix(model, 3, config.model, "auto", tmp_path, tokens(model))
+    assert chosen.prefix.engine == "torch"
+    assert "No module named 'onnx'" in chosen.reason
+    assert not list(tmp_path.glob(".layer-*"))
+
+
+def test_weights_have_every_tensor_of_the_layer(encoder):
+    block = encoder[0].blocks[0].state_dict()
+    assert set(weights(block, False)) == set(block)
+    assert set(weights(block, True)) - set(block) == {f"{name}.weight.scale" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
