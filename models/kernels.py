@@ -21,8 +21,9 @@ from torch import Tensor, nn
 def library() -> str:
     """What multiplies float32 matrices on this machine's processor: "onednn" or "torch"."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return "onednn" if x86 and usable and torch.backends.mkl.is_available() and not _is_intel() else "torch"
+    built = all(backend.is_available() for backend in (torch.backends.mkldnn, torch.backends.mkl))
+    usable = built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "onednn" if x86 and usable and not _is_intel() else "torch"
 
 
 def _is_intel() -> bool:
@@ -37,7 +38,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if library() == "onednn" and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            out: Tensor = _OneDnnLinear.apply(x, self.weight, self.bias)
+            out: Tensor = _OneDnnLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return out
         return F.linear(x, self.weight, self.bias)
 
