@@ -72,7 +72,7 @@ def prepare(
 ) -> Branches:
     """The branches for training the parts `trained` of the model that `tensors` hold; `previous` is what a local call gave before.
 
-    Trained tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
+    Trained and previous tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
     """
     active = set(trained)
     layers = prefix_layers({part_of(name) for name in tensors}, active)
@@ -82,7 +82,7 @@ def prepare(
     aligned = terms.alignment is not None and terms.alignment.method != "off"
     before = None
     if aligned and terms.alignment is not None and terms.alignment.method == "moon" and previous:
-        before = load_network(config, {**tensors, **previous})
+        before = load_network(config, {**tensors, **{name: tensor.clone() for name, tensor in previous.items()}})
         freeze(before, active)
         before.requires_grad_(False)
     return Branches(
@@ -161,7 +161,7 @@ class _Run:
         self._count = len(batch.views[0])
         self._dtype = batch.views[0].dtype  # of all that leaves mixed precision
         self._size = min(config.train.micro_batch or self._count, self._count)
-        self._mixed = torch.autocast(branches.online.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+        self._bf16 = config.train.precision == "bf16"
 
     @property
     def pieces(self) -> int:
@@ -172,11 +172,21 @@ class _Run:
         """What the prefix gives, or the view itself where nothing is frozen."""
         if (last := self._prefix) is None:
             return view
-        return self._cat(lambda rows: self._online.through(self._stem(self._online, view[rows], rows), 0, last, self._batch.skip))
+
+        def prefix(rows: slice) -> Tensor:
+            with self._mixed():
+                return self._online.through(self._stem(self._online, view[rows], rows), 0, last, self._batch.skip)
+
+        return self._cat(prefix)
 
     def key(self, network: Encoder, x: Tensor) -> Tensor:
         """z [B, D] of a branch that takes no gradients."""
-        return self._method.key(network, self._cat(lambda rows: network.pool(self._through(network, x[rows], rows))))
+
+        def features(rows: slice) -> Tensor:
+            with self._mixed():
+                return network.pool(self._through(network, x[rows], rows))
+
+        return self._method.key(network, self._cat(features))
 
     def represent(self, x: Tensor, view: Tensor, graph: bool) -> Tensor:
         """Representations [B, ...] of the online branch: with the graph that made them, or as a leaf that collects their gradient."""
@@ -194,18 +204,20 @@ class _Run:
 
     def _represent(self, x: Tensor, view: Tensor, rows: slice) -> Tensor:
         keep = None if self._batch.keep is None else self._batch.keep[rows]
-        with self._mixed:
+        with self._mixed():
             found = self._method.represent(self._online, self._through(self._online, x[rows], rows), view[rows], keep)
         return found.to(self._dtype)
 
+    def _mixed(self) -> torch.autocast:
+        """Mixed precision, of everything but heads and loss. A new context each time: one that is entered twice never ends."""
+        return torch.autocast(self._online.device.type, torch.bfloat16, enabled=self._bf16)
+
     def _through(self, network: Encoder, x: Tensor, rows: slice) -> Tensor:
         """What the last layer gives, from what `frozen` gave."""
-        with self._mixed:
-            return network.through(self._stem(network, x, rows)) if self._prefix is None else network.through(x, self._prefix)
+        return network.through(self._stem(network, x, rows)) if self._prefix is None else network.through(x, self._prefix)
 
     def _stem(self, network: Encoder, view: Tensor, rows: slice) -> Tensor:
-        with self._mixed:
-            return network.stem(view, None if self._batch.keep is None else self._batch.keep[rows])
+        return network.stem(view, None if self._batch.keep is None else self._batch.keep[rows])
 
     def _cat(self, one: Callable[[slice], Tensor]) -> Tensor:
         found: Sequence[Tensor] = [one(rows).to(self._dtype) for rows in self._rows()]
