@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-Backbone = Literal["vit", "resnet18", "mobilenetv3_small_100"]
+VIT = "vit"
 
 
 @dataclass(frozen=True)
 class Traits:
-    """A convolutional backbone of timm: its layers L_1..L_S are its stages of one resolution."""
+    """A convolutional backbone of timm: its layers L_1..L_S are timm's stages, ``layer1`` .. or ``blocks.0`` .."""
 
     widths: tuple[int, ...]  # channels that each layer gives
+    after: tuple[str, ...] = ()  # modules with which timm's model goes on after pooling; no part of the features
 
     @property
     def depth(self) -> int:
@@ -30,7 +29,14 @@ class Traits:
         return tuple(number for number, width in enumerate(self.widths, 1) if width != self.width)
 
 
-CONVOLUTIONAL: Mapping[str, Traits] = {
+CONVOLUTIONAL: dict[str, Traits] = {
     "resnet18": Traits((64, 128, 256, 512)),
-    "mobilenetv3_small_100": Traits((16, 24, 40, 48, 96, 576)),
+    "mobilenetv3_small_100": Traits((16, 24, 40, 48, 96, 576), after=("conv_head", "act2")),
 }
+
+
+def known(name: str) -> str:
+    """`name`, when a backbone is called so; raises ValueError."""
+    if name != VIT and name not in CONVOLUTIONAL:
+        raise ValueError(f"must be one of {', '.join((VIT, *CONVOLUTIONAL))}")
+    return name

@@ -2,13 +2,15 @@
 
 So they depend on the run's seed and the part alone: not on the stage in which a part appears, nor on who creates it.
 Encoders as timm's: for a Vision Transformer truncated normal (std 0.02) linear weights and position embedding, the patch
-projection as torch's Conv2d (uniform in +-1/sqrt(fan in)); for convolutional backbones normal with variance 2 / fan out.
-Projector, predictor and adapters as torch's Linear, the decoder as the encoder's layers. Zero biases. How L_s begins is not
+projection as torch's Conv2d (uniform in +-1/sqrt(fan in)); for convolutional backbones normal with variance 2 / fan out, and
+0 for the scale of a residual block's last norm in a ResNet, so that a block begins as its shortcut (arXiv 1706.02677, section
+5.1). Projector, predictor and adapters as torch's Linear, the decoder as the encoder's layers. Zero biases. How L_s begins is not
 stated in arXiv 2401.11647; `stages.layer_init` offers both.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from lwfed.config import RunConfig
 from lwfed.models.encoder import layer_count
 from lwfed.models.shapes import Shape, part_shapes
-from lwfed.plan import PREDICTOR, PROJECTOR, StagePlan, by_part, layer
+from lwfed.plan import PREDICTOR, PROJECTOR, STEM, StagePlan, by_part, layer, part_of
 from lwfed.seeds import derive
+
+_LAST_NORM = re.compile(r"layer\d+\.\d+\.bn2\.weight$")  # of a block of ResNet-18
 
 
 def init_part(config: RunConfig, part: str) -> dict[str, Tensor]:
@@ -63,11 +67,12 @@ def _initial(name: str, shape: Shape, patch_fan_in: int, generator: torch.Genera
     if name.startswith("patch_embed."):
         return tensor.uniform_(-(patch_fan_in**-0.5), patch_fan_in**-0.5, generator=generator)
     if len(shape) == 1:
-        return tensor.fill_(0.0 if name.endswith(("bias", "running_mean")) else 1.0)
+        return tensor.fill_(0.0 if name.endswith(("bias", "running_mean")) or _LAST_NORM.match(name) else 1.0)
     if name == "cls_token":
         return tensor.normal_(std=1e-6, generator=generator)
     if len(shape) == 4:
-        fan_out = shape[0] * shape[2] * shape[3] / (shape[0] if shape[1] == 1 else 1)  # one input channel: depthwise
+        depthwise = shape[1] == 1 and part_of(name) != STEM  # in the stem, one input channel is a grey image
+        fan_out = shape[2] * shape[3] * (1 if depthwise else shape[0])
         return tensor.normal_(std=(2 / fan_out) ** 0.5, generator=generator)
     if name.startswith((PROJECTOR, PREDICTOR, "adapter.")):
         return tensor.uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)

@@ -183,7 +183,7 @@ def test_mixed_precision_covers_prefix_and_layers_but_not_heads_and_ends_with_th
     for name, module in modules.items():
         module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
     train_step(made, batch(config), 1e-3, config, terms)
-    assert seen == {"head": {torch.float32}} | dict.fromkeys(("prefix", "layer", "target", "received"), {torch.bfloat16})
+    assert seen == {"head": {torch.float32}} | {name: {torch.bfloat16} for name in ("prefix", "layer", "target", "received")}
     assert not torch.is_autocast_enabled("cpu")
     assert {tensor.dtype for tensor in made.trained} == {torch.float32}
 
