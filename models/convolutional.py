@@ -11,7 +11,6 @@ constant, so the count of batches, an integer that could not be averaged, is not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,16 +33,13 @@ class Convolutional(Encoder):
         if not 0 <= layers <= traits.depth:
             raise ValueError(f"an encoder of depth {traits.depth} cannot have {layers} layers")
         whole = _timm(model)
-        self._stem = list(takewhile(lambda name: name not in ("layer1", "blocks"), (name for name, _ in whole.named_children())))
-        for name in self._stem:
+        for name in traits.names[layers:]:
+            whole.set_submodule(name, nn.Identity())
+        children = [name for name, _ in whole.named_children()]
+        holders = list(dict.fromkeys(name.partition(".")[0] for name in traits.names))  # layer1 .. layer4, or blocks
+        self._stem, self._layers = children[: children.index(holders[0])], traits.names[:layers]
+        for name in (*self._stem, *holders):
             self.add_module(name, whole.get_submodule(name))
-        if hasattr(whole, "blocks"):
-            self.blocks = whole.blocks[:layers]
-            self._layers = [f"blocks.{index}" for index in range(layers)]
-        else:
-            self._layers = [f"layer{number}" for number in range(1, layers + 1)]
-            for name in self._layers:
-                self.add_module(name, whole.get_submodule(name))
         adapters = {str(layers): nn.Linear(traits.widths[layers - 1], traits.width)} if layers in traits.adapted else {}
         self.adapter = nn.ModuleDict(adapters)
         for module in self.modules():
