@@ -15,6 +15,7 @@ from typing import Literal
 
 from lwfed.blobs import BlobStore
 from lwfed.config import RunConfig
+from lwfed.data import Source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
@@ -83,6 +84,7 @@ class Work:
         self._next_beat = float("-inf")
         self._losses: list[float] = []  # of the present epoch
         self._to_fetch = 0
+        self._few_said_in: str | None = None  # run
 
     @property
     def busy(self) -> bool:
@@ -240,15 +242,27 @@ class Work:
         execution = self._journal.execution(job.task.run, job.task.stage)
         said = {name: value for name, value in vars(event).items() if name != "file"}
         self._linger_until = now + job.config.worker.linger_s
-        return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        report = Report(**said, execution=execution)
+        return self._say_few(job, event) + self.handover.begin(job.task, event.file, report, job.config.transfer.chunk_bytes)
+
+    def _say_few(self, job: Job, event: events.WorkerDone) -> list[Effect]:
+        batch = job.config.train.batch_size
+        if event.images >= batch or self._few_said_in == job.task.run:
+            return []
+        self._few_said_in = job.task.run
+        text = f"{event.images} images are fewer than train.batch_size {batch}: this device trains on batches of {event.images}"
+        return [Tell("images", text, {"images": event.images, "batch_size": batch})]
 
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
-        """The agent stays; the server may assign the task again."""
+        """The agent stays; the server may assign the task again, but not where images are the trouble."""
         effects = self._end_worker(died=event.kind == "died")
         self._give_up()
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
-        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=event.message[:1000])
+        reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
+        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])
         text = f"{where(task)} failed ({code}): {event.message}"
+        if code == "data":
+            text += "; this device stays connected, and is not asked again until it is restarted"
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
 
     def _give_up(self) -> list[Effect]:

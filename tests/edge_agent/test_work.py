@@ -1,8 +1,8 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
 from lwfed.wire import messages
-from lwfed.wire.messages import Fin, Offer, State
+from lwfed.wire.messages import Fail, Fin, Offer, State
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -41,6 +41,30 @@ def test_task_and_announcement_come_in_any_order(world, first):
         world.settle(1)
     world.settle(2)
     assert device.worker == [StartWorker(1)]
+
+
+def test_a_device_with_fewer_images_than_a_batch_says_so_once(world):
+    server, device = world.training()
+    for round in (1, 2):
+        device.finish()
+        world.settle(2)
+        server.announce(round=round + 1)
+        server.assign(device.id, round=round + 1)
+        world.settle(2)
+    assert device.texts("images") == ["9 images are fewer than train.batch_size 32: this device trains on batches of 9"]
+
+
+def test_where_images_lie_is_told_here_and_not_to_the_server(world):
+    server, device = world.start_server(), world.start_device(data="/home/ann/photos")
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    device.ready()
+    device.queue.append(WorkerError("DataError", "3 readable images in '/home/ann/photos'"))
+    world.settle()
+    (fail,) = server.of(Fail)
+    assert (fail.code, fail.reason) == ("data", "3 readable images in 'folder'")
+    assert "'/home/ann/photos'; this device stays connected" in device.texts("warning")[0]
 
 
 def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
