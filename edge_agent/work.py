@@ -19,7 +19,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
@@ -75,6 +75,7 @@ class Work:
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
         self._phase: Phase = "idle"
         self._task: Task | None = None
+        self._early: Task | None = None  # of a run that is not announced yet
         self._run: Run | None = None
         self._job: Job | None = None  # while starting and training
         self._worker: WorkerFor | None = None
@@ -103,6 +104,9 @@ class Work:
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
             effects += self._give_up()
+        if self._early is not None and self._early.run == run.run:
+            early, self._early = self._early, None
+            effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
         if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.phase == "finished"):
@@ -111,7 +115,10 @@ class Work:
 
     def assign(self, task: Task) -> list[Effect]:
         """The server wants this device to train; it says so again whenever it is unsure."""
-        if (self._run is not None and task.run == self._run.run and _is_over(task, self._run)) or task == self._task:
+        if self._run is not None and task.run != self._run.run:
+            self._early = task  # its announcement may follow on the other topic; until then nothing is given up for it
+            return []
+        if (self._run is not None and _is_over(task, self._run)) or task == self._task:
             return []
         if self.handover.covers(task):
             return []
@@ -240,7 +247,10 @@ class Work:
         execution = self._journal.execution(job.task.run, job.task.stage)
         said = {name: value for name, value in vars(event).items() if name != "file"}
         self._linger_until = now + job.config.worker.linger_s
-        return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        try:
+            return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        except InvalidPayload as error:
+            return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
 
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again."""
