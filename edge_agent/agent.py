@@ -27,9 +27,9 @@ from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.resources import Meter
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
-from lwfed.edge_agent.signals import on_signals
 from lwfed.edge_agent.work import Places, Work
 from lwfed.errors import MissingDependency, TransportError
+from lwfed.signals import on_signals
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics

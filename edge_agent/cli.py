@@ -10,7 +10,7 @@ import click
 
 from lwfed import __version__
 from lwfed.cli import Connection, Program, connection_options, json_option
-from lwfed.edge_agent.signals import on_signals
+from lwfed.signals import on_signals
 
 
 class Folder(click.Path):

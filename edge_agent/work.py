@@ -20,7 +20,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
@@ -76,6 +76,7 @@ class Work:
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
         self._phase: Phase = "idle"
         self._task: Task | None = None
+        self._early: Task | None = None  # of a run that is not announced yet
         self._run: Run | None = None
         self._job: Job | None = None  # while starting and training
         self._worker: WorkerFor | None = None
@@ -105,6 +106,9 @@ class Work:
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
             effects += self._give_up()
+        if self._early is not None and self._early.run == run.run:
+            early, self._early = self._early, None
+            effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
         if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.phase == "finished"):
@@ -113,7 +117,10 @@ class Work:
 
     def assign(self, task: Task) -> list[Effect]:
         """The server wants this device to train; it says so again whenever it is unsure."""
-        if (self._run is not None and task.run == self._run.run and _is_over(task, self._run)) or task == self._task:
+        if self._run is not None and task.run != self._run.run:
+            self._early = task  # its announcement may follow on the other topic; until then nothing is given up for it
+            return []
+        if (self._run is not None and _is_over(task, self._run)) or task == self._task:
             return []
         if self.handover.covers(task):
             return []
@@ -243,7 +250,11 @@ class Work:
         said = {name: value for name, value in vars(event).items() if name != "file"}
         self._linger_until = now + job.config.worker.linger_s
         report = Report(**said, execution=execution)
-        return self._say_few(job, event) + self.handover.begin(job.task, event.file, report, job.config.transfer.chunk_bytes)
+        few = self._say_few(job, event)
+        try:
+            return few + self.handover.begin(job.task, event.file, report, job.config.transfer.chunk_bytes)
+        except InvalidPayload as error:
+            return few + self._fail(job.task, events.WorkerError("ConfigError", str(error)))
 
     def _say_few(self, job: Job, event: events.WorkerDone) -> list[Effect]:
         batch = job.config.train.batch_size

@@ -342,7 +342,7 @@ def test_a_set_is_fetched_where_it_is_looked_for(monkeypatch, tmp_path):
 def test_the_files_that_are_looked_for_are_those_that_torchvision_reads(name, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
-    kind = getattr(torchvision_downloads.import_torchvision().datasets, torchvision_downloads.CLASSES[name])
+    kind = getattr(torchvision_sets.import_torchvision().datasets, torchvision_sets.CLASSES[name])
     if name.startswith("cifar"):
         read = {file for file, _ in (*kind.train_list, *kind.test_list)} | {kind.meta["filename"]}
         assert (downloads.folder(name), set(downloads.FILES[name][1])) == (tmp_path / kind.base_folder, read)

@@ -197,3 +197,27 @@ def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
     world.settle(0.2)
     assert device.journal.execution("demo", 1) is None
     assert device.journal.traffic("demo").down == 0
+
+
+def test_a_task_of_a_run_that_is_not_announced_disturbs_nothing(world):
+    server, device = world.training()
+    server.assign(device.id, run="other")
+    world.settle()
+    assert len(device.texts("task")) == 1
+    assert EndWorker() not in device.worker
+    server.announce(run="other")
+    world.settle()
+    assert len(device.texts("task")) == 2  # it is taken up when its run follows
+
+
+def test_an_update_that_cannot_travel_fails_its_round_and_bars_no_start(world, monkeypatch):
+    server, device = world.training()
+    monkeypatch.setattr(type(device.link), "packet_limit", 1024)  # too little for a piece
+    device.finish()
+    world.settle()
+    assert server.of(messages.Fail)[-1].code == "config"
+    device.kill()
+    again = world.start_device()
+    world.settle()
+    assert again.exit is None
+    assert not again.texts("update")
