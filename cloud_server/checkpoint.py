@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from lwfed import __version__
-from lwfed.config import RunConfig
+from lwfed.backbones import CONVOLUTIONAL
+from lwfed.config import ModelSection, RunConfig
 from lwfed.errors import StateError
 from lwfed.models.shapes import part_shapes
-from lwfed.plan import PREDICTOR, PROJECTOR
+from lwfed.plan import HEADS
 from lwfed.wire import tensors
 
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
@@ -39,13 +40,16 @@ def choose(checkpoints: Checkpoints, stage: int | None) -> tuple[int, Mapping[st
 
 
 def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callable[[str], Path], out: Path) -> None:
-    """Write the encoder (stem, layers, norm) as one safetensors file with timm's names; the same model gives the same bytes.
+    """Write the encoder (stem, layers, adapter, norm) as one safetensors file with timm's names; the same model gives the same bytes.
 
-    Its metadata holds under ``lwfed`` (JSON): run, stage, ``config_sha256``, the arguments of
-    timm.create_model and how pixels are normalised.
+    Its metadata holds under ``lwfed`` (JSON): run, stage, ``config_sha256``, how timm makes the model and how pixels are
+    normalised. timm's model is ``timm.create_model(**about["timm"])``, in which the modules ``about["without"]`` give
+    way to torch.nn.Identity: what the encoder does not have. An adapter is nothing of timm's.
     `find` gives the file of a blob. Raises StateError when `out` cannot be written.
     """
-    encoder = [part for part in parts if part not in (PROJECTOR, PREDICTOR)]
+    heads = HEADS[config.ssl.method]
+    encoder = [part for part in parts if part not in heads]
+    layers = sum(part.startswith("layer.") for part in encoder)
     found: dict[str, npt.NDArray[np.float32]] = {}
     for part in encoder:
         found |= tensors.decode(find(parts[part]), part_shapes(config, part))
@@ -55,7 +59,8 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
         "strategy": config.stages.strategy,
         "stage": stage,
         "config_sha256": config.digest,
-        "timm": timm_arguments(config, encoder),
+        "timm": timm_arguments(config.model, layers),
+        "without": without(config.model, layers),
         "input": {"mean": 0.5, "std": 0.5},  # of pixels in [0, 1], in every channel
     }
     # One key only: the format does not fix the order of several.
@@ -63,20 +68,29 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
     _write(out, data)
 
 
-def timm_arguments(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:
-    """``timm.create_model("vit_tiny_patch16_224", num_classes=0, **these)`` takes the exported tensors."""
-    model = config.model
+def timm_arguments(model: ModelSection, layers: int) -> dict[str, Any]:
+    """Of ``timm.create_model``, for an encoder of so many layers."""
+    if model.backbone in CONVOLUTIONAL:
+        return {"model_name": model.backbone, "num_classes": 0, "in_chans": model.channels}
     return {
+        "model_name": "vit_tiny_patch16_224",  # any will do: all that distinguishes them follows
+        "num_classes": 0,
         "img_size": model.image_size,
         "patch_size": model.patch_size,
         "in_chans": model.channels,
         "embed_dim": model.width,
-        "depth": sum(part.startswith("layer.") for part in parts),
+        "depth": layers,
         "num_heads": model.heads,
         "mlp_ratio": model.mlp_ratio,
         "class_token": model.pooling == "token",
         "global_pool": "token" if model.pooling == "token" else "avg",
     }
+
+
+def without(model: ModelSection, layers: int) -> list[str]:
+    """Modules of timm's model that an encoder of so many layers does not have."""
+    traits = CONVOLUTIONAL.get(model.backbone)
+    return [*traits.names[layers:], *traits.after] if traits else []
 
 
 def _write(out: Path, data: bytes) -> None:

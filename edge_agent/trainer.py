@@ -1,11 +1,13 @@
 """One task, computed: received parts and images in, the update's tensors out. Deterministic in the run's seed.
 
 The random streams depend on (participant, stage, round), never on the device's id or on time, so a task that is
-repeated after a power cut, or on another device of the same kind with the same images, gives the same bits.
+repeated after a power cut, or on another device of the same kind with the same images, gives the same bits. With alignment
+by moon they depend on the device's previous update of the stage too, which `lwfed.edge_agent.previous` keeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from lwfed.config import RunConfig
 from lwfed.data.images import Pixels
 from lwfed.errors import InvalidPayload
 from lwfed.models.local import LocalSummary, StepReport, device_task, train_local
-from lwfed.models.shapes import part_shapes
+from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import part_of
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
@@ -36,6 +38,15 @@ def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path]) -> dict
     return loaded
 
 
+def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, Tensor] | None:
+    """The tensors of a kept update; None when there is none, or when the disk has spoilt it."""
+    if file is None:
+        return None
+    with contextlib.suppress(InvalidPayload):
+        return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
+    return None
+
+
 def train(
     config: RunConfig,
     stage: int,
@@ -44,9 +55,14 @@ def train(
     tensors: Mapping[str, Tensor],
     pixels: Pixels,
     on_step: Callable[[StepReport], None] | None = None,
+    previous: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
-    """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
+    """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged.
+
+    `previous` are those of an earlier round of the stage, for alignment by moon.
+    """
     plan = config.plan(stage)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, config.place(stage, round)), tensors, pixels, on_step)
+    task = device_task(config, plan, seed, config.place(stage, round))
+    trained, summary = train_local(config, task, tensors, pixels, on_step, previous)
     return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

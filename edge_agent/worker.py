@@ -13,7 +13,6 @@ beyond torch, numpy and Pillow is loaded.
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
+from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.models.local import StepReport
 from lwfed.wire import tensors as wire
 
@@ -50,8 +50,16 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], parts, images.pixels, on_step)
-        write_durably(Path(data["out"]), wire.encode(update))
+        stage, participant, kept = data["stage"], data["participant"], Path(data["kept"])
+        own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
+        before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
+        update, summary = trainer.train(config, stage, data["round"], participant, parts, images.pixels, on_step, before)
+        encoded = wire.encode(update)
+        if own:
+            own.keep(data["round"], encoded)
+        else:
+            forget(kept)
+        write_durably(Path(data["out"]), encoded)
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
 
@@ -67,15 +75,6 @@ class Worker:
 
             self._images = key, device_images(data["data"], config, data["participant"], Path(data["kept"]), show)
         return self._images[1]
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -1,15 +1,16 @@
-"""Convolutional backbones of timm, cut into stem and layers of one resolution each; tensor names are timm's.
+"""Convolutional backbones of timm, cut into stem and layers; tensor names and numerics are timm's.
 
 Layers before the last give fewer channels than the whole encoder: while such a layer is the last one, a linear adapter
 brings its pooled maps to the width of the features (arXiv 2401.11647 does so with ResNet-18).
 
-Batch norms of what is trained use the statistics of the batch and keep running ones, which travel with the layer and are
-averaged like weights; batch norms of the frozen prefix use the running ones. The momentum is constant, so the count
-of batches, which could not be averaged, is not kept.
+Batch norms of what is trained use the statistics of the batch and keep running ones, which travel with their layer and are
+averaged like weights; batch norms of the frozen prefix use the running ones and leave them as they are. The momentum is
+constant, so the count of batches, an integer that could not be averaged, is not kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import MissingDependency
 from lwfed.models.encoder import MEAN, STD, Encoder
 
+COUNT = "num_batches_tracked"
+
 
 class Convolutional(Encoder):
     """With its first `layers` layers, 0 <= layers <= depth. Raises MissingDependency without timm."""
@@ -28,34 +31,32 @@ class Convolutional(Encoder):
         super().__init__()
         traits = CONVOLUTIONAL[model.backbone]
         if not 0 <= layers <= traits.depth:
-            raise ValueError(f"{model.backbone} has {traits.depth} layers and cannot have {layers}")
+            raise ValueError(f"an encoder of depth {traits.depth} cannot have {layers} layers")
         whole = _timm(model)
-        numbered = hasattr(whole, "layer1")  # ResNet's names; others keep a list of blocks
-        self._stem_names = [name for name in ("conv1", "conv_stem", "bn1", "act1", "maxpool") if hasattr(whole, name)]
-        for name in self._stem_names:
+        for name in traits.names[layers:]:
+            whole.set_submodule(name, nn.Identity())
+        children = [name for name, _ in whole.named_children()]
+        holders = list(dict.fromkeys(name.partition(".")[0] for name in traits.names))  # layer1 .. layer4, or blocks
+        self._stem, self._layers = children[: children.index(holders[0])], traits.names[:layers]
+        for name in (*self._stem, *holders):
             self.add_module(name, whole.get_submodule(name))
-        self._layer_names = [f"layer{number}" if numbered else f"blocks.{number - 1}" for number in range(1, layers + 1)]
-        if numbered:
-            for name in self._layer_names:
-                self.add_module(name, whole.get_submodule(name))
-        else:
-            self.blocks = nn.ModuleList(whole.get_submodule(name) for name in self._layer_names)
         adapters = {str(layers): nn.Linear(traits.widths[layers - 1], traits.width)} if layers in traits.adapted else {}
         self.adapter = nn.ModuleDict(adapters)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = None
+        self.register_load_state_dict_post_hook(_without_counts)
 
     def stem(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         if keep is not None:
             raise ValueError("a convolutional backbone has no patches to hide")
         x = (images - MEAN) / STD
-        for name in self._stem_names:
+        for name in self._stem:
             x = self.get_submodule(name)(x)
         return x
 
-    def layers(self) -> nn.ModuleList:
-        return nn.ModuleList(self.get_submodule(name) for name in self._layer_names)
+    def layers(self) -> Sequence[nn.Module]:
+        return [self.get_submodule(name) for name in self._layers]
 
     def pool(self, x: Tensor) -> Tensor:
         features = x.mean(dim=(2, 3))
@@ -64,10 +65,15 @@ class Convolutional(Encoder):
         return features
 
 
+def _without_counts(module: nn.Module, keys: Any) -> None:
+    """Batch norms expect a count in every file, and find the one they make up unexpected where none is kept."""
+    keys.unexpected_keys[:] = [name for name in keys.unexpected_keys if not name.endswith(COUNT)]
+
+
 def _timm(model: ModelSection) -> Any:
-    import_torchvision()  # timm needs it, also where its compiled operators do not fit this torch
     try:
+        import_torchvision()  # timm needs it, also where its compiled operators do not fit this torch
         import timm
-    except ImportError as error:
+    except (ImportError, MissingDependency) as error:
         raise MissingDependency(f"model.backbone {model.backbone} needs timm: pip install 'lwfed[backbones]' ({error})") from None
-    return timm.create_model(model.backbone, in_chans=model.channels, num_classes=0, global_pool="")
+    return timm.create_model(model.backbone, in_chans=model.channels, num_classes=0)

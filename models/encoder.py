@@ -7,7 +7,7 @@ A new backbone is a subclass of `Encoder`, with tensors named so that `lwfed.pla
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Encoder(nn.Module, ABC):
         """float32 [B, C, H, W] in [0, 1] -> x; of the patches only those of `keep` (int64 [B, visible]) where it is given."""
 
     @abstractmethod
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Sequence[nn.Module]:
         """L_1..L_n, each x -> x."""
 
     @abstractmethod

@@ -67,7 +67,7 @@ class OnnxPrefix:
         self._sessions = [_session(graph, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor:
-        tokens = x.numpy()
+        tokens = x.float().numpy()
         for number, session in enumerate(self._sessions):
             if number not in skip:
                 (tokens,) = session.run([OUTPUT], {INPUT: tokens})

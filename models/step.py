@@ -82,7 +82,7 @@ def prepare(
     """The branches for training the parts `trained` of the model that `tensors` hold; `previous` is what a local call gave before.
 
     `prefix` runs the frozen layers; without it torch does.
-    Trained tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
+    Trained and previous tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
     """
     active = set(trained)
     layers = prefix_layers({part_of(name) for name in tensors}, active)
@@ -92,7 +92,7 @@ def prepare(
     aligned = terms.alignment is not None and terms.alignment.method != "off"
     before = None
     if aligned and terms.alignment is not None and terms.alignment.method == "moon" and previous:
-        before = load_network(config, {**tensors, **previous})
+        before = load_network(config, {**tensors, **{name: tensor.clone() for name, tensor in previous.items()}})
         freeze(before, active)
         before.requires_grad_(False)
     return Branches(
@@ -179,7 +179,7 @@ class _Run:
         self._count = len(batch.images)
         self._size = min(config.train.micro_batch or self._count, self._count)
         self._dtype = next(branches.online.parameters()).dtype  # of all that leaves mixed precision
-        self._mixed = torch.autocast(branches.online.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+        self._bf16 = config.train.precision == "bf16"
 
     @property
     def pieces(self) -> int:
@@ -190,12 +190,21 @@ class _Run:
         """What the prefix gives for view `number`; None where nothing is frozen."""
         if (prefix := self._prefix) is None:
             return None
-        with self._mixed:
-            return self._cat(lambda rows: prefix(self._stem(self._online, number, rows), self._batch.skip), prefix.kept_as or self._dtype)
+
+        def tokens(rows: slice) -> Tensor:
+            with self._mixed():
+                return prefix(self._stem(self._online, number, rows), self._batch.skip)
+
+        return self._cat(tokens, prefix.kept_as or self._dtype)
 
     def key(self, network: Encoder, view: View) -> Tensor:
         """z [B, D] of a branch that takes no gradients."""
-        return self._method.key(network, self._cat(lambda rows: network.pool(self._through(network, view, rows)), self._dtype))
+
+        def features(rows: slice) -> Tensor:
+            with self._mixed():
+                return network.pool(self._through(network, view, rows))
+
+        return self._method.key(network, self._cat(features, self._dtype))
 
     def represent(self, view: View, graph: bool) -> Tensor:
         """Representations [B, ...] of the online branch: with the graph that made them, or as a leaf that collects their gradient."""
@@ -212,25 +221,28 @@ class _Run:
             self._represent(view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
 
     def _represent(self, view: View, rows: slice) -> Tensor:
-        with self._mixed:
+        with self._mixed():
             x = self._through(self._online, view, rows)
             pixels = self._pixels(view.number, rows) if self._method.sees_pixels else None
             found = self._method.represent(self._online, x, pixels, self._keep(rows))
         return found.to(self._dtype)
 
+    def _mixed(self) -> torch.autocast:
+        """Mixed precision, of everything but heads and loss. A new context each time: one that is entered twice never ends."""
+        return torch.autocast(self._online.device.type, torch.bfloat16, enabled=self._bf16)
+
     def _through(self, network: Encoder, view: View, rows: slice) -> Tensor:
         """What the last layer gives."""
-        with self._mixed:
-            if view.tokens is None:
-                return network.through(self._stem(network, view.number, rows))
-            return network.through(view.tokens[rows].to(self._dtype), self._layers)
+        if view.tokens is None:
+            return network.through(self._stem(network, view.number, rows))
+        return network.through(view.tokens[rows].to(self._dtype), self._layers)
 
     def _stem(self, network: Encoder, number: int, rows: slice) -> Tensor:
-        with self._mixed:
-            return network.stem(self._pixels(number, rows), self._keep(rows))
+        return network.stem(self._pixels(number, rows), self._keep(rows))
 
     def _pixels(self, number: int, rows: slice) -> Tensor:
-        return self._batch.view(number, rows).to(self._dtype)
+        with torch.autocast(self._online.device.type, enabled=False):
+            return self._batch.view(number, rows).to(self._dtype)
 
     def _keep(self, rows: slice) -> Tensor | None:
         return None if self._batch.keep is None else self._batch.keep[rows]

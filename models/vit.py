@@ -7,6 +7,8 @@ for the class token).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,8 +104,8 @@ class VisionTransformer(Encoder):
         token = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([token.expand(len(tokens), -1, -1), tokens], dim=1)
 
-    def layers(self) -> nn.ModuleList:
-        return self.blocks
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
 
     def pool(self, x: Tensor) -> Tensor:
         return self.final_norm(x.mean(dim=1) if self.cls_token is None else x[:, 0])

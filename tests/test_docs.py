@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from lwfed import errors
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.cli import Connection
 from lwfed.cloud_server.checkpoint import export
 from lwfed.cloud_server.cli import main as cloud_server
@@ -155,17 +156,30 @@ def test_configurations_are_valid_and_state_differences_only(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_code_runs(text, tmp_path, monkeypatch):
-    config = load_config("demo")
+def test_code_runs(text, tmp_path, monkeypatch, backbones):
     import_torchvision()  # which timm needs, in whatever condition
-    random = np.random.default_rng(0)
-    parts = [part for part in config.plan(config.stage_count).present if part not in ("projector", "predictor")]
+    monkeypatch.chdir(tmp_path)
+    for name, preset, stage in (("encoder", "demo", 4), ("partial", "resnet18", 2)):
+        if name in text:
+            export_random(load_config(preset), stage, tmp_path / f"{name}.safetensors")
+    exec(compile(text, "README.md", "exec"), {})
+
+
+@pytest.fixture
+def backbones():
+    """Those an example adds are gone after it."""
+    before = dict(CONVOLUTIONAL)
+    yield
+    CONVOLUTIONAL.clear()
+    CONVOLUTIONAL.update(before)
+
+
+def export_random(config, stage, out):
+    random, parts = np.random.default_rng(0), config.plan(stage).present
     for part in parts:
         arrays = {name: random.random(shape, dtype=np.float32) for name, shape in part_shapes(config, part).items()}
-        (tmp_path / part).write_bytes(tensors.encode(arrays))
-    export(config, config.stage_count, {part: part for part in parts}, lambda blob: tmp_path / blob, tmp_path / "encoder.safetensors")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(text, "README.md", "exec"), {})
+        (out.parent / part).write_bytes(tensors.encode(arrays))
+    export(config, stage, {part: part for part in parts}, lambda blob: out.parent / blob, out)
 
 
 def links():
@@ -213,6 +227,12 @@ def test_the_service_is_not_restarted_where_it_is_of_no_use():
 
 def test_the_table_of_presets_is_complete():
     assert sorted(row[0] for row in rows("docs/CONFIGURATION.md", "preset")) == presets()
+
+
+def test_the_table_of_backbones_is_complete():
+    listed = [(name, layers, width) for name, layers, width, *_ in rows("docs/BACKBONES.md", "backbone")]
+    expected = [(name, str(traits.depth), str(traits.width)) for name, traits in CONVOLUTIONAL.items()]
+    assert listed == [("vit", "model.depth", "model.width"), *expected]
 
 
 def test_the_tables_of_the_protocol_are_complete():

@@ -29,6 +29,7 @@ STAMP = ".installed-"  # the Makefile's targets
 RESOLVING_PIP = (23, 3)  # the first whose --dry-run leaves the wheels, GBs of them, where they are
 FORECAST_S = 120  # a slow index; the installation itself has all the time it needs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # pytorch.org, "Get Started"
+ALONE = {"test": "reference"}  # extras whose packages come with another one, without what they require
 PIN = re.compile(r"^(?P<name>[\w.-]+)\s*==\s*(?P<version>[^\s;#]+)\s*(?:;\s*(?P<marker>[^#]*?))?\s*(?:#.*)?$")
 CUDA = re.compile(r"^(nvidia|cuda|triton)(-|$)")
 PROBE = """
@@ -113,6 +114,9 @@ def set_up(extra: str, venv: Path, options: Sequence[str]) -> None:
     constraints = _constraints(python, venv, options)
     _say(f"Installing {package}[{extra}] in {venv}")
     _pip(python, ["--editable", f"{ROOT}[{extra}]", "--constraint", str(constraints), *options])
+    alone = [requirement for name in sorted(contained & ALONE.keys()) for requirement in extras[ALONE[name]] if requirement]
+    if alone:
+        _pip(python, ["--no-deps", *alone, "--constraint", str(constraints), *options])
     for name in sorted(contained):
         (venv / f"{STAMP}{name}").touch()
     text = misfit(python)

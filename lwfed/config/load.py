@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config.explain import explain
 from lwfed.config.schema import RunConfig
 from lwfed.errors import ConfigError
@@ -28,10 +29,8 @@ def load_config(name: str, settings: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError that lists every problem at once, each with the nearest key that exists.
     """
     merged = _parse(resources.files("lwfed.configs").joinpath("base.yaml").read_text("utf-8"), "base.yaml")
-    if name != "base":
-        merged = _merge(merged, _parse(_read(name), name))
-    for setting in settings:
-        merged = _merge(merged, _setting(setting))
+    for over in (*([_parse(_read(name), name)] if name != "base" else []), *map(_setting, settings)):
+        merged = _merge(_sized(merged, over), over)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -87,6 +86,14 @@ def _setting(text: str) -> dict[str, Any]:
     for part in reversed(rest):
         nested = {part: nested}
     return {first: nested}
+
+
+def _sized(merged: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With depth and width of the backbone that `over` names, where they are given with it."""
+    model = over.get("model")
+    name = model.get("backbone") if isinstance(model, Mapping) else None
+    traits = CONVOLUTIONAL.get(name) if isinstance(name, str) else None
+    return _merge(merged, {"model": {"depth": traits.depth, "width": traits.width}}) if traits else merged
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

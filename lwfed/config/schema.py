@@ -9,9 +9,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lwfed.backbones import CONVOLUTIONAL, Backbone
+from lwfed.backbones import CONVOLUTIONAL, known
 from lwfed.config.explain import explain
 from lwfed.errors import ConfigError
 from lwfed.plan import HEADS, NORM, CalibrationScope, Place, SslMethod, StagePlan, Strategy, layer_counts, round_counts, stage_plan
@@ -39,7 +39,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    backbone: Backbone
+    backbone: Annotated[str, AfterValidator(known)]
     image_size: Annotated[int, Field(ge=4, le=1024)]
     patch_size: Positive
     channels: Literal[1, 3]
@@ -53,7 +53,8 @@ class ModelSection(Section):
     def _divides(self) -> ModelSection:
         if traits := CONVOLUTIONAL.get(self.backbone):
             if (self.depth, self.width) != (traits.depth, traits.width):
-                raise ValueError(f"backbone {self.backbone} has depth {traits.depth} and width {traits.width}: set both")
+                given = f"{self.depth} and {self.width}"
+                raise ValueError(f"backbone {self.backbone} has depth {traits.depth} and width {traits.width}, not {given}: leave them out")
             return self
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
@@ -216,6 +217,8 @@ class RunConfig(Section):
         if isinstance(stages.layers_per_stage, int) and stages.layers_per_stage > self.model.depth:
             raise ValueError(f"stages.layers_per_stage {stages.layers_per_stage} exceeds model.depth {self.model.depth}")
         round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage)
+        if self.ssl.method == "mae" and self.model.image_size == self.model.patch_size:
+            raise ValueError(f"ssl.method mae hides some of several patches: lower model.patch_size {self.model.patch_size}")
         if convolutional and self.ssl.method == "mae":
             raise ValueError(f"ssl.method mae hides patches, which model.backbone {self.model.backbone} does not have: use vit")
         if convolutional and self.train.micro_batch is not None:

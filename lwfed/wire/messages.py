@@ -22,7 +22,7 @@ MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Part = Annotated[str, Field(pattern=r"^(stem|layer\.[1-9][0-9]?|norm|projector|predictor)$")]
+Part = Annotated[str, Field(pattern=r"^(stem|(layer|adapter)\.[1-9][0-9]?|norm|projector|predictor|decoder)$")]
 Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]

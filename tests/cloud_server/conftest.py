@@ -103,8 +103,8 @@ class NumpyWorker:
 class FakeDevice:
     """What a device does on the wire; its training is a function of the model, the participant, the stage and the round."""
 
-    def __init__(self, broker, root, name, *, images=10, fails=0, spoil=lambda update: update):
-        self.name, self.images, self.fails, self.spoil = name, images, fails, spoil
+    def __init__(self, broker, root, name, *, images=10, fails=0, code="memory", spoil=lambda update: update):
+        self.name, self.images, self.fails, self.code, self.spoil = name, images, fails, code, spoil
         self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
@@ -202,7 +202,8 @@ class FakeDevice:
         task, plan = self.task, config.plan(self.task.stage)
         if self.fails:
             self.fails, self.task = self.fails - 1, None
-            self.tell("fail", messages.Fail(run=task.run, stage=task.stage, round=task.round, code="memory", reason="out of memory"))
+            place = {"run": task.run, "stage": task.stage, "round": task.round}
+            self.tell("fail", messages.Fail(**place, code=self.code, reason=f"out of {self.code}"))
             return
         current = {}
         for part in plan.present:

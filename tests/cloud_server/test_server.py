@@ -265,6 +265,44 @@ def test_a_device_with_too_few_images_is_not_asked(world, said):
     assert "data.min_images is 8" in of(said, "warning")[0]["text"]
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_that_cannot_use_its_images_is_left_out_until_it_starts_anew(world, said, restarted):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert "device 1 cannot train in this round (data): out of data; it is not asked again" in of(said, "warning")[0]["text"]
+    if restarted:
+        poor.restart()
+    fleet.finish()
+    assert poor.tasks[-1] == ((2, 2) if restarted else (1, 1))
+    assert fleet.now < 30
+    assert len(of(said, "warning")) == 1
+
+
+def test_what_made_a_device_unfit_outlives_its_connection(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    fleet.broker.cut("poor")
+    fleet.finish()
+    assert poor.tasks == [(1, 1)]
+
+
+def test_a_deadline_without_a_quorum_does_not_ask_a_device_without_images_again(world, said):
+    fleet = world("rounds.quorum=1")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: sum("needed: waiting as long again" in one["text"] for one in of(said, "warning")) == 2)
+    assert poor.tasks == [(1, 1)]
+    fleet.join("another")
+    fleet.finish()
+
+
 def test_an_acknowledged_update_offered_again_is_acknowledged_again(world):
     fleet = world("rounds.quorum=1")
     fleet.start()

@@ -112,7 +112,7 @@ def test_byol_against_loops_and_the_squared_distance():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_against_lightly(seed):
-    pytest.importorskip("lightly", reason="lightly is not installed: pip install --no-deps lightly")
+    pytest.importorskip("lightly", reason="lightly is not installed: `make setup` does it")
     from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
     from lightly.loss.ntx_ent_loss import NTXentLoss
 

@@ -174,6 +174,32 @@ def test_prefix_runs_once_per_view(tiny, micro_batch, pieces):
     assert calls == [False] * 2 * pieces
 
 
+@pytest.mark.parametrize("micro_batch", ["null", 2])
+def test_mixed_precision_covers_prefix_and_layers_but_not_heads_and_ends_with_the_step(tiny, micro_batch):
+    config = tiny("train.precision=bf16", f"train.micro_batch={micro_batch}", "alignment.method=cosine")
+    terms = Terms(config.alignment)
+    made, _, _ = prepared(config, 2, terms)
+    seen = {}
+    modules = {"prefix": made.online.blocks[0].mlp, "layer": made.online.blocks[1].mlp, "head": made.online.projector[0]}
+    modules |= {"target": made.target.network.blocks[1].mlp, "received": made.received.blocks[1].mlp}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    train_step(made, batch(config), 1e-3, config, terms)
+    assert seen == {"head": {torch.float32}} | {name: {torch.bfloat16} for name in ("prefix", "layer", "target", "received")}
+    assert not torch.is_autocast_enabled("cpu")
+    assert {tensor.dtype for tensor in made.trained} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_is_near_full_precision(tiny, method):
+    settings = [f"ssl.method={method}", "ssl.temperature=0.2", "ssl.decoder_width=32"]
+    loss, exact = gradients(tiny(*settings), 2, dtype=torch.float32)
+    rough, found = gradients(tiny(*settings, "train.precision=bf16"), 2, dtype=torch.float32)
+    assert rough == pytest.approx(loss, rel=0.05)
+    flat = [torch.cat([tensor.flatten() for tensor in one.values()]) for one in (exact, found)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.98
+
+
 def test_depth_dropout_skips_frozen_layers_at_its_rate(tiny):
     config = tiny("stages.depth_dropout=0.25")
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lwfed.tools import setup_env
 from lwfed.tools.setup_env import Forecast, SetupError, closure, forecast, keep_torch, misfit, needs_new_pip, read_extras, warning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,21 @@ def test_a_torchvision_that_does_not_fit_is_told_with_whom_it_concerns(
 def test_a_torchvision_that_is_not_there_is_not_missed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     assert misfit(tmp_path / "venv" / "bin" / "python") is None
+
+
+@pytest.mark.parametrize(("extra", "alone"), [("test", ["lightly>=1.5"]), ("demo", [])])
+def test_references_of_tests_come_without_what_they_require(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str, alone: list[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(setup_env, "_make_venv", lambda venv: venv / "bin" / "python")
+    monkeypatch.setattr(setup_env, "_probe", lambda python: {"pip": "26.0", "torch": "2.13.0"})
+    monkeypatch.setattr(setup_env, "_pip", lambda python, arguments: calls.append(list(arguments)))
+    monkeypatch.setattr(setup_env, "misfit", lambda python: None)
+    setup_env.set_up(extra, tmp_path, ["--no-index"])
+    assert calls[0][:2] == ["--editable", f"{ROOT}[{extra}]"]
+    pinned = ["--constraint", str(tmp_path / "constraints.txt"), "--no-index"]
+    assert calls[1:] == ([["--no-deps", *alone, *pinned]] if alone else [])
 
 
 def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

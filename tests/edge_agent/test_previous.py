@@ -1,0 +1,104 @@
+"""The device's own previous update, which alignment by moon compares with: kept across deaths of the process."""
+
+import shutil
+
+import pytest
+import torch
+
+from lwfed.config import load_config
+from lwfed.edge_agent.previous import Previous, forget
+from lwfed.edge_agent.worker import Worker
+from lwfed.models.initial import init_parts
+from lwfed.plan import by_part
+from lwfed.wire import tensors as wire
+
+SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, output_dim: 8}", "train={epochs: 1, batch_size: 117}"]
+
+
+class Device:
+    """A folder, and training processes that begin anew with every order."""
+
+    def __init__(self, root, method="moon"):
+        self.config = load_config("demo", [*SMALL, f"alignment.method={method}"])
+        self.root, self.kept = root, root / "kept"
+        self.kept.mkdir(parents=True, exist_ok=True)
+        (root / "config").write_bytes(self.config.to_bytes())
+
+    def train(self, round, stage=1, participant=0, worker=None):
+        parts = {}
+        # What the server sends differs from round to round.
+        sent = init_parts(load_config("demo", [*SMALL, f"run.seed={round}"]), self.config.plan(stage).present)
+        for part, held in by_part(sent).items():
+            parts[part] = str(self.root / part)
+            (self.root / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
+        place = {"stage": stage, "round": round, "participant": participant}
+        files = {"config": str(self.root / "config"), "kept": str(self.kept), "out": str(self.root / "update")}
+        (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, lambda said: None)
+        return (self.root / "update").read_bytes()
+
+    def names(self):
+        return sorted(path.name.partition("-0-")[2] for path in self.kept.glob("previous-*"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_process_changes_no_bit(tmp_path):
+    whole, cut = Device(tmp_path / "whole"), Device(tmp_path / "cut")
+    worker = Worker()
+    expected = [whole.train(round, worker=worker) for round in (1, 2, 3)]
+    found = [cut.train(1), cut.train(2)]
+    assert cut.train(2) == found[1], "a repeated round"
+    found.append(cut.train(3))
+    assert cut.train(3) == found[2]
+    assert found == expected
+
+
+def test_a_round_is_compared_with_the_newest_earlier_one_of_its_stage(tmp_path):
+    device = Device(tmp_path / "one")
+    device.train(1)
+    compared = device.train(4)  # the device was not chosen in between
+    assert device.names() == ["1-1.safetensors", "1-4.safetensors"]
+    forget(device.kept)
+    assert device.names() == []
+    assert device.train(4) != compared
+    alone = Device(tmp_path / "another").train(1, stage=2)
+    assert device.train(1, stage=2) == alone, "another stage begins without"
+    assert device.names() == ["2-1.safetensors"]
+
+
+def test_what_two_rounds_need_is_kept_and_no_more(tmp_path):
+    device = Device(tmp_path / "one")
+    for round in (1, 2, 3):
+        device.train(round)
+    assert device.names() == ["1-2.safetensors", "1-3.safetensors"]
+    (device.kept / "previous-torn.part").touch()
+    (device.kept / "another.npy").touch()
+    device.train(4)
+    assert device.names() == ["1-3.safetensors", "1-4.safetensors"]
+    assert (device.kept / "another.npy").exists()
+
+
+def test_a_spoilt_file_is_as_none(tmp_path):
+    device = Device(tmp_path / "one")
+    first = device.train(2)
+    device.train(1)
+    path = Previous(device.kept, device.config, 1, 0).before(2)
+    path.write_bytes(path.read_bytes()[:100])
+    assert device.train(2) == first
+
+
+@pytest.mark.parametrize("method", ["off", "cosine"])
+def test_nothing_is_kept_without_moon(tmp_path, method):
+    device = Device(tmp_path / "one")
+    device.train(1)
+    plain = Device(tmp_path / "one", method)
+    first = plain.train(1)
+    assert plain.names() == []
+    plain.train(2)
+    shutil.rmtree(plain.kept)
+    assert plain.train(1) == first
