@@ -15,8 +15,7 @@ from safetensors.numpy import save
 from lwfed import __version__
 from lwfed.config import RunConfig
 from lwfed.errors import StateError
-from lwfed.models.shapes import part_shapes
-from lwfed.plan import PREDICTOR, PROJECTOR
+from lwfed.plan import DECODER, PREDICTOR, PROJECTOR
 from lwfed.wire import tensors
 
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
@@ -45,10 +44,11 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
     timm.create_model and how pixels are normalised.
     `find` gives the file of a blob. Raises StateError when `out` cannot be written.
     """
-    encoder = [part for part in parts if part not in (PROJECTOR, PREDICTOR)]
+    encoder = [part for part in parts if part not in (PROJECTOR, PREDICTOR, DECODER)]
     found: dict[str, npt.NDArray[np.float32]] = {}
     for part in encoder:
-        found |= tensors.decode(find(parts[part]), part_shapes(config, part))
+        file = find(parts[part])
+        found |= tensors.decode(file, tensors.stated_shapes(file))
     about = {
         "version": __version__,
         "run": config.run.name,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
-from lwfed.cloud_server.aggregate import Share, mean_by_part
+from lwfed.cloud_server.aggregate import RULES, Share, aggregate
 from lwfed.cloud_server.checkpoint import export, referenced
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
 from lwfed.config import RunConfig
-from lwfed.models.shapes import shapes, size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire import tensors
 from lwfed.wire.messages import Run
@@ -42,6 +41,7 @@ class Course:
         except BaseException:
             self.store.close()
             raise
+        self.expected: dict[str, int] = {}  # part -> bytes, of the whole run: what the worker reckons beforehand
         self._seq = 0
 
     @property
@@ -91,21 +91,27 @@ class Course:
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
         )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Part -> bytes, as far as parts exist or are foreseen."""
+        return {**self.expected, **{part: self.blobs.ref(blob).size for part, blob in self.state.parts.items()}}
+
     def update_limit(self) -> int:
         """The largest update that can be one of this stage, in bytes."""
-        return int(size_bytes(self.config, self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
+        return int(sum(self.sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
-        tensors.check_update(path, shapes(self.config, self.plan.uploaded))
+        current = self._files(self.plan.uploaded).values()
+        tensors.check_update(path, {name: shape for file in current for name, shape in tensors.stated_shapes(file).items()})
 
     def aggregate(self) -> dict[str, str]:
-        """The mean of the round's contributions: part -> blob."""
-        found = self.store.contributions(self.state.stage, self.state.round)
-        counted = [one for one in found if self.state.contributed.get(one.participant) == one.id]
+        """The round's contributions made one model: part -> blob."""
+        received = self.store.contributions(self.state.stage, self.state.round)
+        counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
         shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
-        means = mean_by_part(self.config, self.plan.uploaded, shares)
-        return {part: self.blobs.put(tensors.encode(mean)).id for part, mean in means}
+        found = aggregate(RULES[self.config.aggregation.rule], self._files(self.plan.uploaded), shares)
+        return {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
 
     def adopt(self, files: dict[str, str]) -> dict[str, str]:
         """Take over the parts that the worker wrote: part -> file becomes part -> blob."""
@@ -114,6 +120,9 @@ class Course:
     def files(self, parts: dict[str, str]) -> dict[str, str]:
         """Part -> path, for the worker."""
         return {part: str(self.blobs.path(blob)) for part, blob in parts.items()}
+
+    def _files(self, parts: Iterable[str]) -> dict[str, Path]:
+        return {part: self.blobs.path(self.state.parts[part]) for part in parts}
 
     def export(self) -> Path:
         export(self.config, self.state.stage, self.state.parts, self.blobs.path, self.encoder_path)

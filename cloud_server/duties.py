@@ -83,6 +83,7 @@ class Duties:
     def _take(self, result: Json, now: float) -> None:
         match self._duty, result["event"]:
             case Prepare(), "prepared":
+                self._course.expected = result["sizes"]
                 self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]

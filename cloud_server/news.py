@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.store import Contribution, Scores
 from lwfed.config import RunConfig
 from lwfed.console import Console, counted
-from lwfed.models.shapes import size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire.messages import Beat
 
@@ -110,8 +109,9 @@ class News:
         text = f"{NAMES[name]}: {_scores(scores)}"
         self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, knn=scores.knn, probe=scores.probe)
 
-    def stage_started(self, rules: Rules, plan: StagePlan) -> None:
-        down, up = size_bytes(self._config, plan.downloaded), size_bytes(self._config, plan.uploaded)
+    def stage_started(self, rules: Rules, plan: StagePlan, sizes: Mapping[str, int]) -> None:
+        """`sizes`: bytes of each part."""
+        down, up = (sum(sizes[part] for part in parts) for parts in (plan.downloaded, plan.uploaded))
         text = f"begins; devices train {', '.join(plan.trained)}; a round takes {_bytes(down)} down and {_bytes(up)} up"
         fields = {"stage": plan.stage, "stages": rules.stages, "status": "started", "round_bytes_down": down, "round_bytes_up": up}
         self._say("stage", f"stage {plan.stage}/{rules.stages}", text, **fields)

@@ -12,7 +12,6 @@ from lwfed.cloud_server.broker import ManagedBroker
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
-from lwfed.cloud_server.sizes import check_sizes
 from lwfed.cloud_server.telling import place
 from lwfed.cloud_server.workshop import starter
 from lwfed.config import RunConfig
@@ -36,7 +35,6 @@ class Options:
 def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
-    check_sizes(config)
     with ExitStack() as stack:
         course = Course(config, root)
         stack.callback(course.store.close)

@@ -13,7 +13,7 @@ from lwfed.cloud_server.rounds import Begun, Closed, Extended, GivenUp, Joined, 
 def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
     after = course.state
     if before.phase == "preparing" != after.phase:
-        news.stage_started(course.rules, course.plan)
+        news.stage_started(course.rules, course.plan, course.sizes)
     for notice in notices:
         _notice(news, course, notice)
     if before.phase in ("aggregating", "calibrating", "evaluating") and after.phase in ("preparing", "finished"):

@@ -14,6 +14,7 @@ from lwfed.child import Said
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.worker import part_sizes
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
 from lwfed.models.shapes import part_shapes, shapes
@@ -80,7 +81,8 @@ class NumpyWorker:
             part: {name: drawn(shape, "init", name) for name, shape in part_shapes(config, part).items()}
             for part in config.plan(job["stage"]).added
         }
-        return {"event": "prepared", "parts": {part: self._write(job, part, found) for part, found in new.items()}}
+        files = {part: self._write(job, part, found) for part, found in new.items()}
+        return {"event": "prepared", "parts": files, "sizes": part_sizes(config)}
 
     def _calibrate(self, config, job):
         files = {}
