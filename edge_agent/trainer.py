@@ -44,9 +44,10 @@ def train(
     tensors: Mapping[str, Tensor],
     pixels: Pixels,
     on_step: Callable[[StepReport], None] | None = None,
+    lr_scale: float = 1.0,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
     """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
-    plan = config.plan(stage)
+    plan, place = config.plan(stage), config.place(stage, round, lr_scale)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, config.place(stage, round)), tensors, pixels, on_step)
+    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, pixels, on_step)
     return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

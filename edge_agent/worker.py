@@ -1,6 +1,6 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "data", "kept", "out"}
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "kept", "out"}
 Out:  {"event": "ready", "torch", "machine"}                after the imports, once
       {"event": "loading", "done", "total"}                 while it decodes images for the first time
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
@@ -50,7 +50,8 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], parts, images.pixels, on_step)
+        place = data["stage"], data["round"], data["participant"]
+        update, summary = trainer.train(config, *place, parts, images.pixels, on_step, data["lr_scale"])
         write_durably(Path(data["out"]), wire.encode(update))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})

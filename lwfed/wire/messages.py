@@ -22,7 +22,7 @@ MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Part = Annotated[str, Field(pattern=r"^(stem|layer\.[1-9][0-9]?|norm|projector|predictor)$")]
+Part = Annotated[str, Field(pattern=r"^(stem|(layer|adapter)\.[1-9][0-9]?|norm|projector|predictor|decoder)$")]
 Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -83,7 +83,7 @@ class ServerState(Message):
     protocol_max: int = PROTOCOL
 
 
-Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished"]
+Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished", "stopped"]
 
 
 class Run(Message):
@@ -96,9 +96,14 @@ class Run(Message):
     stage: Ordinal
     stages: Ordinal
     round: Ordinal
-    rounds: Ordinal  # in this stage
+    rounds: Ordinal  # in this stage, as planned: it may end earlier, or go on when it is repeated
     config: BlobRef
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
+    lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
+
+    @property
+    def over(self) -> bool:
+        return self.phase in ("finished", "stopped")
 
 
 # The server to one device
