@@ -21,11 +21,6 @@ from lwfed.wire import tensors
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
 
 
-def referenced(config_blob: str, current: Mapping[str, str], checkpoints: Checkpoints) -> set[str]:
-    """The blobs that somebody may still ask for."""
-    return {config_blob, *current.values(), *(blob for parts in checkpoints.values() for blob in parts.values())}
-
-
 def choose(checkpoints: Checkpoints, stage: int | None) -> tuple[int, Mapping[str, str]]:
     """(stage, parts) of the last checkpoint, or of the last one of `stage`. Raises StateError when there is none."""
     stages = {place[0]: parts for place, parts in sorted(checkpoints.items())}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lwfed.blobs import BlobStore
 from lwfed.cloud_server.aggregate import RULES, Share, aggregate
-from lwfed.cloud_server.checkpoint import export, referenced
+from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
-from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
@@ -49,6 +49,11 @@ class Course:
         return self.config.plan(self.state.stage)
 
     @property
+    def lr_scale(self) -> float:
+        """What plateaus have left of the learning rate in the present round."""
+        return self.rules.lr_scale(self.state)
+
+    @property
     def encoder_path(self) -> Path:
         return self.root / "encoder.safetensors"
 
@@ -64,13 +69,14 @@ class Course:
             for notice in notices:
                 _record(step, before, after, notice)
             if isinstance(event, Aggregated | Calibrated) and after.phase != "calibrating":
-                step.checkpoint(before.stage, before.round, after.parts)
+                step.checkpoint(before.stage, before.round, {**before.parts, **event.parts})
         self.state = after
         return notices
 
     def tidy(self) -> None:
         """Delete what nobody will ask for any more."""
-        self.blobs.forget(referenced(self.config_ref.id, self.state.parts, self.store.checkpoints()))
+        models = [self.state.parts, self.state.start, *self.store.checkpoints().values()]
+        self.blobs.forget({self.config_ref.id, *(blob for parts in models for blob in parts.values())})
         if self.state.phase not in ("training", "aggregating"):
             self.spool.forget(())
 
@@ -86,7 +92,8 @@ class Course:
             stage=state.stage,
             stages=self.rules.stages,
             round=state.round,
-            rounds=self.rules.rounds_of(state.stage),
+            rounds=self.rules.last_round(state.stage, state.round),
+            lr_scale=self.lr_scale,
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
         )
@@ -105,13 +112,16 @@ class Course:
         current = self._files(self.plan.uploaded).values()
         tensors.check_update(path, {name: shape for file in current for name, shape in tensors.stated_shapes(file).items()})
 
-    def aggregate(self) -> dict[str, str]:
-        """The round's contributions made one model: part -> blob."""
+    def aggregate(self) -> Aggregated:
+        """The round's contributions made one model."""
         received = self.store.contributions(self.state.stage, self.state.round)
         counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
         shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
         found = aggregate(RULES[self.config.aggregation.rule], self._files(self.plan.uploaded), shares)
-        return {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        loss = self.store.loss(self.state.stage, self.state.round)
+        assert loss is not None
+        return Aggregated(parts, loss)
 
     def adopt(self, files: dict[str, str]) -> dict[str, str]:
         """Take over the parts that the worker wrote: part -> file becomes part -> blob."""
@@ -124,8 +134,12 @@ class Course:
     def _files(self, parts: Iterable[str]) -> dict[str, Path]:
         return {part: self.blobs.path(self.state.parts[part]) for part in parts}
 
-    def export(self) -> Path:
-        export(self.config, self.state.stage, self.state.parts, self.blobs.path, self.encoder_path)
+    def export(self) -> Path | None:
+        """The encoder that the run ends with, as a file; None when its first stage was its last and collapsed."""
+        if not self.state.sound_stage:
+            return None
+        stage, parts = choose(self.store.checkpoints(), self.state.sound_stage)
+        export(self.config, stage, parts, self.blobs.path, self.encoder_path)
         return self.encoder_path
 
 
@@ -135,3 +149,5 @@ def _record(step: Step, before: State, after: State, notice: Notice) -> None:
             step.begin_round(after.stage, after.round, after.chosen)
         case Closed(stage, round):
             step.close_round(stage, round)
+        case Collapsed(stage, _, "repeat"):
+            step.forget_checkpoint(stage)

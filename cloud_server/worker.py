@@ -1,7 +1,7 @@
 """The server's torch process: ``python -m lwfed.cloud_server.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "prepare",   "config", "stage", "parts": {part: file}, "out": folder}
-      {"do": "calibrate", "config", "stage", "round", "parts", "kept": folder, "out"}
+In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "out": folder}
+      {"do": "calibrate", "config", "stage", "round", "lr_scale", "parts", "kept": folder, "out"}
       {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}
 Out:  {"event": "ready"}                                       after the imports, once
       {"event": "prepared", "parts": {part: file},             the parts that the stage adds
@@ -52,13 +52,14 @@ class Worker:
         say(jobs[data["do"]](config, data))
 
     def _prepare(self, config: RunConfig, data: Json) -> Json:
-        added = grow(config, config.plan(data["stage"]), _load(config, data["parts"]))
+        added = grow(_with_stream(config, data["attempt"]), config.plan(data["stage"]), _load(config, data["parts"]))
         return {"event": "prepared", "parts": _write(added, Path(data["out"])), "sizes": part_sizes(config)}
 
     def _calibrate(self, config: RunConfig, data: Json) -> Json:
         started = time.monotonic()
         stage, round = data["stage"], data["round"]
-        task = calibration_task(config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), config.place(stage, round))
+        seed, place = derive(config.run.seed, "calibrate", stage, round), config.place(stage, round, data["lr_scale"])
+        task = calibration_task(config, config.plan(stage), seed, place)
         images = self._load_images("auxiliary", auxiliary_images, config, data)
         trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
         files = _write(trained, Path(data["out"]))
@@ -92,6 +93,14 @@ def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float
     halved = found[bank], labels[bank], found[queries], labels[queries]
     probe = probe_accuracy(*halved) if config.evaluation.probe else None
     return {"knn": knn_accuracy(*halved, config.evaluation.neighbours), "probe": probe}
+
+
+def _with_stream(config: RunConfig, attempt: int) -> RunConfig:
+    """The configuration whose seed gives the weights of this attempt at a stage; that of the first is the run's own."""
+    if attempt == 1:
+        return config
+    run = config.run.model_copy(update={"seed": derive(config.run.seed, "attempt", attempt)})
+    return config.model_copy(update={"run": run})
 
 
 def part_sizes(config: RunConfig) -> dict[str, int]:
