@@ -26,6 +26,7 @@ class Member:
     hello: Hello
     boot: int
     state: DeviceState | None = None  # None: not seen since the server started
+    unfit: str = ""  # why it cannot train, as it said; forgotten when it starts anew
 
     @property
     def there(self) -> bool:
@@ -55,9 +56,11 @@ class Fleet:
         for device in store.devices():
             self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
-    def can_train(self, member: Member) -> bool:
-        """A device that cannot count its images beforehand says 0."""
-        return member.hello.images == 0 or member.hello.images >= self._min_images
+    def objection(self, member: Member) -> str:
+        """Why it is not asked to train; empty when it may be. A device that cannot count its images beforehand says 0."""
+        if not member.unfit and 0 < member.hello.images < self._min_images:
+            return f"it has {member.hello.images} images, and data.min_images is {self._min_images}"
+        return member.unfit
 
     def greet(self, device: str, hello: Hello) -> Member | None:
         """The member, admitted now if it is new; None when there is no room for another one."""
@@ -65,7 +68,8 @@ class Fleet:
             return None
         participant, _ = self._store.admit(device, hello)
         member = self.members.setdefault(device, Member(device, participant, hello, hello.boot))
-        member.hello, member.boot = hello, hello.boot
+        member.hello = hello
+        self._note_boot(member, hello.boot)
         if not member.there:
             member.state = "ready"
         self.remind(participant)
@@ -78,10 +82,15 @@ class Fleet:
             return None
         if (state.boot, member.state, state.state) == (member.boot, "stopped", "lost"):
             return None  # a goodbye is the last word of a start
-        member.boot, member.state = state.boot, state.state
+        self._note_boot(member, state.boot)
+        member.state = state.state
         if state.state == "training" and member.participant in self._asked:
             self.works(member.participant, now)
         return member
+
+    def _note_boot(self, member: Member, boot: int) -> None:
+        if boot != member.boot:
+            member.boot, member.unfit = boot, ""
 
     def works(self, participant: int, now: float) -> None:
         """It works on its task of this round: no reminder is needed for a while."""
@@ -100,11 +109,10 @@ class Fleet:
             self._task = task
             self._asked.clear()
             self._heard.clear()
-        wanted = set(owing)
         commands: list[Command] = []
         self.reminded = False
-        for member in self.members.values():
-            if member.participant in wanted and member.there and self._due(member.participant) <= now:
+        for member in self._askable(owing):
+            if self._due(member.participant) <= now:
                 self.reminded |= member.participant in self._asked
                 self._asked[member.participant] = now
                 payload = encode(task.model_copy(update={"participant": member.participant}))
@@ -112,8 +120,11 @@ class Fleet:
         return commands
 
     def next_wakeup(self, owing: Iterable[int]) -> float | None:
+        return min((self._due(one.participant) for one in self._askable(owing)), default=None)
+
+    def _askable(self, owing: Iterable[int]) -> list[Member]:
         wanted = set(owing)
-        return min((self._due(one.participant) for one in self.members.values() if one.participant in wanted and one.there), default=None)
+        return [one for one in self.members.values() if one.participant in wanted and one.there and not self.objection(one)]
 
     def _due(self, participant: int) -> float:
         never = float("-inf")

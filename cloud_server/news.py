@@ -34,7 +34,9 @@ class News:
 
     def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
         name, strategy = self._config.run.name, self._config.stages.strategy
-        course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}"
+        course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}" + (
+            " at most" if rules.patience else ""
+        )
         text = {"started": course, "resumed": f"{course}; goes on at {place}"}.get(status, f"{course}; {status}")
         self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
 

@@ -94,10 +94,8 @@ class Reception:
             self._news.joined(member, "joined" if known is None else "is back")
         if anew:
             self._restarted(member, now)
-        if not self._fleet.can_train(member):
-            least = self._course.config.data.min_images
-            text = f"device {member.participant} has {hello.images} images and is not asked to train: data.min_images is {least}"
-            self._complain(device, "images", text)
+        if objection := self._fleet.objection(member):
+            self._complain(device, "images", f"device {member.participant} is not asked to train: {objection}")
             self._apply(Absent(member.participant, for_good=True), now, None)
             return []
         self._apply(Present(member.participant), now, None)
@@ -108,7 +106,7 @@ class Reception:
         before, boot = (known.state, known.boot) if known else (None, 0)
         self._look_for_double(known, state)
         member = self._fleet.note(device, state, now)
-        if member is None or not self._fleet.can_train(member):
+        if member is None or self._fleet.objection(member):
             return []
         if state.boot > boot:
             self._restarted(member, now)
@@ -148,9 +146,14 @@ class Reception:
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         if member.participant in self._course.state.owing:
-            self._news.warning(f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}", code=fail.code)
+            unfit = fail.code == "data"  # no later round brings it images
+            text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
+            self._news.warning(text + ("; it is not asked again until it is restarted" if unfit else ""), code=fail.code)
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
             self._apply(CannotTrain(member.participant, refused=False), now, None)
+            if unfit:
+                member.unfit = fail.reason or "it cannot use its images"
+                self._apply(Absent(member.participant, for_good=True), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
         if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one

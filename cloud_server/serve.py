@@ -16,8 +16,8 @@ from lwfed.cloud_server.telling import place, say_over, stop_reason
 from lwfed.cloud_server.workshop import starter
 from lwfed.config import RunConfig
 from lwfed.console import Console
-from lwfed.data import open_source, scan
-from lwfed.errors import ConfigError, DataError, MissingDependency, RunStopped
+from lwfed.data import open_source
+from lwfed.errors import ConfigError, MissingDependency, RunStopped
 from lwfed.transport.address import BrokerAddress
 
 DEFAULT_PORT = 1883
@@ -78,12 +78,8 @@ def check_sources(config: RunConfig) -> None:
     for spec in (config.calibration.data if config.calibration.every != "never" else None, config.evaluation.data):
         if spec is not None:
             open_source(spec).check()
-    if config.evaluation.data is not None and not (labelled := open_source(config.evaluation.data)).named:
-        kinds = scan.classes(labelled.folder, scan.find(labelled.folder))
-        if len(kinds) < 2:
-            raise DataError(
-                f"evaluation.data {config.evaluation.data!r} has no classes: put the images of each, two at least, into a sub-folder"
-            )
+    if config.evaluation.data is not None:
+        open_source(config.evaluation.data).check_labels()
 
 
 def _broker(options: Options, root: Path) -> ManagedBroker | None:

@@ -27,9 +27,9 @@ from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.resources import Meter
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
-from lwfed.edge_agent.signals import on_signals
 from lwfed.edge_agent.work import Places, Work
 from lwfed.errors import MissingDependency, TransportError
+from lwfed.signals import on_signals
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics
@@ -84,8 +84,7 @@ class Agent:
         self._journal = Journal(join.state / "journal.sqlite", join.name)
         self._topics = Topics(join.fleet)
         device = self._journal.device
-        data = join.data if source.named else str(source.folder.absolute())
-        places = Places(data, kept=join.state / "images", out=join.state / "update.safetensors")
+        places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors")
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
         hello = _hello(self._journal.boot, source, images)

@@ -10,7 +10,7 @@ import click
 
 from lwfed import __version__
 from lwfed.cli import Connection, Program, connection_options, json_option
-from lwfed.edge_agent.signals import on_signals
+from lwfed.signals import on_signals
 
 
 class Folder(click.Path):
@@ -28,7 +28,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("url")
-@click.option("--data", required=True, metavar="FOLDER|NAME", help="A folder of images, or a data set: digits, cifar10, mnist, ...")
+@click.option(
+    "--data", required=True, metavar="FOLDER|FILE|NAME", help="A folder of images, an .npz file, or a data set: digits, cifar10, ..."
+)
 @click.option("--fleet", default="default", show_default=True, help="As on the server.")
 @click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
 @click.option("--state", type=Folder(path_type=Path), help="Folder for journal, model and decoded images.")
@@ -79,7 +81,7 @@ def join(
 
 @main.command()
 @click.argument("url", required=False)
-@click.option("--data", metavar="FOLDER|NAME", help="Also check that these images can be read.")
+@click.option("--data", metavar="FOLDER|FILE|NAME", help="Also check that these images can be read.")
 @click.option("--state", type=Folder(path_type=Path), help="Folder whose disk is checked.")
 @connection_options
 @json_option

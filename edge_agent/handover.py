@@ -53,10 +53,11 @@ class Handover:
         return [Tell("update", f"an update of {where(update.task)} is waiting to be handed over", {"bytes": update.blob.size})]
 
     def begin(self, task: Task, file: Path, report: Report, chunk_bytes: int) -> list[Effect]:
-        """Take the worker's `file` over. Raises StateError when the disk does not."""
+        """Take the worker's `file` over. Raises StateError when the disk does not, InvalidPayload when it cannot travel."""
         if self._link.packet_limit is not None:
             chunk_bytes = min(chunk_bytes, self._link.packet_limit - PACKET_MARGIN_BYTES)
         update = Update(task=task, blob=self._spool.adopt(file), chunk_bytes=chunk_bytes, report=report)
+        self._spool.manifest(update.blob.id, chunk_bytes)  # or refuse now: a journal that cannot be recalled would bar every start
         self._journal.finish(update)
         self.update = update
         self._offer(update)

@@ -176,7 +176,11 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise StateError(f"the agent's journal {self._path} is unusable ({error}): free disk space, or move the file away") from None
+            full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+            advice = (
+                "free space on its disk and start again: nothing is lost" if full else "move the file away to start over as a new device"
+            )
+            raise StateError(f"the agent's journal {self._path} is unusable ({error}): {advice}") from None
 
 
 def _new_id(name: str) -> str:

@@ -116,8 +116,8 @@ class Session:
         if known:
             return []
         self._traffic.save()
-        again = f"trying again for {self._wait_s:g} s" if self._give_up_at is not None else "trying again until it is back"
-        return [Tell("disconnected", f"{reason}; {again}", {"reason": str(reason)})]
+        again = f"for {self._wait_s:g} s" if self._give_up_at is not None else "until it is back"
+        return [Tell("disconnected", f"no connection, trying {again}: {reason}", {"reason": str(reason)})]
 
     def _lose_server(self) -> None:
         self._server = self._early = None
@@ -136,12 +136,10 @@ class Session:
     def _on_message(self, topic: str, payload: bytes, now: float) -> list[Effect]:
         try:
             return self._route(topic, payload)
-        except ProtocolMismatch as error:
-            return [EndWorker(), Exit(error)]
-        except InvalidMessage as error:
+        except (InvalidMessage, ProtocolMismatch) as error:  # which version to speak is the word of the server's state alone
             self._invalid += 1  # said at the 1st, 2nd, 4th, 8th...: a broken sender must not fill the log
             again = f" ({self._invalid} so far)" if self._invalid > 1 else ""
-            return [Tell("warning", f"ignored what does not parse: {error}{again}")] if self._invalid.bit_count() == 1 else []
+            return [Tell("warning", f"ignored a message: {error}{again}")] if self._invalid.bit_count() == 1 else []
 
     def _route(self, topic: str, payload: bytes) -> list[Effect]:
         match self._topics.parse(topic):

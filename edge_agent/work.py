@@ -15,11 +15,12 @@ from typing import Literal
 
 from lwfed.blobs import BlobStore
 from lwfed.config import RunConfig
+from lwfed.data import Source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
@@ -75,6 +76,7 @@ class Work:
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
         self._phase: Phase = "idle"
         self._task: Task | None = None
+        self._early: Task | None = None  # of a run that is not announced yet
         self._run: Run | None = None
         self._job: Job | None = None  # while starting and training
         self._worker: WorkerFor | None = None
@@ -83,6 +85,7 @@ class Work:
         self._next_beat = float("-inf")
         self._losses: list[float] = []  # of the present epoch
         self._to_fetch = 0
+        self._few_said_in: str | None = None  # run
 
     @property
     def busy(self) -> bool:
@@ -103,6 +106,9 @@ class Work:
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
             effects += self._give_up()
+        if self._early is not None and self._early.run == run.run:
+            early, self._early = self._early, None
+            effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
         if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.over):
@@ -111,7 +117,10 @@ class Work:
 
     def assign(self, task: Task) -> list[Effect]:
         """The server wants this device to train; it says so again whenever it is unsure."""
-        if (self._run is not None and task.run == self._run.run and _is_over(task, self._run)) or task == self._task:
+        if self._run is not None and task.run != self._run.run:
+            self._early = task  # its announcement may follow on the other topic; until then nothing is given up for it
+            return []
+        if (self._run is not None and _is_over(task, self._run)) or task == self._task:
             return []
         if self.handover.covers(task):
             return []
@@ -241,15 +250,31 @@ class Work:
         execution = self._journal.execution(job.task.run, job.task.stage)
         said = {name: value for name, value in vars(event).items() if name != "file"}
         self._linger_until = now + job.config.worker.linger_s
-        return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        report = Report(**said, execution=execution)
+        few = self._say_few(job, event)
+        try:
+            return few + self.handover.begin(job.task, event.file, report, job.config.transfer.chunk_bytes)
+        except InvalidPayload as error:
+            return few + self._fail(job.task, events.WorkerError("ConfigError", str(error)))
+
+    def _say_few(self, job: Job, event: events.WorkerDone) -> list[Effect]:
+        batch = job.config.train.batch_size
+        if event.images >= batch or self._few_said_in == job.task.run:
+            return []
+        self._few_said_in = job.task.run
+        text = f"{event.images} images are fewer than train.batch_size {batch}: this device trains on batches of {event.images}"
+        return [Tell("images", text, {"images": event.images, "batch_size": batch})]
 
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
-        """The agent stays; the server may assign the task again."""
+        """The agent stays; the server may assign the task again, but not where images are the trouble."""
         effects = self._end_worker(died=event.kind == "died")
         self._give_up()
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
-        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=event.message[:1000])
+        reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
+        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])
         text = f"{where(task)} failed ({code}): {event.message}"
+        if code == "data":
+            text += "; this device stays connected, and is not asked again until it is restarted"
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
 
     def _give_up(self) -> list[Effect]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lwfed import __version__
-from lwfed.cli import Program, setting_option
+from lwfed.cli import Program, json_option, setting_option
 from lwfed.tools.endings import leave, on_endings
 
 
@@ -41,11 +41,11 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
 @click.argument("name")
 def fetch(name: str) -> None:
     """Download a data set known by name (cifar10, mnist, ...) for --data, or for evaluation and calibration."""
-    from lwfed.data import sets
+    from lwfed.data import downloads
     from lwfed.errors import DataError
 
-    if name not in sets.NAMES:
-        raise DataError(f"{name!r} is none of the data sets that can be downloaded: {', '.join(sets.NAMES)}")
+    if name not in downloads.NAMES:
+        raise DataError(f"{name!r} is none of the data sets that can be downloaded: {', '.join(downloads.NAMES)}")
     from lwfed.data import torchvision_sets
 
     click.echo(f"{name}: {torchvision_sets.fetch(name)}")
@@ -64,6 +64,22 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
         click.echo("\n".join(presets()))
     else:
         click.echo(yaml.safe_dump(load_config(name, settings).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@main.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--data", metavar="NAME|FILE|FOLDER", help="What devices are given; a folder is shared. Default: the set that the configuration names."
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it, as PNG.")
+@setting_option
+@json_option
+def split(name: str, data: str | None, out: Path | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """Show how a configuration splits images among devices and server; nothing is trained."""
+    from lwfed.config import load_config
+    from lwfed.tools.split import run_split
+
+    run_split(load_config(name, settings), data, out, as_json)
 
 
 if __name__ == "__main__":

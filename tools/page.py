@@ -26,7 +26,7 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
         devices=config["data"]["devices"],
         stages=len(report["stages"]),
         depth=config["model"]["depth"],
-        partition=", uneven in its classes" if config["data"]["partition"] == "dirichlet" else "",
+        partition=", uneven in its classes" if config["data"]["partition"] in ("dirichlet", "classes") else "",
         added="a single layer" if config["stages"]["layers_per_stage"] == 1 else f"{config['stages']['layers_per_stage']} layers",
         calibration=CALIBRATION if (config["calibration"]["every"], config["calibration"]["scope"]) == ("round", "model") else "",
         random=_percent(report["random"]["knn"]),

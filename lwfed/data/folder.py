@@ -1,4 +1,4 @@
-"""All images of a folder, decoded one at a time."""
+"""Images of a folder, decoded one at a time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from lwfed.data.source import Progress
 from lwfed.errors import DataError, StateError
 
 
-def read(folder: Path, shape: Shape, name: str, kept: Path | None, progress: Progress | None) -> Images:
-    """The readable images below `folder`; with `kept`, memory-mapped from there under `name`.
+def read(folder: Path, files: list[Path], shape: Shape, name: str, kept: Path | None, progress: Progress | None) -> Images:
+    """The readable images among `files` below `folder`; with `kept`, memory-mapped from there under `name`.
 
-    Raises DataError when there are none, StateError when `kept` cannot be written.
+    Raises DataError when no file can be read, StateError when `kept` cannot be written.
     """
-    files = scan.find(folder)
     pixels, rows = (
         _decode_in_memory(files, shape, progress) if kept is None else _decode_to_disk(folder, files, shape, name, kept, progress)
     )
-    if not len(rows):
+    if files and not len(rows):
         scan.require_readable(folder, files)
         raise DataError(f"none of the {len(files)} image files in {str(folder)!r} can be read to its end: are they complete?")
     classes = scan.classes(folder, files)
-    numbers = {kind: number for number, kind in enumerate(classes)}
-    labels = np.array([numbers[files[row].relative_to(folder).parts[0]] for row in rows], dtype=np.int64) if classes else None
+    labels = np.array(scan.class_numbers(folder, [files[row] for row in rows], classes), dtype=np.int64) if classes else None
     return Images(pixels, labels, classes, skipped=len(files) - len(rows))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +58,15 @@ def to_array(image: Image.Image, shape: Shape) -> Pixels:
     return np.ascontiguousarray(array.transpose(2, 0, 1)) if shape.channels == 3 else array[None].copy()
 
 
-def resize_all(arrays: npt.NDArray[np.uint8], shape: Shape) -> Pixels:
-    """[N, H, W] grey or [N, H, W, 3] colour images of one size -> [N, C, size, size]."""
-    pixels = np.empty((len(arrays), shape.channels, shape.size, shape.size), np.uint8)
+def resize_all(arrays: Iterable[npt.NDArray[np.uint8]], count: int, shape: Shape) -> Pixels:
+    """`count` images, [H, W] grey or [H, W, 3] colour -> [count, C, size, size]."""
+    pixels = np.empty((count, shape.channels, shape.size, shape.size), np.uint8)
     for index, image in enumerate(resize_each(arrays, shape)):
         pixels[index] = image
     return pixels
 
 
-def resize_each(arrays: npt.NDArray[np.uint8], shape: Shape) -> Iterator[Pixels]:
+def resize_each(arrays: Iterable[npt.NDArray[np.uint8]], shape: Shape) -> Iterator[Pixels]:
     """The same one by one, each [C, size, size]."""
     for array in arrays:
         yield to_array(Image.fromarray(array), shape)

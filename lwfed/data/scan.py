@@ -19,19 +19,32 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif"
 
 def locate(spec: str, hint: str = "check the path") -> Path:
     """The folder that `spec` names. Raises DataError when it is none or cannot be reached; `hint` is for one that is not there."""
+    folder, mode = _reach(spec, "folder", hint)
+    if not stat.S_ISDIR(mode):
+        raise DataError(f"{spec!r} is a file; give the folder that holds the images, or an .npz file")
+    return folder
+
+
+def locate_file(spec: str) -> Path:
+    """The file that `spec` names. Raises DataError when it is none or cannot be reached."""
+    file, mode = _reach(spec, "file", "check the path")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{spec!r} is no file; a folder of images needs a name that does not end in {Path(spec).suffix}")
+    return file
+
+
+def _reach(spec: str, kind: str, hint: str) -> tuple[Path, int]:
+    """The path and its mode."""
     if not spec:
         raise DataError(f"the name of the images is empty; {hint}")
     try:
-        folder = Path(spec).expanduser()
-        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+        path = Path(spec).expanduser()
+        return path, path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, RuntimeError):  # expanduser: a home of nobody
-        raise DataError(f"there is no folder {spec!r}; {hint}") from None
+        raise DataError(f"there is no {kind} {spec!r}; {hint}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"the folder {spec!r} cannot be reached ({reason}); check the path and its permissions") from None
-    if not is_folder:
-        raise DataError(f"{spec!r} is a file; give the folder that holds the images")
-    return folder
+        raise DataError(f"the {kind} {spec!r} cannot be reached ({reason}); check the path and its permissions") from None
 
 
 def find(folder: Path) -> list[Path]:
@@ -69,6 +82,12 @@ def classes(folder: Path, files: list[Path]) -> tuple[str, ...]:
     if any(len(parts) < 2 for parts in tops):
         return ()
     return tuple(sorted({parts[0] for parts in tops}))
+
+
+def class_numbers(folder: Path, files: list[Path], kinds: tuple[str, ...]) -> list[int]:
+    """Which of `kinds`, as `classes` gave them, each file lies in."""
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    return [numbers[path.relative_to(folder).parts[0]] for path in files]
 
 
 def open_image(path: Path) -> Image.Image:

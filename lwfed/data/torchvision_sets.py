@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lwfed.data import sets
+from lwfed.data import downloads
 from lwfed.errors import DataError, MissingDependency
 
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "mnist": "MNIST"}
@@ -32,9 +32,9 @@ def read(name: str, train: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.
     """
     kind = getattr(import_torchvision().datasets, CLASSES[name])
     try:
-        dataset = kind(root=str(sets.root()), train=train, download=False)
+        dataset = kind(root=str(downloads.root()), train=train, download=False)
     except (RuntimeError, OSError, ValueError, EOFError):
-        raise sets.not_whole(name) from None
+        raise downloads.not_whole(name) from None
     return np.asarray(dataset.data, dtype=np.uint8), np.asarray(dataset.targets, dtype=np.int64), tuple(dataset.classes)
 
 
@@ -42,15 +42,15 @@ def fetch(name: str) -> Path:
     """Download the data set unless it is there; its folder. Raises MissingDependency and DataError."""
     kind = getattr(import_torchvision().datasets, CLASSES[name])
     try:
-        sets.root().mkdir(parents=True, exist_ok=True)
+        downloads.root().mkdir(parents=True, exist_ok=True)
         with _impatient():
-            kind(root=str(sets.root()), train=True, download=True)
+            kind(root=str(downloads.root()), train=True, download=True)
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"the data set {name!r} cannot be downloaded ({error}); put its files into {sets.folder(name)} by hand, "
+            f"the data set {name!r} cannot be downloaded ({error}); put its files into {downloads.folder(name)} by hand, "
             "or set LWFED_DATASETS to the folder that holds it"
         ) from None
-    return sets.folder(name)
+    return downloads.folder(name)
 
 
 @contextlib.contextmanager

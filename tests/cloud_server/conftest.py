@@ -110,8 +110,10 @@ class NumpyWorker:
 class FakeDevice:
     """What a device does on the wire; its training is a function of the model, the participant, the stage and the round."""
 
-    def __init__(self, broker, root, name, *, images=10, fails=0, spoil=lambda update: update, loss=lambda stage, round: 1.0):
-        self.name, self.images, self.fails, self.spoil, self.loss = name, images, fails, spoil, loss
+    def __init__(
+        self, broker, root, name, *, images=10, fails=0, code="memory", spoil=lambda update: update, loss=lambda stage, round: 1.0
+    ):
+        self.name, self.images, self.fails, self.code, self.spoil, self.loss = name, images, fails, code, spoil, loss
         self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
@@ -209,7 +211,8 @@ class FakeDevice:
         task, plan = self.task, config.plan(self.task.stage)
         if self.fails:
             self.fails, self.task = self.fails - 1, None
-            self.tell("fail", messages.Fail(run=task.run, stage=task.stage, round=task.round, code="memory", reason="out of memory"))
+            place = {"run": task.run, "stage": task.stage, "round": task.round}
+            self.tell("fail", messages.Fail(**place, code=self.code, reason=f"out of {self.code}"))
             return
         current = {}
         for part in plan.present:
@@ -221,7 +224,7 @@ class FakeDevice:
         blob = self.spool.put(tensors.encode(self.spoil(update)))
         offer = Offer(
             contribution=contribution_id(task.run, task.stage, task.round, self.name, blob.id), run=task.run, stage=task.stage,
-            round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, 1024),
+            round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, config.transfer.chunk_bytes),
             report=report(images=self.images * (task.participant + 1), loss=self.loss(task.stage, task.round)),
         )  # fmt: skip
         self.task, self.done_task = None, task

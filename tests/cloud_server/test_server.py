@@ -184,6 +184,22 @@ def test_devices_that_stayed_follow_the_next_run_in_another_state(world, said):
     assert [device.tasks for device in fleet.devices] == [[(1, 1), (1, 2), (2, 1), (2, 2)] * 2] * 2
 
 
+def test_the_server_asks_the_weights_themselves_what_a_backbone_consists_of(world, said):
+    fleet = world(
+        "model.backbone=mobilenetv3_small_100", "model.depth=6", "model.width=576", "model.image_size=32", "model.channels=3",
+        "stages.layers_per_stage=[5, 1]", "stages.rounds_per_stage=1", "rounds.min_devices=1", "transfer.chunk_bytes=122880",
+    )  # fmt: skip
+    fleet.start()
+    fleet.join("a")
+    layers, heads = [f"layer.{number}" for number in range(1, 7)], {"projector", "predictor"}
+    assert load(fleet.finish()).keys() == shapes(fleet.config, ["stem", *layers]).keys()
+    announced = {run.stage: set(run.parts) for run in fleet.announced if run.phase == "training"}
+    assert announced[1] == {"stem", *layers[:5], "adapter.5", *heads}
+    assert announced[2] == {"stem", *layers, *heads}
+    assert {place: "adapter.5" in parts for place, parts in fleet.course.store.checkpoints().items()} == {(1, 1): True, (2, 1): False}
+    assert of(said, "warning") == []
+
+
 def scales(fleet):
     """(stage, round) -> the parts of the rate that were announced for it."""
     found = {}
@@ -375,6 +391,44 @@ def test_a_device_with_too_few_images_is_not_asked(world, said):
     fleet.finish()
     assert poor.tasks == []
     assert "data.min_images is 8" in of(said, "warning")[0]["text"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_that_cannot_use_its_images_is_left_out_until_it_starts_anew(world, said, restarted):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert "device 1 cannot train in this round (data): out of data; it is not asked again" in of(said, "warning")[0]["text"]
+    if restarted:
+        poor.restart()
+    fleet.finish()
+    assert poor.tasks[-1] == ((2, 2) if restarted else (1, 1))
+    assert fleet.now < 30
+    assert len(of(said, "warning")) == 1
+
+
+def test_what_made_a_device_unfit_outlives_its_connection(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    fleet.broker.cut("poor")
+    fleet.finish()
+    assert poor.tasks == [(1, 1)]
+
+
+def test_a_deadline_without_a_quorum_does_not_ask_a_device_without_images_again(world, said):
+    fleet = world("rounds.quorum=1")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: sum("needed: waiting as long again" in one["text"] for one in of(said, "warning")) == 2)
+    assert poor.tasks == [(1, 1)]
+    fleet.join("another")
+    fleet.finish()
 
 
 def test_an_acknowledged_update_offered_again_is_acknowledged_again(world):

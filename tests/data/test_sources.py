@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lwfed.config import load_config
-from lwfed.data import open_source, sets, torchvision_sets
+from lwfed.data import downloads, open_source, torchvision_sets
+from lwfed.data.division import divide
 from lwfed.data.load import auxiliary_images, device_images, labelled_images
 from lwfed.errors import DataError, MissingDependency
 
@@ -209,6 +211,59 @@ def test_digits_are_split_without_overlap_and_cover_everything(tmp_path):
     assert np.array_equal(again.pixels, device_images("digits", settings, 2).pixels)
 
 
+@pytest.fixture
+def sites(tmp_path):
+    """Five sub-folders of four images each; the colour says in which one an image lies."""
+    for site in range(5):
+        for number in range(4):
+            paint(tmp_path / "sites" / f"site{site}" / f"{number}.png", colour=(50 * site, number, 0))
+    return str(tmp_path / "sites")
+
+
+def shares(spec, *settings, kept=None):
+    found = config("evaluation.data=null", "calibration.every=never", *settings)
+    return [device_images(spec, found, number, kept, shared=True).pixels[:, :2, 0, 0].tolist() for number in range(found.data.devices)]
+
+
+@pytest.mark.parametrize("partition", ["even", "dirichlet", "classes", "quantity", "folders"])
+def test_a_shared_folder_is_divided(sites, partition):
+    found = shares(sites, f"data.partition={partition}", "data.dirichlet_beta=100")
+    assert sorted(chain(*found)) == [[50 * site, number] for site in range(5) for number in range(4)]
+    assert len(device_images(sites, config("evaluation.data=null"), 7)) == 20, "and used whole by a device of its own"
+
+
+def test_sub_folders_are_dealt_in_turn(sites, tmp_path):
+    found = [shares(sites, "data.partition=folders", kept=tmp_path / "kept") for _ in range(2)]
+    assert [sorted({red // 50 for red, _ in share}) for share in found[0]] == [[0, 3], [1, 4], [2]]
+    assert found[0] == found[1]
+
+
+def test_a_device_without_a_sub_folder_has_too_few_images(sites):
+    settings = config("evaluation.data=null", "data.partition=folders", "data.devices=6")
+    with pytest.raises(DataError, match="0 readable images in device 5's share of"):
+        device_images(sites, settings, 5, shared=True)
+
+
+def test_images_outside_of_sub_folders_cannot_be_dealt_by_them(sites):
+    paint(Path(sites) / "loose.png")
+    with pytest.raises(DataError, match="images lie outside of any: use even or quantity"):
+        shares(sites, "data.partition=folders")
+    assert sum(map(len, shares(sites, "data.partition=even"))) == 21
+
+
+@pytest.mark.parametrize("key", ["evaluation.data", "calibration.data"])
+def test_a_shared_folder_is_not_the_server_s_too(sites, key):
+    with pytest.raises(DataError, match=f"{key} is the folder .* that the devices share"):
+        device_images(sites, config("evaluation.data=null", f"{key}={sites}/../sites"), 0, shared=True)
+
+
+def test_an_empty_share_of_a_set_is_refused_with_its_number(tmp_path):
+    settings = config("data.partition=dirichlet", "data.dirichlet_beta=1e-4", "data.devices=30")
+    number = [len(rows) for rows in divide(open_source("digits"), settings).shares.devices].index(0)
+    with pytest.raises(DataError, match=f"0 readable images in device {number}'s share of 'digits'"):
+        device_images("digits", settings, number, tmp_path)
+
+
 def test_a_device_beyond_the_shares_is_told_what_to_do():
     with pytest.raises(DataError, match=r"device number 4.*larger data\.devices"):
         device_images("digits", config(), 3)
@@ -283,17 +338,17 @@ def test_a_set_is_fetched_where_it_is_looked_for(monkeypatch, tmp_path):
     assert open_source("cifar10").check() is None  # the names of the files are those that torchvision has
 
 
-@pytest.mark.parametrize("name", sets.NAMES)
+@pytest.mark.parametrize("name", downloads.NAMES)
 def test_the_files_that_are_looked_for_are_those_that_torchvision_reads(name, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setenv("LWFED_DATASETS", str(tmp_path))
     kind = getattr(torchvision_sets.import_torchvision().datasets, torchvision_sets.CLASSES[name])
     if name.startswith("cifar"):
         read = {file for file, _ in (*kind.train_list, *kind.test_list)} | {kind.meta["filename"]}
-        assert (sets.folder(name), set(sets.FILES[name][1])) == (tmp_path / kind.base_folder, read)
+        assert (downloads.folder(name), set(downloads.FILES[name][1])) == (tmp_path / kind.base_folder, read)
     else:
         read = {Path(file).stem for file, _ in kind.resources}
-        assert (sets.folder(name), set(sets.FILES[name][1])) == (tmp_path / kind.__name__ / "raw", read)
+        assert (downloads.folder(name), set(downloads.FILES[name][1])) == (tmp_path / kind.__name__ / "raw", read)
 
 
 def test_a_float_image_is_skipped_not_guessed(folder):

@@ -103,13 +103,13 @@ class Server:
 class Device:
     """The session with its shell played by the test: worker effects are recorded, their answers injected."""
 
-    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s: float = 15) -> None:
+    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s: float = 15, data: str = "digits") -> None:
         self.root, self.exit, self.told, self.worker = root, None, [], []
         root.mkdir(exist_ok=True)
         self.journal = Journal(root / "journal.sqlite", "tester")
         self.id = self.journal.device
         self.link, self.queue = broker.transport(), []
-        self.places = Places("digits", root / "images", root / "update.safetensors")
+        self.places = Places(data, root / "images", root / "update.safetensors")
         held, spool = BlobStore(root / "model", durable=False), BlobStore(root / "updates", durable=False)
         work = Work(self.id, TOPICS, self.journal, held, spool, self.places, self.link)
         rest = {"python": "3", "torch": "2", "machine": "m", "cores": 1, "memory_mb": 1000, "images": 9, "source": "digits"}
@@ -180,8 +180,8 @@ class World:
         self.broker.restore("server")
         self.server = None
 
-    def start_device(self, wait_s=15):
-        self.device = Device(self.broker, self.root / "device", self.now, wait_s)
+    def start_device(self, **options):
+        self.device = Device(self.broker, self.root / "device", self.now, **options)
         return self.device
 
     def settle(self, seconds=1.0):

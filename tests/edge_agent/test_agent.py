@@ -159,8 +159,8 @@ def break_disk(agent):
 
 
 def break_protocol(agent):
-    topic = TOPICS.to_device(agent.server.greeted[0], "task")
-    agent.server.link.publish(topic, b'{"v": 99}')
+    newer = {"v": 9, "online": True, "epoch": 1, "protocol_min": 8, "protocol_max": 9}
+    agent.server.link.publish(TOPICS.server_state, json.dumps(newer).encode(), retain=True)
 
 
 @pytest.mark.parametrize(("end", "error"), [(lambda agent: stop(), None), (break_disk, StateError), (break_protocol, ProtocolMismatch)])

@@ -164,3 +164,16 @@ def test_an_idle_device_is_silent(world):
     before = len(world.broker.log)
     world.settle(600)
     assert len(world.broker.log) == before
+
+
+def test_messages_of_another_version_are_ignored_and_only_the_server_s_state_ends_the_agent(world):
+    server, device = world.joined()
+    for topic in (TOPICS.run, TOPICS.to_device(device.id, "task")):
+        for payload in (b'{"v": 2}', b'{"v": -1}', b'{"v": true}', b'{"v": 1e9}', b'{"v": ' + b"9" * 5000 + b"}"):
+            server.link.publish(topic, payload)
+    world.settle()
+    assert device.exit is None
+    server.announce()
+    server.assign(device.id)
+    world.settle()
+    assert device.texts("task")

@@ -1,8 +1,8 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
 from lwfed.wire import messages
-from lwfed.wire.messages import Fin, Offer, State
+from lwfed.wire.messages import Fail, Fin, Offer, State
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -41,6 +41,30 @@ def test_task_and_announcement_come_in_any_order(world, first):
         world.settle(1)
     world.settle(2)
     assert device.worker == [StartWorker(1)]
+
+
+def test_a_device_with_fewer_images_than_a_batch_says_so_once(world):
+    server, device = world.training()
+    for round in (1, 2):
+        device.finish()
+        world.settle(2)
+        server.announce(round=round + 1)
+        server.assign(device.id, round=round + 1)
+        world.settle(2)
+    assert device.texts("images") == ["9 images are fewer than train.batch_size 32: this device trains on batches of 9"]
+
+
+def test_where_images_lie_is_told_here_and_not_to_the_server(world):
+    server, device = world.start_server(), world.start_device(data="/home/ann/photos")
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    device.ready()
+    device.queue.append(WorkerError("DataError", "3 readable images in '/home/ann/photos'"))
+    world.settle()
+    (fail,) = server.of(Fail)
+    assert (fail.code, fail.reason) == ("data", "3 readable images in 'folder'")
+    assert "'/home/ann/photos'; this device stays connected" in device.texts("warning")[0]
 
 
 def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
@@ -186,3 +210,27 @@ def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
     world.settle(0.2)
     assert device.journal.execution("demo", 1) is None
     assert device.journal.traffic("demo").down == 0
+
+
+def test_a_task_of_a_run_that_is_not_announced_disturbs_nothing(world):
+    server, device = world.training()
+    server.assign(device.id, run="other")
+    world.settle()
+    assert len(device.texts("task")) == 1
+    assert EndWorker() not in device.worker
+    server.announce(run="other")
+    world.settle()
+    assert len(device.texts("task")) == 2  # it is taken up when its run follows
+
+
+def test_an_update_that_cannot_travel_fails_its_round_and_bars_no_start(world, monkeypatch):
+    server, device = world.training()
+    monkeypatch.setattr(type(device.link), "packet_limit", 1024)  # too little for a piece
+    device.finish()
+    world.settle()
+    assert server.of(messages.Fail)[-1].code == "config"
+    device.kill()
+    again = world.start_device()
+    world.settle()
+    assert again.exit is None
+    assert not again.texts("update")
