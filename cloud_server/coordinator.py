@@ -91,6 +91,13 @@ class CannotTrain(Event):
 
 
 @dataclass(frozen=True)
+class Unfit(Event):
+    """A chosen device turned out to be none that can train, in this round or a later one: the round goes on as if without it."""
+
+    participant: int
+
+
+@dataclass(frozen=True)
 class Aggregated(Event):
     parts: dict[str, str]  # those that changed
     loss: float  # of the round, mean by images
@@ -159,6 +166,14 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
     return _proceed(rules, replace(state, failed=failed), now)
 
 
+def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
+    if event.participant not in state.owing:
+        raise IllegalEvent(event, state)
+    chosen = tuple(one for one in state.chosen if one != event.participant)
+    needed = min(state.needed, rules.quorum_of(len(chosen)))
+    return _proceed(rules, replace(with_presence(state, event.participant, "gone"), chosen=chosen, needed=needed), now)
+
+
 def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
     """Go on without those who did not return, as soon as a quorum is there."""
     missing = [participant for participant, there in state.devices.items() if there == "away"]
@@ -196,6 +211,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("waiting", TimeUp): _waited,
     ("training", Contributed): _contributed,
     ("training", CannotTrain): _cannot_train,
+    ("training", Unfit): _unfit,
     ("training", TimeUp): _deadline,
     ("aggregating", Aggregated): _aggregated,
     ("calibrating", Calibrated): _calibrated,

@@ -20,6 +20,7 @@ from lwfed.cloud_server.coordinator import (
     Restarted,
     Started,
     TimeUp,
+    Unfit,
     advance,
 )
 from lwfed.cloud_server.rounds import (
@@ -239,7 +240,7 @@ def test_parts_that_the_next_stage_does_not_have_leave_the_model():
 
 
 @pytest.mark.parametrize(
-    "event", [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), CannotTrain(7, True)]
+    "event", [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), CannotTrain(7, True), Unfit(7)]
 )
 def test_an_illegal_event_names_event_and_place(event):
     with pytest.raises(IllegalEvent, match=rf"{type(event).__name__}.* in phase training of stage 1, round 1"):
@@ -395,11 +396,22 @@ def test_neither_order_nor_restarts_change_the_result(order, restarts, rules, co
         assert begun == sum(rules.rounds)
 
 
+def test_an_unfit_device_counts_no_longer():
+    rules = replace(RULES, quorum=1.0, min_devices=3)
+    state = after(rules, training(rules, devices=3), Unfit(0))
+    assert (state.chosen, state.needed, state.devices[0]) == ((1, 2), 2, "gone")
+    assert after(rules, state, Contributed(1, "x"), Contributed(2, "y")).phase == "aggregating"
+    assert after(rules, training(rules, devices=3), Contributed(1, "x"), Contributed(2, "y"), Unfit(0)).phase == "aggregating"
+    alone = after(RULES, training(), Unfit(0), Unfit(1))
+    assert (alone.phase, alone.needed, alone.stuck) == ("training", 1, True)
+
+
 EVENTS = st.one_of(
     st.builds(Present, st.integers(0, 3)),
     st.builds(Absent, st.integers(0, 3), st.booleans()),
     st.builds(Restarted, st.integers(0, 3)),
     st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
+    st.builds(Unfit, st.integers(0, 3)),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),
     st.just(Started()),
