@@ -16,16 +16,10 @@ from lwfed import __version__
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import ModelSection, RunConfig
 from lwfed.errors import StateError
-from lwfed.models.shapes import part_shapes
 from lwfed.plan import HEADS
 from lwfed.wire import tensors
 
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
-
-
-def referenced(config_blob: str, current: Mapping[str, str], checkpoints: Checkpoints) -> set[str]:
-    """The blobs that somebody may still ask for."""
-    return {config_blob, *current.values(), *(blob for parts in checkpoints.values() for blob in parts.values())}
 
 
 def choose(checkpoints: Checkpoints, stage: int | None) -> tuple[int, Mapping[str, str]]:
@@ -52,7 +46,8 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
     layers = sum(part.startswith("layer.") for part in encoder)
     found: dict[str, npt.NDArray[np.float32]] = {}
     for part in encoder:
-        found |= tensors.decode(find(parts[part]), part_shapes(config, part))
+        file = find(parts[part])
+        found |= tensors.decode(file, tensors.stated_shapes(file))
     about = {
         "version": __version__,
         "run": config.run.name,

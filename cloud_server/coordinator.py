@@ -3,7 +3,8 @@
     preparing --Prepared--> [evaluating: base lines, stage 1] --Evaluated--> waiting
     waiting --enough devices--> training --all answered, or time is up with a quorum--> aggregating
     aggregating --Aggregated--> [calibrating --Calibrated-->] a checkpoint: next round (waiting), or the stage ends:
-    [evaluating --Evaluated-->] preparing of the next stage, or finished
+    [evaluating --Evaluated-->] preparing of the next stage, or finished; where it collapsed perhaps preparing of the same
+    stage once more, or stopped
 
 `duty(state)` says what the phase wants done. The shell stores each state together with what caused it; after a crash it
 loads the last one, hands over `Started` and does that duty again: every duty is a function of what is stored.
@@ -11,20 +12,25 @@ loads the last one, hands over `Started` and does that duty again: every duty is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lwfed.cloud_server.rounds import (
+    MAX_ATTEMPTS,
     Begun,
     Closed,
+    Collapsed,
     Event,
     Extended,
     GivenUp,
     IllegalEvent,
     Notice,
     Presence,
+    Reaction,
+    Reduced,
     Rules,
+    Stalled,
     State,
     assign_more,
     with_presence,
@@ -69,7 +75,7 @@ class Prepared(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    pass
+    collapsed: bool | None = None  # None: that could not be judged
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,16 @@ class CannotTrain(Event):
 
 
 @dataclass(frozen=True)
+class Unfit(Event):
+    """A chosen device turned out to be none that can train, in this round or a later one: the round goes on as if without it."""
+
+    participant: int
+
+
+@dataclass(frozen=True)
 class Aggregated(Event):
     parts: dict[str, str]  # those that changed
+    loss: float  # of the round, mean by images
 
 
 @dataclass(frozen=True)
@@ -127,14 +141,16 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
 
 
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
-    ready = replace(state, parts={**state.parts, **event.parts}, round=1)
-    if rules.evaluate and state.stage == 1:
+    ready = replace(state, parts={**state.parts, **event.parts})
+    if rules.evaluate and not state.trained:
         return replace(ready, phase="evaluating"), []
     return _wait(rules, ready, now)
 
 
 def _evaluated(rules: Rules, state: State, event: Evaluated, now: float) -> Result:
-    return _end_stage(rules, state) if state.trained else _wait(rules, state, now)
+    if not state.trained:
+        return _wait(rules, state, now)
+    return _react(rules, state) if event.collapsed else _end_stage(rules, state)
 
 
 def _contributed(rules: Rules, state: State, event: Contributed, now: float) -> Result:
@@ -148,6 +164,14 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
         raise IllegalEvent(event, state)
     failed = {**state.failed, event.participant: "refused" if event.refused else "failed"}
     return _proceed(rules, replace(state, failed=failed), now)
+
+
+def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
+    if event.participant not in state.owing:
+        raise IllegalEvent(event, state)
+    chosen = tuple(one for one in state.chosen if one != event.participant)
+    needed = min(state.needed, rules.quorum_of(len(chosen)))
+    return _proceed(rules, replace(with_presence(state, event.participant, "gone"), chosen=chosen, needed=needed), now)
 
 
 def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
@@ -171,8 +195,8 @@ def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
 
 
 def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:
-    merged = replace(state, parts={**state.parts, **event.parts})
-    if rules.calibrates(state.stage, state.round):
+    merged = replace(state, parts={**state.parts, **event.parts}, losses={**state.losses, state.round: event.loss})
+    if rules.calibrates(merged):
         return replace(merged, phase="calibrating"), []
     return _end_round(rules, merged, now)
 
@@ -187,6 +211,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("waiting", TimeUp): _waited,
     ("training", Contributed): _contributed,
     ("training", CannotTrain): _cannot_train,
+    ("training", Unfit): _unfit,
     ("training", TimeUp): _deadline,
     ("aggregating", Aggregated): _aggregated,
     ("calibrating", Calibrated): _calibrated,
@@ -228,15 +253,44 @@ def _close(state: State) -> Result:
 
 
 def _end_round(rules: Rules, state: State, now: float) -> Result:
-    if state.round < rules.rounds_of(state.stage):
-        return _wait(rules, replace(state, round=state.round + 1), now)
-    if rules.evaluate:
-        return replace(state, phase="evaluating"), []
-    return _end_stage(rules, state)
+    if not rules.ends_stage(state):
+        following = replace(state, round=state.round + 1)
+        scale = rules.lr_scale(following)
+        reduced = [Reduced(state.stage, state.round, scale)] if scale < rules.lr_scale(state) else []
+        return _with(reduced, _wait(rules, following, now))
+    early = state.round < rules.last_round(state.stage, state.round)
+    stalled = [Stalled(state.stage, state.round)] if early else []
+    return _with(stalled, (replace(state, phase="evaluating"), []) if rules.evaluate else _end_stage(rules, state))
+
+
+def _react(rules: Rules, state: State) -> Result:
+    """The stage that ends has collapsed."""
+    last = rules.on_collapse == "repeat" and state.attempt == MAX_ATTEMPTS
+    reaction: Reaction = "stop" if last else rules.on_collapse
+    collapsed: list[Notice] = [Collapsed(state.stage, state.attempt, reaction)]
+    match reaction:
+        case "warn":
+            return _with(collapsed, _end_stage(rules, state))
+        case "repeat":
+            first = rules.last_round(state.stage, state.round) + 1
+            return replace(_cleared(state), phase="preparing", attempt=state.attempt + 1, round=first, parts=state.start), collapsed
+        case "stop":
+            return replace(_cleared(state), phase="stopped"), collapsed
 
 
 def _end_stage(rules: Rules, state: State) -> Result:
-    fresh = replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None)
-    if state.stage < rules.stages:
-        return replace(fresh, phase="preparing", stage=state.stage + 1, round=1), []
-    return replace(fresh, phase="finished"), []
+    fresh = _cleared(state)
+    if state.stage == rules.stages:
+        return replace(fresh, phase="finished"), []
+    kept = {part: blob for part, blob in state.parts.items() if part in rules.parts[state.stage]}  # of the next stage
+    return replace(fresh, phase="preparing", stage=state.stage + 1, attempt=1, round=1, parts=kept, start=kept), []
+
+
+def _cleared(state: State) -> State:
+    """Without what is of one attempt."""
+    return replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None, losses={})
+
+
+def _with(notices: Sequence[Notice], result: Result) -> Result:
+    """`result`, with what is to be said before it."""
+    return result[0], [*notices, *result[1]]

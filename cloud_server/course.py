@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
-from lwfed.cloud_server.aggregate import Share, mean_by_part
-from lwfed.cloud_server.checkpoint import export, referenced
+from lwfed.cloud_server.aggregate import RULES, Share, aggregate
+from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
-from lwfed.cloud_server.rounds import Begun, Closed, Event, Joined, Notice, Rules, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
 from lwfed.config import RunConfig
-from lwfed.models.shapes import shapes, size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire import tensors
 from lwfed.wire.messages import Run
@@ -42,11 +41,17 @@ class Course:
         except BaseException:
             self.store.close()
             raise
+        self.expected: dict[str, int] = {}  # part -> bytes, of the whole run: what the worker reckons beforehand
         self._seq = 0
 
     @property
     def plan(self) -> StagePlan:
         return self.config.plan(self.state.stage)
+
+    @property
+    def lr_scale(self) -> float:
+        """What plateaus have left of the learning rate in the present round."""
+        return self.rules.lr_scale(self.state)
 
     @property
     def encoder_path(self) -> Path:
@@ -64,13 +69,14 @@ class Course:
             for notice in notices:
                 _record(step, before, after, notice)
             if isinstance(event, Aggregated | Calibrated) and after.phase != "calibrating":
-                step.checkpoint(before.stage, before.round, after.parts)
+                step.checkpoint(before.stage, before.round, {**before.parts, **event.parts})
         self.state = after
         return notices
 
     def tidy(self) -> None:
         """Delete what nobody will ask for any more."""
-        self.blobs.forget(referenced(self.config_ref.id, self.state.parts, self.store.checkpoints()))
+        models = [self.state.parts, self.state.start, *self.store.checkpoints().values()]
+        self.blobs.forget({self.config_ref.id, *(blob for parts in models for blob in parts.values())})
         if self.state.phase not in ("training", "aggregating"):
             self.spool.forget(())
 
@@ -86,26 +92,36 @@ class Course:
             stage=state.stage,
             stages=self.rules.stages,
             round=state.round,
-            rounds=self.rules.rounds_of(state.stage),
+            rounds=self.rules.last_round(state.stage, state.round),
+            lr_scale=self.lr_scale,
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
         )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Part -> bytes, as far as parts exist or are foreseen."""
+        return {**self.expected, **{part: self.blobs.ref(blob).size for part, blob in self.state.parts.items()}}
+
     def update_limit(self) -> int:
         """The largest update that can be one of this stage, in bytes."""
-        return int(size_bytes(self.config, self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
+        return int(sum(self.sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
-        tensors.check_update(path, shapes(self.config, self.plan.uploaded))
+        current = self._files(self.plan.uploaded).values()
+        tensors.check_update(path, {name: shape for file in current for name, shape in tensors.stated_shapes(file).items()})
 
-    def aggregate(self) -> dict[str, str]:
-        """The mean of the round's contributions: part -> blob."""
-        found = self.store.contributions(self.state.stage, self.state.round)
-        counted = [one for one in found if self.state.contributed.get(one.participant) == one.id]
+    def aggregate(self) -> Aggregated:
+        """The round's contributions made one model."""
+        received = self.store.contributions(self.state.stage, self.state.round)
+        counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
         shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
-        means = mean_by_part(self.config, self.plan.uploaded, shares)
-        return {part: self.blobs.put(tensors.encode(mean)).id for part, mean in means}
+        found = aggregate(RULES[self.config.aggregation.rule], self._files(self.plan.uploaded), shares)
+        parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        loss = self.store.loss(self.state.stage, self.state.round)
+        assert loss is not None
+        return Aggregated(parts, loss)
 
     def adopt(self, files: dict[str, str]) -> dict[str, str]:
         """Take over the parts that the worker wrote: part -> file becomes part -> blob."""
@@ -115,8 +131,15 @@ class Course:
         """Part -> path, for the worker."""
         return {part: str(self.blobs.path(blob)) for part, blob in parts.items()}
 
-    def export(self) -> Path:
-        export(self.config, self.state.stage, self.state.parts, self.blobs.path, self.encoder_path)
+    def _files(self, parts: Iterable[str]) -> dict[str, Path]:
+        return {part: self.blobs.path(self.state.parts[part]) for part in parts}
+
+    def export(self) -> Path | None:
+        """The encoder that the run ends with, as a file; None when its first stage was its last and collapsed."""
+        if not self.state.sound_stage:
+            return None
+        stage, parts = choose(self.store.checkpoints(), self.state.sound_stage)
+        export(self.config, stage, parts, self.blobs.path, self.encoder_path)
         return self.encoder_path
 
 
@@ -126,3 +149,5 @@ def _record(step: Step, before: State, after: State, notice: Notice) -> None:
             step.begin_round(after.stage, after.round, after.chosen)
         case Closed(stage, round):
             step.close_round(stage, round)
+        case Collapsed(stage, _, "repeat"):
+            step.forget_checkpoint(stage)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lwfed.child import Json
-from lwfed.cloud_server.coordinator import Aggregated, Calibrated, Evaluated, Prepared
+from lwfed.cloud_server.coordinator import Calibrated, Evaluated, Prepared
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.rounds import Aggregate, Calibrate, Duty, Evaluate, Event, Export, Prepare, duty
-from lwfed.cloud_server.store import Scores, Step
+from lwfed.cloud_server.store import Judgement, Scores, Step
+from lwfed.cloud_server.telling import say_over
 from lwfed.cloud_server.workshop import FromChild, Starter, Workshop
 from lwfed.errors import Diverged
 
@@ -34,19 +35,20 @@ class Duties:
             return False
         self._duty = wanted
         match wanted:
-            case Prepare(stage):
+            case Prepare(stage, attempt):
                 self._news.doing(f"making the weights that stage {stage} begins with")
-                parts = self._course.files(self._course.state.parts) if self._course.config.stages.layer_init == "copy" else {}
-                self._submit("prepare", parts, stage=stage)
+                copied = self._course.config.stages.layer_init == "copy" and attempt == 1  # a copy would be the same once more
+                self._submit("prepare", self._course.files(self._course.state.parts) if copied else {}, stage=stage, attempt=attempt)
             case Evaluate(_, baselines):
                 self._news.doing("measuring random weights and raw pixels" if baselines else "measuring the trained encoder")
                 names = ["random", "raw_pixels"] if baselines else ["trained"]
                 self._submit("evaluate", {} if baselines else self._course.files(self._course.state.parts), names=names)
             case Aggregate():
-                self._apply(Aggregated(self._course.aggregate()), now, None)
+                self._apply(self._course.aggregate(), now, None)
                 return True
             case Calibrate(stage, round):
-                self._submit("calibrate", self._course.files(self._course.state.parts), stage=stage, round=round)
+                place = {"stage": stage, "round": round, "lr_scale": self._course.lr_scale}
+                self._submit("calibrate", self._course.files(self._course.state.parts), **place)
             case Export():
                 self._export()
         return False
@@ -83,6 +85,7 @@ class Duties:
     def _take(self, result: Json, now: float) -> None:
         match self._duty, result["event"]:
             case Prepare(), "prepared":
+                self._course.expected = result["sizes"]
                 self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]
@@ -90,22 +93,27 @@ class Duties:
                 parts = self._course.adopt(result["parts"])
                 self._apply(Calibrated(parts), now, lambda step: step.calibrated(stage, round, loss, seconds))
             case Evaluate(stage, baselines), "evaluated":
-                self._evaluated(0 if baselines else stage, result["scores"], now)
+                judged = result.get("collapsed")
+                judgement = None if baselines or judged is None else Judgement(judged, result["spread"], result["rank"])
+                self._evaluated(0 if baselines else stage, result["scores"], judgement, now)
 
-    def _evaluated(self, stage: int, found: dict[str, dict[str, float | None]], now: float) -> None:
+    def _evaluated(self, stage: int, found: dict[str, dict[str, float | None]], judgement: Judgement | None, now: float) -> None:
+        attempt = self._course.state.attempt
         scores = {name: Scores(knn=one["knn"] or 0.0, probe=one["probe"]) for name, one in found.items()}
         for name, one in scores.items():
             self._news.evaluation(stage, name, one)
+        if judgement:
+            self._news.judgement(stage, attempt, judgement)
 
         def write(step: Step) -> None:
             for name, one in scores.items():
                 step.evaluated(stage, name, one)
+            if judgement:
+                step.judged(stage, attempt, judgement)
 
-        self._apply(Evaluated(), now, write)
+        self._apply(Evaluated(judgement.collapsed if judgement else None), now, write)
 
     def _export(self) -> None:
-        encoder = self._course.export()
-        started, finished = self._course.store.times
-        self._news.finished(encoder, (finished or started) - started)
+        say_over(self._news, self._course)
         self._workshop.end()
         self.finished = True

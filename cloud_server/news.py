@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lwfed.cloud_server.figures import StageFigures
 from lwfed.cloud_server.fleet import Member
-from lwfed.cloud_server.rounds import Rules, State
-from lwfed.cloud_server.store import Contribution, Scores
+from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State
+from lwfed.cloud_server.store import Contribution, Judgement, Scores
 from lwfed.config import RunConfig
 from lwfed.console import Console, counted
-from lwfed.models.shapes import size_bytes
 from lwfed.plan import StagePlan
 from lwfed.wire.messages import Beat
 
 LABEL = 12  # characters
 PROGRESS_EVERY_S = 30.0  # to people; programs get every beat
+REMEDY = "a lower train.lr, a larger train.batch_size or another ssl.temperature may help"
 NAMES = {"random": "random weights", "raw_pixels": "raw pixels", "trained": "trained encoder"}
 
 
@@ -34,8 +34,10 @@ class News:
 
     def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
         name, strategy = self._config.run.name, self._config.stages.strategy
-        course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}"
-        text = {"started": course, "resumed": f"{course}; goes on at {place}", "finished": f"{course}; finished"}[status]
+        course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}" + (
+            " at most" if rules.patience else ""
+        )
+        text = {"started": course, "resumed": f"{course}; goes on at {place}"}.get(status, f"{course}; {status}")
         self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
 
     def doing(self, what: str) -> None:
@@ -73,15 +75,23 @@ class News:
         self.device(member, status, f": {member.id} ({about})")
 
     def round_started(self, rules: Rules, stage: int, round: int, chosen: tuple[int, ...]) -> None:
-        place = {"stage": stage, "round": round, "rounds": rules.rounds_of(stage)}
-        text = f"round {round} of {rules.rounds_of(stage)}: {_devices(chosen)} train{'s' if len(chosen) == 1 else ''}"
+        place = {"stage": stage, "round": round, "rounds": rules.last_round(stage, round)}
+        text = f"round {round} of {place['rounds']}: {_devices(chosen)} train{'s' if len(chosen) == 1 else ''}"
         self._say("round", f"stage {stage}", text, **place, status="started", devices=len(chosen), loss=None)
 
     def round_closed(self, rules: Rules, stage: int, round: int, devices: int, loss: float | None) -> None:
-        place = {"stage": stage, "round": round, "rounds": rules.rounds_of(stage)}
+        place = {"stage": stage, "round": round, "rounds": rules.last_round(stage, round)}
         shown = "" if loss is None else f", loss {loss:.4f}"
-        text = f"round {round} of {rules.rounds_of(stage)}: done with {counted(devices, 'update')}{shown}"
+        text = f"round {round} of {place['rounds']}: done with {counted(devices, 'update')}{shown}"
         self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
+
+    def reduced(self, stage: int, round: int, lr_scale: float) -> None:
+        text = f"round {round}: the loss no longer falls; from now on the learning rate is {lr_scale:.3g} of its own"
+        self._say("reduced", f"stage {stage}", text, stage=stage, round=round, lr_scale=lr_scale)
+
+    def stalled(self, rules: Rules, stage: int, round: int) -> None:
+        text = f"round {round} of {rules.last_round(stage, round)}: the loss no longer falls; the stage ends with it"
+        self._say("stalled", f"stage {stage}", text, stage=stage, round=round)
 
     def contribution(self, one: Contribution) -> None:
         report, memory = one.report, one.report.memory
@@ -110,11 +120,25 @@ class News:
         text = f"{NAMES[name]}: {_scores(scores)}"
         self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, knn=scores.knn, probe=scores.probe)
 
-    def stage_started(self, rules: Rules, plan: StagePlan) -> None:
-        down, up = size_bytes(self._config, plan.downloaded), size_bytes(self._config, plan.uploaded)
-        text = f"begins; devices train {', '.join(plan.trained)}; a round takes {_bytes(down)} down and {_bytes(up)} up"
-        fields = {"stage": plan.stage, "stages": rules.stages, "status": "started", "round_bytes_down": down, "round_bytes_up": up}
-        self._say("stage", f"stage {plan.stage}/{rules.stages}", text, **fields)
+    def judgement(self, stage: int, attempt: int, found: Judgement) -> None:
+        self._say("judgement", f"stage {stage}", f"features: {judgement(found)}", stage=stage, attempt=attempt, **vars(found))
+
+    def collapsed(self, stage: int, attempt: int, reaction: Reaction) -> None:
+        follows = {
+            "warn": "the next layers are trained on them all the same (stages.on_collapse: warn)",
+            "repeat": f"it is trained again from other weights, attempt {attempt + 1} of {MAX_ATTEMPTS}",
+            "stop": "nothing is built upon them",
+        }
+        text = f"stage {stage} collapsed, its features are all alike: {follows[reaction]}; {REMEDY}"
+        self._say("collapse", "warning", text, stage=stage, attempt=attempt, reaction=reaction)
+
+    def stage_started(self, rules: Rules, plan: StagePlan, attempt: int, sizes: Mapping[str, int]) -> None:
+        """`sizes`: bytes of each part."""
+        down, up = (sum(sizes[part] for part in parts) for parts in (plan.downloaded, plan.uploaded))
+        begins = "begins" if attempt == 1 else f"begins anew, attempt {attempt}"
+        text = f"{begins}; devices train {', '.join(plan.trained)}; a round takes {_bytes(down)} down and {_bytes(up)} up"
+        fields = {"stage": plan.stage, "stages": rules.stages, "status": "started", "attempt": attempt}
+        self._say("stage", f"stage {plan.stage}/{rules.stages}", text, **fields, round_bytes_down=down, round_bytes_up=up)
 
     def stage_ended(self, rules: Rules, stage: int, seconds: float, scores: Scores | None, figures: StageFigures | None) -> None:
         fields: dict[str, Any] = {"knn": scores.knn if scores else None, "probe": scores.probe if scores else None, "seconds": seconds}
@@ -131,6 +155,12 @@ class News:
         text = f"after {_duration(seconds)}: encoder in {encoder}"
         self._say("finished", "finished", text, encoder=str(encoder), seconds=seconds)
 
+    def stopped(self, reason: str, stage: int, encoder: Path | None, seconds: float) -> None:
+        """`encoder` is that of `stage`, the last one before the one that collapsed."""
+        left = f"encoder of stage {stage} in {encoder}" if encoder else "there is no encoder"
+        fields = {"reason": reason, "stage": stage, "encoder": str(encoder) if encoder else None, "seconds": seconds}
+        self._say("stopped", "stopped", f"after {_duration(seconds)}: {reason}; {left}", **fields)
+
     def warning(self, text: str, **fields: Any) -> None:
         self._say("warning", "warning", text, **fields)
 
@@ -145,6 +175,10 @@ def _devices(participants: Iterable[int]) -> str:
 
 def _listed(things: Sequence[object]) -> str:
     return ", ".join(map(str, things[:10])) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
+
+
+def judgement(found: Judgement) -> str:
+    return f"spread {found.spread:.3f}, effective rank {found.rank:.1f}" + (", collapsed" if found.collapsed else "")
 
 
 def _scores(scores: Scores) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lwfed.cloud_server import checkpoint
 from lwfed.cloud_server.course import MODEL_FOLDER
-from lwfed.cloud_server.news import NAMES
+from lwfed.cloud_server.news import NAMES, judgement
 from lwfed.cloud_server.rounds import Rules
 from lwfed.cloud_server.store import FILE_NAME, Store
+from lwfed.cloud_server.telling import stop_reason
 from lwfed.config import RunConfig
 from lwfed.console import printable
 from lwfed.errors import StateError
@@ -31,10 +32,13 @@ def overview(root: Path) -> str:
     """Where a run stands, as a few aligned lines. Raises StateError when there is none."""
     with _opened(root) as (store, config):
         state, rules = store.state, Rules.of(config)
+        planned = rules.last_round(state.stage, state.round)
         lines = [
             ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
-            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds_of(state.stage)}, {state.phase}"),
+            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
         ]
+        if state.phase == "stopped":
+            lines.append(("stopped", stop_reason(state)))
         running = in_use(root)
         if not running:
             lines.append(("server", "no server is running; devices as last seen"))
@@ -49,6 +53,9 @@ def overview(root: Path) -> str:
         for (stage, name), scores in store.scores().items():
             probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
             lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
+        for (stage, attempt), found in store.judgements().items():
+            again = "" if attempt == 1 else f", attempt {attempt}"
+            lines.append((f"stage {stage}", f"features{again}: {judgement(found)}"))
         closed = [row for row in store.rounds() if row.closed_s is not None]
         if closed:
             loss = store.loss(closed[-1].stage, closed[-1].round)
@@ -57,8 +64,16 @@ def overview(root: Path) -> str:
 
 
 def export_from(root: Path, out: Path, stage: int | None) -> int:
-    """Write the encoder of the newest checkpoint, or of the last one of `stage`; returns its stage."""
+    """Write the encoder of the newest checkpoint, or of the last one of `stage`; returns its stage.
+
+    What collapsed and stopped a run is written only when asked for by its stage.
+    """
     with _opened(root) as (store, config):
+        state = store.state
+        if stage is None and state.phase == "stopped":
+            stage = state.sound_stage
+            if not stage:
+                raise StateError(f"{stop_reason(state)}, and there is none before it; --stage {state.stage} writes it all the same")
         found, parts = checkpoint.choose(store.checkpoints(), stage)
         checkpoint.export(config, found, parts, lambda blob: _intact(root / MODEL_FOLDER / blob), out)
     return found

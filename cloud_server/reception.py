@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present, Restarted
+from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present, Restarted, Unfit
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.fleet import Fleet, Member
 from lwfed.cloud_server.news import News
@@ -150,10 +150,9 @@ class Reception:
             text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
             self._news.warning(text + ("; it is not asked again until it is restarted" if unfit else ""), code=fail.code)
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
-            self._apply(CannotTrain(member.participant, refused=False), now, None)
             if unfit:
                 member.unfit = fail.reason or "it cannot use its images"
-                self._apply(Absent(member.participant, for_good=True), now, None)
+            self._apply(Unfit(member.participant) if unfit else CannotTrain(member.participant, refused=False), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
         if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one

@@ -7,11 +7,15 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from lwfed.cloud_server.plateau import plateaus
 from lwfed.cloud_server.sampling import ranked
 from lwfed.config import RunConfig
 from lwfed.wire.messages import Phase
 
 Presence = Literal["here", "away", "gone"]  # away: fell silent and may return; gone: said goodbye, or was waited for in vain
+Reaction = Literal["warn", "repeat", "stop"]  # to a stage that collapsed
+
+MAX_ATTEMPTS = 3  # at a stage, with on_collapse: repeat
 
 
 class Event:
@@ -31,36 +35,62 @@ class Rules:
 
     seed: int
     stages: int
-    rounds: tuple[int, ...]  # of each stage
+    rounds: tuple[int, ...]  # of each stage, at most
+    parts: tuple[tuple[str, ...], ...]  # that the model has in each stage
     min_devices: int
     sample: int | None
     quorum: float
     deadline_s: float
     calibrate: Literal["round", "stage", "never"] | int
     evaluate: bool
+    patience: int | None  # rounds without a lower loss that end a stage
+    plateau_rounds: int | None  # rounds without a lower loss after which the learning rate ...
+    plateau_factor: float  # ... is multiplied by this
+    on_collapse: Reaction
 
     @classmethod
     def of(cls, config: RunConfig) -> Rules:
-        rounds = config.rounds
+        rounds, stages, train = config.rounds, config.stages, config.train
         return cls(
             seed=config.run.seed,
             stages=config.stage_count,
             rounds=config.round_counts,
+            parts=tuple(config.plan(stage).present for stage in range(1, config.stage_count + 1)),
             min_devices=rounds.min_devices,
             sample=rounds.sample,
             quorum=rounds.quorum,
             deadline_s=rounds.deadline_s,
             calibrate=config.calibration.every,
             evaluate=config.evaluation.data is not None,
+            patience=stages.patience if stages.advance == "plateau" else None,
+            plateau_rounds=train.plateau_rounds if train.lr_schedule == "plateau" else None,
+            plateau_factor=train.plateau_factor,
+            on_collapse=stages.on_collapse,
         )
 
-    def rounds_of(self, stage: int) -> int:
-        return self.rounds[stage - 1]
+    def last_round(self, stage: int, round: int) -> int:
+        """Of the attempt at the stage that `round` belongs to, as planned; attempts go on counting rounds."""
+        planned = self.rounds[stage - 1]
+        return -(-round // planned) * planned
 
-    def calibrates(self, stage: int, round: int) -> bool:
+    def ends_stage(self, state: State) -> bool:
+        """Whether no round of this attempt follows; for a round whose loss is known."""
+        stalled = self.patience is not None and plateaus(state.losses.values(), self.patience) > 0
+        return stalled or state.round == self.last_round(state.stage, state.round)
+
+    def lr_scale(self, state: State) -> float:
+        """What is left of the learning rate in this round, after the plateaus among the rounds of the attempt before it."""
+        if self.plateau_rounds is None:
+            return 1.0
+        before = [loss for round, loss in state.losses.items() if round < state.round]
+        return self.plateau_factor ** plateaus(before, self.plateau_rounds)
+
+    def calibrates(self, state: State) -> bool:
+        """Whether this round ends with calibration; for a round whose loss is known."""
         if isinstance(self.calibrate, int):
-            return round % self.calibrate == 0
-        return self.calibrate == "round" or (self.calibrate == "stage" and round == self.rounds_of(stage))
+            in_attempt = (state.round - 1) % self.rounds[state.stage - 1] + 1
+            return in_attempt % self.calibrate == 0
+        return self.calibrate == "round" or (self.calibrate == "stage" and self.ends_stage(state))
 
     def quorum_of(self, count: int) -> int:
         return max(1, math.ceil(self.quorum * count - 1e-9))  # 0.1 * 30 must not need four
@@ -76,8 +106,11 @@ class State:
 
     phase: Phase = "preparing"
     stage: int = 1
-    round: int = 1
+    attempt: int = 1  # at the stage
+    round: int = 1  # of the stage, over all attempts
     parts: dict[str, str] = field(default_factory=dict)  # part -> blob: the current model
+    start: dict[str, str] = field(default_factory=dict)  # the model as the stage found it
+    losses: dict[int, float] = field(default_factory=dict)  # round of this attempt -> mean loss
     devices: dict[int, Presence] = field(default_factory=dict)  # participant -> seen how
     begun: bool = False  # a first round has been opened
     trained: bool = False  # a first round has been closed
@@ -105,6 +138,15 @@ class State:
         return tuple(one for one in self.owing if self.devices.get(one) != "gone")
 
     @property
+    def over(self) -> bool:
+        return self.phase in ("finished", "stopped")
+
+    @property
+    def sound_stage(self) -> int:
+        """The last stage whose model may be built upon, once the run is over; 0: there is none."""
+        return self.stage - 1 if self.phase == "stopped" else self.stage
+
+    @property
     def stuck(self) -> bool:
         """Training, and nobody is left who could still contribute: free devices are asked as soon as they are needed."""
         return self.phase == "training" and not self.expected
@@ -119,8 +161,8 @@ class State:
     @classmethod
     def from_json(cls, text: str) -> State:
         data = json.loads(text)
-        for key in ("devices", "contributed", "failed"):
-            data[key] = {int(participant): value for participant, value in data[key].items()}
+        for key in ("devices", "contributed", "failed", "losses"):
+            data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         return cls(**{**data, "chosen": tuple(data["chosen"])})
 
 
@@ -165,7 +207,33 @@ class GivenUp:
     participant: int
 
 
-Notice = Begun | Joined | Extended | Closed | GivenUp
+@dataclass(frozen=True)
+class Reduced:
+    """The loss no longer falls: the learning rate of the rounds that follow is this part of its own."""
+
+    stage: int
+    round: int
+    lr_scale: float
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """The loss no longer falls: the stage ends before its last round."""
+
+    stage: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """The features of the stage are all alike."""
+
+    stage: int
+    attempt: int
+    reaction: Reaction  # repeat: the stage begins anew; stop: also after the last attempt
+
+
+Notice = Begun | Joined | Extended | Closed | GivenUp | Reduced | Stalled | Collapsed
 
 # Duties: what a phase wants done.
 
@@ -173,6 +241,7 @@ Notice = Begun | Joined | Extended | Closed | GivenUp
 @dataclass(frozen=True)
 class Prepare:
     stage: int
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -205,14 +274,14 @@ def duty(state: State) -> Duty | None:
     """What the server must do in this phase; None while it waits for devices."""
     match state.phase:
         case "preparing":
-            return Prepare(state.stage)
+            return Prepare(state.stage, state.attempt)
         case "evaluating":
             return Evaluate(state.stage, baselines=not state.trained)
         case "aggregating":
             return Aggregate(state.stage, dict(sorted(state.contributed.items())))
         case "calibrating":
             return Calibrate(state.stage, state.round)
-        case "finished":
+        case "finished" | "stopped":
             return Export()
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -16,7 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 3  # PRAGMA user_version
+VERSION = 4  # PRAGMA user_version
 
 metadata = MetaData()
 
@@ -92,6 +93,17 @@ evaluations = Table(
     Column("name", String, primary_key=True),  # random | raw_pixels | trained
     Column("knn", Float, nullable=False),
     Column("probe", Float),
+)
+
+judgements = Table(
+    "judgements",  # of the features of trained stages
+    metadata,
+    _run(),
+    Column("stage", Integer, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("collapsed", Boolean, nullable=False),
+    Column("spread", Float, nullable=False),
+    Column("rank", Float, nullable=False),
 )
 
 checkpoints = Table(

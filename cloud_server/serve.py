@@ -10,15 +10,14 @@ from typing import Literal
 from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
 from lwfed.cloud_server.course import Course
-from lwfed.cloud_server.news import News
+from lwfed.cloud_server.news import REMEDY, News
 from lwfed.cloud_server.server import Server
-from lwfed.cloud_server.sizes import check_sizes
-from lwfed.cloud_server.telling import place
+from lwfed.cloud_server.telling import place, say_over, stop_reason
 from lwfed.cloud_server.workshop import starter
 from lwfed.config import RunConfig
 from lwfed.console import Console
 from lwfed.data import open_source
-from lwfed.errors import ConfigError, MissingDependency
+from lwfed.errors import ConfigError, MissingDependency, RunStopped
 from lwfed.transport.address import BrokerAddress
 
 DEFAULT_PORT = 1883
@@ -36,13 +35,11 @@ class Options:
 def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
-    check_sizes(config)
     with ExitStack() as stack:
         course = Course(config, root)
         stack.callback(course.store.close)
-        finished = course.state.phase == "finished"
-        if finished and options.until_done:
-            _say_finished(News(console, config, ""), course)
+        if course.state.over and options.until_done:
+            _say_over(News(console, config, ""), course)
             return
         broker = _broker(options, root)
         if broker is not None:
@@ -51,7 +48,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         address = broker.address if broker else BrokerAddress.parse(options.broker)
         news = News(console, config, str(address))
         news.broker(broker.kind if broker else "external")
-        news.run(course.rules, "finished" if finished else "resumed" if course.resumed else "started", place(course), root)
+        status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
+        news.run(course.rules, status, place(course), root)
         for change in course.changed:
             news.doing(f"changed setting {change}")
         if broker is None:
@@ -65,8 +63,10 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             revive=broker.ensure if broker else lambda: False,
         )
         server.run()
-        if course.state.phase != "finished":
+        if not course.state.over:
             news.doing("stopped; nothing is lost, the same command goes on from here")
+        elif options.until_done:
+            _end(course)
 
 
 def check_sources(config: RunConfig) -> None:
@@ -97,7 +97,12 @@ def _broker(options: Options, root: Path) -> ManagedBroker | None:
     return None
 
 
-def _say_finished(news: News, course: Course) -> None:
-    news.run(course.rules, "finished", place(course), course.root)
-    started, finished = course.store.times
-    news.finished(course.export(), (finished or started) - started)
+def _say_over(news: News, course: Course) -> None:
+    news.run(course.rules, course.state.phase, place(course), course.root)
+    say_over(news, course)
+    _end(course)
+
+
+def _end(course: Course) -> None:
+    if course.state.phase == "stopped":
+        raise RunStopped(f"{stop_reason(course.state)}; {REMEDY}: begin another run with --set run.name=NAME")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from lwfed.child import Ended, Said
-from lwfed.cloud_server.coordinator import Started, TimeUp
+from lwfed.cloud_server.coordinator import Prepared, Started, TimeUp
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.fleet import Fleet
@@ -162,7 +162,9 @@ class Server:
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
-        fitting = fitting_chunk_bytes(self._course.config, self._transport.packet_limit)
+        if not (sizes := self._course.sizes):
+            return  # until there are weights
+        fitting = fitting_chunk_bytes(self._course.config, sizes, self._transport.packet_limit)
         if fitting != self._chunk_bytes:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)
@@ -185,6 +187,8 @@ class Server:
 
     def _apply(self, event: Event, now: float, write: Write | None) -> None:
         before = self._course.state
+        if isinstance(event, Prepared):
+            self._fit_chunks()  # before it counts: what cannot travel is found again by the next start
         notices = self._course.apply(event, now, write)
         tell(self._news, self._course, before, notices)
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lwfed.blobs import check_cut
 from lwfed.cloud_server.course import HEADER_BYTES
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError, InvalidPayload
-from lwfed.models.shapes import size_bytes
 
 PACKET_MARGIN_BYTES = 512  # topic and headers of a packet
 DIGEST_BYTES = 67  # of a chunk, as it stands in a manifest
 
 
-def check_sizes(config: RunConfig) -> None:
-    """Whether every update and every part of the model can be cut into pieces. Raises ConfigError."""
-    parts, size = _largest_load(config)
+def fitting_chunk_bytes(config: RunConfig, sizes: Mapping[str, int], packet_limit: int | None) -> int:
+    """transfer.chunk_bytes, or less where a broker takes no larger packets. Raises ConfigError where the run cannot do with it.
+
+    `sizes` are the bytes of the parts; stages that have others are left out.
+    """
+    wanted = config.transfer.chunk_bytes
+    parts, size = _largest_load(config, sizes)
     try:
-        check_cut(size, config.transfer.chunk_bytes)
+        check_cut(size, wanted)
     except InvalidPayload as error:
         raise ConfigError(f"{', '.join(parts)}: {error}") from None
-
-
-def fitting_chunk_bytes(config: RunConfig, packet_limit: int | None) -> int:
-    """transfer.chunk_bytes, or less where a broker takes no larger packets. Raises ConfigError where the run cannot do with it."""
-    wanted = config.transfer.chunk_bytes
     if packet_limit is None:
         return wanted
     room = packet_limit - PACKET_MARGIN_BYTES
     fitting = min(wanted, room)
-    _, size = _largest_load(config)
     try:
         check_cut(size, fitting)
         enough = _largest_message_bytes(config, size, fitting) <= room
@@ -53,9 +52,10 @@ def _largest_message_bytes(config: RunConfig, size: int, chunk_bytes: int) -> in
     return report_bytes(config) + DIGEST_BYTES * -(-size // chunk_bytes)
 
 
-def _largest_load(config: RunConfig) -> tuple[tuple[str, ...], int]:
+def _largest_load(config: RunConfig, sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """What is largest among updates and parts of the model, which travel as one blob each; its bytes."""
     plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
-    loads = [plan.uploaded for plan in plans] + [(part,) for plan in plans for part in plan.added]
-    parts = max(loads, key=lambda parts: size_bytes(config, parts))
-    return parts, size_bytes(config, parts) + HEADER_BYTES
+    updates = [plan.uploaded for plan in plans if all(part in sizes for part in plan.uploaded)]
+    loads = {parts: sum(sizes[part] for part in parts) for parts in [*updates, *((part,) for part in sizes)]}
+    parts = max(loads, key=lambda parts: loads[parts])
+    return parts, loads[parts] + HEADER_BYTES

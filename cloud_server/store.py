@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,15 @@ class Device:
 class Scores:
     knn: float
     probe: float | None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of the features of a trained stage."""
+
+    collapsed: bool
+    spread: float  # of normalised features, per dimension; 1: in all directions alike
+    rank: float  # effective rank
 
 
 class Store:
@@ -116,7 +125,7 @@ class Store:
 
     @property
     def times(self) -> tuple[float, float | None]:
-        """When the run was started, and when it was finished if it is; Unix times."""
+        """When the run was started, and when it was over if it is; Unix times."""
         with self._transaction() as connection:
             row = connection.execute(select(schema.runs.c.started_s, schema.runs.c.finished_s)).one()
             return row.started_s, row.finished_s
@@ -127,7 +136,7 @@ class Store:
         with self._transaction() as connection:
             yield Step(connection, self._run, self._clock())
             values: dict[str, Any] = {"state": state.to_json()}
-            if state.phase == "finished":
+            if state.over:
                 values["finished_s"] = func.coalesce(schema.runs.c.finished_s, self._clock())
             connection.execute(schema.runs.update().values(**values))
 
@@ -178,6 +187,13 @@ class Store:
         with self._transaction() as connection:
             rows = connection.execute(select(table).order_by(table.c.stage, table.c.name))
             return {(row.stage, row.name): Scores(row.knn, row.probe) for row in rows}
+
+    def judgements(self) -> dict[tuple[int, int], Judgement]:
+        """(stage, attempt) -> what its features are like."""
+        table = schema.judgements
+        with self._transaction() as connection:
+            rows = connection.execute(select(table).order_by(table.c.stage, table.c.attempt))
+            return {(row.stage, row.attempt): Judgement(row.collapsed, row.spread, row.rank) for row in rows}
 
     def loss(self, stage: int, round: int) -> float | None:
         with self._transaction() as connection:
@@ -260,11 +276,17 @@ class Step:
         statement = insert(schema.evaluations).values(run=self._run, stage=stage, name=name, **values)
         self._connection.execute(statement.on_conflict_do_update(index_elements=["run", "stage", "name"], set_=values))
 
+    def judged(self, stage: int, attempt: int, judgement: Judgement) -> None:
+        self._connection.execute(schema.judgements.insert(), {"run": self._run, "stage": stage, "attempt": attempt, **asdict(judgement)})
+
     def checkpoint(self, stage: int, round: int, parts: dict[str, str]) -> None:
         """Replaces the one of the stage's previous round."""
+        self.forget_checkpoint(stage)
+        self._connection.execute(schema.checkpoints.insert(), {"run": self._run, "stage": stage, "round": round, "parts": parts})
+
+    def forget_checkpoint(self, stage: int) -> None:
         table = schema.checkpoints
         self._connection.execute(table.delete().where(table.c.stage == stage))
-        self._connection.execute(table.insert(), {"run": self._run, "stage": stage, "round": round, "parts": parts})
 
     def _update_round(self, stage: int, round: int, **values: float) -> None:
         table = schema.rounds

@@ -7,16 +7,16 @@ import time
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Begun, Closed, Extended, GivenUp, Joined, Notice, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Reduced, Stalled, State
 
 
 def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
     after = course.state
     if before.phase == "preparing" != after.phase:
-        news.stage_started(course.rules, course.plan)
+        news.stage_started(course.rules, course.plan, after.attempt, course.sizes)
     for notice in notices:
         _notice(news, course, notice)
-    if before.phase in ("aggregating", "calibrating", "evaluating") and after.phase in ("preparing", "finished"):
+    if after.stage > before.stage or (after.over and not before.over):
         stage_ended(news, course, before.stage)
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
         waiting(news, course)
@@ -40,7 +40,24 @@ def waiting(news: News, course: Course) -> None:
 
 def place(course: Course) -> str:
     state, rules = course.state, course.rules
-    return f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.rounds_of(state.stage)}, {state.phase}"
+    return f"stage {state.stage} of {rules.stages}, round {state.round} of {rules.last_round(state.stage, state.round)}, {state.phase}"
+
+
+def say_over(news: News, course: Course) -> None:
+    """How the run ended, and the encoder that it leaves."""
+    encoder = course.export()
+    started, ended = course.store.times
+    seconds = (ended or started) - started
+    if course.state.phase == "stopped":
+        news.stopped(stop_reason(course.state), course.state.sound_stage, encoder, seconds)
+    elif encoder:
+        news.finished(encoder, seconds)
+
+
+def stop_reason(state: State) -> str:
+    """Why a run in phase stopped is."""
+    tries = "" if state.attempt == 1 else f" in each of {state.attempt} attempts"
+    return f"stage {state.stage} collapsed{tries}: its features are all alike"
 
 
 def stage_ended(news: News, course: Course, stage: int) -> None:
@@ -61,5 +78,11 @@ def _notice(news: News, course: Course, notice: Notice) -> None:
             news.warning(f"round {round}: {contributions} updates at the deadline and {needed} are needed: waiting as long again")
         case Closed(stage, round, devices):
             news.round_closed(course.rules, stage, round, devices, course.store.loss(stage, round))
+        case Reduced(stage, round, lr_scale):
+            news.reduced(stage, round, lr_scale)
+        case Stalled(stage, round):
+            news.stalled(course.rules, stage, round)
+        case Collapsed(stage, attempt, reaction):
+            news.collapsed(stage, attempt, reaction)
         case GivenUp(participant):
             news.warning(f"device {participant} has not come back; going on without it until it does")

@@ -1,10 +1,11 @@
 """The server's torch process: ``python -m lwfed.cloud_server.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "prepare",   "config", "stage", "parts": {part: file}, "out": folder}
-      {"do": "calibrate", "config", "stage", "round", "parts", "kept": folder, "out"}
+In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "out": folder}
+      {"do": "calibrate", "config", "stage", "round", "lr_scale", "parts", "kept": folder, "out"}
       {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}
 Out:  {"event": "ready"}                                       after the imports, once
-      {"event": "prepared" , "parts": {part: file}}            the parts that the stage adds
+      {"event": "prepared", "parts": {part: file},             the parts that the stage adds
+                            "sizes": {part: bytes}}            of the tensors of all parts that the run will ever have
       {"event": "calibrated", "parts", "loss", "seconds"}      the parts that were trained; the loss of the last epoch
       {"event": "evaluated", "scores": {name: {"knn", "probe"}}}
 """
@@ -29,8 +30,8 @@ from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local
-from lwfed.models.shapes import part_shapes
-from lwfed.plan import by_part
+from lwfed.models.shapes import part_shapes, size_bytes
+from lwfed.plan import by_part, in_model_order
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
 
@@ -51,13 +52,14 @@ class Worker:
         say(jobs[data["do"]](config, data))
 
     def _prepare(self, config: RunConfig, data: Json) -> Json:
-        added = grow(config, config.plan(data["stage"]), _load(config, data["parts"]))
-        return {"event": "prepared", "parts": _write(added, Path(data["out"]))}
+        added = grow(_with_stream(config, data["attempt"]), config.plan(data["stage"]), _load(config, data["parts"]))
+        return {"event": "prepared", "parts": _write(added, Path(data["out"])), "sizes": part_sizes(config)}
 
     def _calibrate(self, config: RunConfig, data: Json) -> Json:
         started = time.monotonic()
         stage, round = data["stage"], data["round"]
-        task = calibration_task(config, config.plan(stage), derive(config.run.seed, "calibrate", stage, round), config.place(stage, round))
+        seed, place = derive(config.run.seed, "calibrate", stage, round), config.place(stage, round, data["lr_scale"])
+        task = calibration_task(config, config.plan(stage), seed, place)
         images = self._load_images("auxiliary", auxiliary_images, config, data)
         trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
         files = _write(trained, Path(data["out"]))
@@ -91,6 +93,20 @@ def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float
     halved = found[bank], labels[bank], found[queries], labels[queries]
     probe = probe_accuracy(*halved) if config.evaluation.probe else None
     return {"knn": knn_accuracy(*halved, config.evaluation.neighbours), "probe": probe}
+
+
+def _with_stream(config: RunConfig, attempt: int) -> RunConfig:
+    """The configuration whose seed gives the weights of this attempt at a stage; that of the first is the run's own."""
+    if attempt == 1:
+        return config
+    run = config.run.model_copy(update={"seed": derive(config.run.seed, "attempt", attempt)})
+    return config.model_copy(update={"run": run})
+
+
+def part_sizes(config: RunConfig) -> dict[str, int]:
+    """Bytes of the tensors of every part that some stage of the run has."""
+    parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
+    return {part: size_bytes(config, [part]) for part in in_model_order(parts)}
 
 
 def _load(config: RunConfig, parts: Mapping[str, str]) -> dict[str, Tensor]:

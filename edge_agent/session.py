@@ -208,9 +208,9 @@ class Session:
 
     def _say_run(self, before: Run | None, run: Run) -> list[Effect]:
         fields = {"run": run.run, "stage": run.stage, "round": run.round, "phase": run.phase}
-        if run.phase == "finished":
-            done = before is not None and before.phase == "finished" and before.run == run.run
-            return [] if done else [Tell("run", f"run {run.run} is finished; waiting for another", fields)]
+        if run.over:
+            done = before is not None and before.over and before.run == run.run
+            return [] if done else [Tell("run", f"run {run.run} is {run.phase}; waiting for another", fields)]
         if before is None or before.run != run.run:
             place = f"stage {run.stage} of {run.stages}, round {run.round} of {run.rounds}, {run.phase}"
             return [Tell("run", f"run {run.run}: {place}", fields)]

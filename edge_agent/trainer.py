@@ -55,14 +55,14 @@ def train(
     tensors: Mapping[str, Tensor],
     pixels: Pixels,
     on_step: Callable[[StepReport], None] | None = None,
+    lr_scale: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
     """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged.
 
     `previous` are those of an earlier round of the stage, for alignment by moon.
     """
-    plan = config.plan(stage)
+    plan, place = config.plan(stage), config.place(stage, round, lr_scale)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    task = device_task(config, plan, seed, config.place(stage, round))
-    trained, summary = train_local(config, task, tensors, pixels, on_step, previous)
+    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, pixels, on_step, previous)
     return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

@@ -111,7 +111,7 @@ class Work:
             effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
-        if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.phase == "finished"):
+        if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.over):
             effects += self._end_worker()
         return effects
 
@@ -204,6 +204,7 @@ class Work:
             "stage": job.task.stage,
             "round": job.task.round,
             "participant": job.task.participant,
+            "lr_scale": job.run.lr_scale,
             "data": self._places.data,
             "kept": str(self._places.kept),
             "out": str(self._places.out),

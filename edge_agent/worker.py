@@ -1,6 +1,6 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "data", "kept", "out"}
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "kept", "out"}
 Out:  {"event": "ready", "torch", "machine"}                after the imports, once
       {"event": "loading", "done", "total"}                 while it decodes images for the first time
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
@@ -53,7 +53,8 @@ class Worker:
         stage, participant, kept = data["stage"], data["participant"], Path(data["kept"])
         own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
-        update, summary = trainer.train(config, stage, data["round"], participant, parts, images.pixels, on_step, before)
+        place = stage, data["round"], participant
+        update, summary = trainer.train(config, *place, parts, images.pixels, on_step, data["lr_scale"], before)
         encoded = wire.encode(update)
         if own:
             own.keep(data["round"], encoded)

@@ -5,6 +5,7 @@
     ├── DataError                   66   images are missing or unreadable (EX_NOINPUT)
     ├── StateError                  73   the state directory is unusable, in use, or of another run (EX_CANTCREAT)
     ├── MissingDependency           72   an optional package is needed for this (EX_OSFILE)
+    ├── RunStopped                  65   a stage collapsed, and the run was to stop then (EX_DATAERR)
     ├── WorkerFailed                70   a training process died or raised (EX_SOFTWARE)
     ├── Diverged                    70   training produced a loss or weight that is not finite
     └── WireError                   76   the other side cannot be understood (EX_PROTOCOL)
@@ -18,7 +19,7 @@
 
 A message says what happened, with which value, and what to do next. The command line prints it after
 `error:` and ends with the class's `exit_code`; usage errors of click end with 2. A service must not be
-restarted on 2, 66, 72, 73, 76, 77 and 78: nothing changes until somebody acts.
+restarted on 2, 65, 66, 72, 73, 76, 77 and 78: nothing changes until somebody acts.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class StateError(LwfedError):
 
 class MissingDependency(LwfedError):
     exit_code = 72
+
+
+class RunStopped(LwfedError):
+    exit_code = 65
 
 
 class WorkerFailed(LwfedError):

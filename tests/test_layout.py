@@ -32,7 +32,7 @@ TORCH = {"torch", "torchvision", "timm"}
 TRAIN = {"lwfed.edge_agent.trainer", "lwfed.edge_agent.worker", "lwfed.cloud_server.worker"}  # processes of their own
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 
-PURE = {"lwfed.plan", "lwfed.cloud_server.coordinator", "lwfed.cloud_server.rounds", "lwfed.cloud_server.sampling"}  # and lwfed.wire
+PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in ("coordinator", "plateau", "rounds", "sampling"))}  # and lwfed.wire
 OUTSIDE = {
     *("asyncio", "datetime", "glob", "io", "multiprocessing", "os", "paho", "pathlib", "queue", "random", "secrets", "select", "selectors"),
     *("shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "tempfile", "threading", "time", "urllib", "uuid"),

@@ -83,7 +83,7 @@ class ServerState(Message):
     protocol_max: int = PROTOCOL
 
 
-Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished"]
+Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished", "stopped"]
 
 
 class Run(Message):
@@ -96,9 +96,14 @@ class Run(Message):
     stage: Ordinal
     stages: Ordinal
     round: Ordinal
-    rounds: Ordinal  # in this stage
+    rounds: Ordinal  # in this stage, as planned: it may end earlier, or go on when it is repeated
     config: BlobRef
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
+    lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
+
+    @property
+    def over(self) -> bool:
+        return self.phase in ("finished", "stopped")
 
 
 # The server to one device

@@ -33,6 +33,12 @@ def decode(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return dict(iterate(source, shapes))
 
 
+def stated_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes by the header of a file of ours, in the order of names."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+
+
 def check_update(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InvalidPayload unless the file holds finite float32 tensors of exactly these names and shapes."""
     for _ in iterate(path, shapes):

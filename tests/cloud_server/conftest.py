@@ -14,6 +14,7 @@ from lwfed.child import Said
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.worker import part_sizes
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
 from lwfed.models.shapes import part_shapes, shapes
@@ -58,11 +59,11 @@ def report(images=10, loss=1.0, peak_mb=300.0):
 class NumpyWorker:
     """Does the jobs of the torch process at once; results depend on their inputs alone."""
 
-    def __init__(self, deliver, jobs):
-        self._deliver, self._jobs = deliver, jobs
+    def __init__(self, deliver, world):
+        self._deliver, self._world = deliver, world
 
     def send(self, job):
-        self._jobs.append(job["do"])
+        self._world.orders.append(job)
         with open(job["config"], "rb") as file:
             config = RunConfig.from_bytes(file.read())
         self._deliver(
@@ -77,21 +78,27 @@ class NumpyWorker:
 
     def _prepare(self, config, job):
         new = {
-            part: {name: drawn(shape, "init", name) for name, shape in part_shapes(config, part).items()}
+            part: {name: drawn(shape, "init", job["attempt"], name) for name, shape in part_shapes(config, part).items()}
             for part in config.plan(job["stage"]).added
         }
-        return {"event": "prepared", "parts": {part: self._write(job, part, found) for part, found in new.items()}}
+        files = {part: self._write(job, part, found) for part, found in new.items()}
+        return {"event": "prepared", "parts": files, "sizes": part_sizes(config)}
 
     def _calibrate(self, config, job):
         files = {}
         for part in config.plan(job["stage"]).calibrated:
             with open(job["parts"][part], "rb") as file:
                 held = tensors.decode(file.read(), part_shapes(config, part))
-            files[part] = self._write(job, part, {name: value + np.float32(job["round"]) / 8 for name, value in held.items()})
+            files[part] = self._write(
+                job, part, {name: value + np.float32(job["round"] * job["lr_scale"]) / 8 for name, value in held.items()}
+            )
         return {"event": "calibrated", "parts": files, "loss": 0.5, "seconds": 0.1}
 
     def _evaluate(self, config, job):
-        return {"event": "evaluated", "scores": {name: {"knn": 0.5, "probe": 0.25} for name in job["names"]}}
+        state, collapses = self._world.course.state, self._world.collapses
+        collapsed = None if collapses is None else (state.stage, state.attempt) in collapses
+        scores = {name: {"knn": 0.5, "probe": 0.25} for name in job["names"]}
+        return {"event": "evaluated", "scores": scores, "spread": 0.9, "rank": 5.0, "collapsed": collapsed}
 
     def kill(self):
         pass
@@ -103,8 +110,10 @@ class NumpyWorker:
 class FakeDevice:
     """What a device does on the wire; its training is a function of the model, the participant, the stage and the round."""
 
-    def __init__(self, broker, root, name, *, images=10, fails=0, code="memory", spoil=lambda update: update):
-        self.name, self.images, self.fails, self.code, self.spoil = name, images, fails, code, spoil
+    def __init__(
+        self, broker, root, name, *, images=10, fails=0, code="memory", spoil=lambda update: update, loss=lambda stage, round: 1.0
+    ):
+        self.name, self.images, self.fails, self.code, self.spoil, self.loss = name, images, fails, code, spoil, loss
         self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
@@ -209,14 +218,14 @@ class FakeDevice:
         for part in plan.present:
             current |= tensors.decode(self.held.path(self.run.parts[part].id), part_shapes(config, part))
         update = {
-            name: current[name] + drawn(shape, task.participant, task.stage, task.round, name)
+            name: current[name] + drawn(shape, task.participant, task.stage, task.round, name) * np.float32(self.run.lr_scale)
             for name, shape in shapes(config, plan.uploaded).items()
         }
         blob = self.spool.put(tensors.encode(self.spoil(update)))
         offer = Offer(
             contribution=contribution_id(task.run, task.stage, task.round, self.name, blob.id), run=task.run, stage=task.stage,
-            round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, 1024),
-            report=report(images=self.images * (task.participant + 1)),
+            round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, config.transfer.chunk_bytes),
+            report=report(images=self.images * (task.participant + 1), loss=self.loss(task.stage, task.round)),
         )  # fmt: skip
         self.task, self.done_task = None, task
         self.sent += 1
@@ -237,17 +246,27 @@ class World:
     config: RunConfig
     broker: MemoryBroker
     devices: list = field(default_factory=list)
-    jobs: list = field(default_factory=list)
+    orders: list = field(default_factory=list)  # to the torch process
+    collapses: set | None = None  # (stage, attempt); None: that cannot be judged
     now: float = 0.0
     server: Server | None = None
     course: Course | None = None
     state: str = "server"  # folder of the run
 
+    @property
+    def jobs(self):
+        return [order["do"] for order in self.orders]
+
+    @property
+    def announced(self):
+        """What was said to all devices of the run, in order."""
+        return [messages.decode(messages.Run, payload) for _, topic, payload in self.broker.log if topic.endswith("all/run")]
+
     def start(self, **options):
         self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, durable=False)
         news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
         self.server = Server(
-            self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self.jobs), clock=lambda: self.now, **options
+            self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self), clock=lambda: self.now, **options
         )
         self.server.begin()
 
@@ -304,7 +323,7 @@ class World:
         self.now = max(self.now + 1e-3, min(times))
 
     def finish(self):
-        self.settle(until=lambda: self.course.state.phase == "finished")
+        self.settle(until=lambda: self.course.state.over)
         self.quiet()
         return self.course.encoder_path.read_bytes()
 

@@ -130,6 +130,49 @@ def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, m
     assert "train.lr: 0.01 before, 0.5 now" in other.output
 
 
+@pytest.fixture
+def stopped(world):
+    """With the stage that collapses."""
+
+    def stopped(stage):
+        fleet = world("stages.on_collapse=stop")
+        fleet.collapses = {(stage, 1)}
+        fleet.start()
+        for name in ("a", "b"):
+            fleet.join(name)
+        fleet.settle(until=lambda: fleet.course.state.over)
+        fleet.quiet()
+        fleet.server.end()
+        return fleet
+
+    return stopped
+
+
+def test_a_stopped_run_says_why_and_ends_with_a_code_of_its_own(stopped, run, monkeypatch, tmp_path):
+    fleet = stopped(2)
+    monkeypatch.undo()
+    fleet.course.store.close()
+    root, path = fleet.root / "server", tmp_path / "stopped.yaml"
+    path.write_text(json.dumps(fleet.config.model_dump(mode="json")))
+    result = run("serve", "--config", path, "--state", root, "--until-done")
+    assert result.exit_code == 65
+    assert "error: stage 2 collapsed: its features are all alike; a lower train.lr" in result.output
+    assert "stopped     stage 2 collapsed" in run("status", "--state", root).output
+
+
+def test_what_collapsed_is_exported_only_when_asked_for(stopped, run, monkeypatch, tmp_path):
+    first, second = stopped(1), stopped(2)
+    monkeypatch.undo()
+    out = ("--out", tmp_path / "encoder.safetensors")
+    assert "stage 1" in run("export", "--state", second.root / "server", *out).output
+    assert "stage 2" in run("export", "--state", second.root / "server", "--stage", 2, *out).output
+    refused = run("export", "--state", first.root / "server", *out)
+    assert refused.exit_code == 73
+    assert "stage 1 collapsed" in refused.output
+    assert "--stage 1 writes it all the same" in refused.output
+    assert run("export", "--state", first.root / "server", "--stage", 1, *out).exit_code == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_server_listens_to_it_ends_it_cleanly(run, tmp_path, monkeypatch, number):
     def interrupted(config):

@@ -3,7 +3,7 @@ import sqlite3
 import pytest
 
 from lwfed.cloud_server.rounds import State
-from lwfed.cloud_server.store import FILE_NAME, Contribution, Scores, Store
+from lwfed.cloud_server.store import FILE_NAME, Contribution, Judgement, Scores, Store
 from lwfed.errors import StateError
 from lwfed.wire.messages import Hello, Traffic
 
@@ -115,6 +115,18 @@ def test_results_and_the_last_checkpoint_of_each_stage(store, tiny):
         step.checkpoint(2, 1, {"stem": "blob3"})
     assert store.scores() == {(1, "trained"): Scores(0.6, None)}
     assert store.checkpoints() == {(1, 2): {"stem": "blob2"}, (2, 1): {"stem": "blob3"}}
+    assert store.times == (1000.0, 1000.0)
+
+
+def test_judgements_of_each_attempt_and_a_checkpoint_that_is_forgotten(store, tiny):
+    store.begin(tiny())
+    with store.step(State(phase="stopped")) as step:
+        step.judged(1, 1, Judgement(True, 0.01, 1.5))
+        step.judged(1, 2, Judgement(False, 0.9, 40.0))
+        step.checkpoint(1, 2, {"stem": "blob"})
+        step.forget_checkpoint(1)
+    assert store.judgements() == {(1, 1): Judgement(True, 0.01, 1.5), (1, 2): Judgement(False, 0.9, 40.0)}
+    assert store.checkpoints() == {}
     assert store.times == (1000.0, 1000.0)
 
 

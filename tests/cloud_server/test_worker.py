@@ -1,5 +1,6 @@
 """The torch process, its jobs and the side that gives them."""
 
+import itertools
 import queue
 
 import numpy as np
@@ -31,12 +32,13 @@ def do(worker, job):
 
 def test_jobs_prepare_calibrate_evaluate(job, tiny):
     worker = Worker()
-    prepared = do(worker, job("prepare", stage=1))
+    prepared = do(worker, job("prepare", stage=1, attempt=1))
     assert set(prepared["parts"]) == set(tiny().plan(1).added)
+    assert set(prepared["sizes"]) == {*tiny().plan(1).present, "layer.2"}
     initial = load_file(prepared["parts"]["layer.1"])
     assert {name: value.shape for name, value in initial.items()} == part_shapes(tiny(), "layer.1")
 
-    calibrated = do(worker, job("calibrate", stage=1, round=1, parts=prepared["parts"]))
+    calibrated = do(worker, job("calibrate", stage=1, round=1, lr_scale=1.0, parts=prepared["parts"]))
     assert set(calibrated["parts"]) == set(tiny().plan(1).calibrated)
     assert calibrated["loss"] > 0
     trained = load_file(calibrated["parts"]["layer.1"])
@@ -46,6 +48,28 @@ def test_jobs_prepare_calibrate_evaluate(job, tiny):
     assert scores["raw_pixels"]["knn"] > 0.8  # digits of 8x8 pixels are easy
     assert 0 < scores["trained"]["knn"] < scores["raw_pixels"]["knn"]
     assert do(Worker(), job("evaluate", names=["random"]))["scores"]["random"] == scores["random"]
+
+
+def test_each_attempt_at_a_stage_has_weights_of_its_own(job):
+    def weights(attempt):
+        return load_file(do(Worker(), job("prepare", stage=2, attempt=attempt))["parts"]["layer.2"])["blocks.1.mlp.fc1.weight"]
+
+    found = [weights(attempt) for attempt in (1, 2, 3, 2)]
+    assert np.array_equal(found[1], found[3])
+    assert not any(np.array_equal(one, other) for one, other in itertools.combinations(found[:3], 2))
+
+
+def test_calibration_obeys_what_plateaus_leave_of_the_rate(tmp_path, tiny, job):
+    (tmp_path / "config").write_bytes(tiny("calibration.batch_size=64", "train.lr_schedule=plateau").to_bytes())
+    start = do(Worker(), job("prepare", stage=1, attempt=1))["parts"]
+    before = load_file(start["norm"])["fc_norm.weight"]
+
+    def change(lr_scale):
+        (tmp_path / "out" / "calibrated").mkdir(exist_ok=True)
+        order = {**job("calibrate", stage=1, round=1, lr_scale=lr_scale, parts=start), "out": str(tmp_path / "out" / "calibrated")}
+        return np.abs(load_file(do(Worker(), order)["parts"]["norm"])["fc_norm.weight"] - before).sum()
+
+    assert change(1e-9) < 1e-3 * change(1.0)
 
 
 def test_halves_are_stratified_disjoint_and_repeatable():
@@ -150,7 +174,7 @@ def test_one_job_at_a_time(workshop):
 def test_the_real_process_does_a_job(tmp_path, job):
     events = queue.Queue()
     one = Workshop(starter(threads=1), events.put, tmp_path / "out", linger_s=1)
-    one.submit(job("prepare", stage=1))
+    one.submit(job("prepare", stage=1, attempt=1))
     while one.busy:
         result = one.on(events.get(timeout=60), now=0.0)
     one.end()

@@ -46,11 +46,11 @@ class Server:
     def state(self, online: bool = True) -> bytes:
         return messages.encode(ServerState(online=online, epoch=self.epoch))
 
-    def announce(self, phase="training", stage=1, round=1, run="demo", content=b"weights" * 1000, seq=None, parts=None):
+    def announce(self, phase="training", stage=1, round=1, run="demo", content=b"weights" * 1000, seq=None, parts=None, **more):
         self.seq = self.seq + 1 if seq is None else seq
         blobs = {part: self.store.put(part.encode() + content) for part in ("stem", "layer.1", "norm", "projector", "predictor")}
         place = {"stage": stage, "stages": 4, "round": round, "rounds": 4}
-        message = Run(run=run, epoch=self.epoch, seq=self.seq, phase=phase, config=self.config, parts=parts or blobs, **place)
+        message = Run(run=run, epoch=self.epoch, seq=self.seq, phase=phase, config=self.config, parts=parts or blobs, **place, **more)
         self.link.publish(TOPICS.run, messages.encode(message), retain=True)
 
     def send(self, device, message):

@@ -203,6 +203,18 @@ def test_devices_stages_and_rounds_have_streams_of_their_own():
     assert len({digest(0, 1), digest(1, 1), digest(0, 2)}) == 3
 
 
+def test_the_announced_part_of_the_rate_is_that_of_the_training():
+    config = load_config("demo", [*SMALL, "train.lr_schedule=plateau"])
+    parts = {name: tensor for part in PARTS for name, tensor in init_part(config, part).items()}
+    pixels = device_images("digits", config, 0).pixels[:32]
+
+    def change(lr_scale):
+        trained, _ = trainer.train(config, 1, 1, 0, parts, pixels, lr_scale=lr_scale)
+        return sum(float(np.abs(array - parts[name].numpy()).sum()) for name, array in trained.items())
+
+    assert change(1e-9) < 1e-3 * change(0.5) < 1e-3 * change(1.0)
+
+
 def test_the_control_process_is_small_and_imports_neither_torch_nor_numpy():
     script = (
         "import sys, psutil; import lwfed.edge_agent.agent, lwfed.edge_agent.cli, lwfed.transport.mqtt;"
@@ -218,7 +230,8 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
         (tmp_path / part).write_bytes(data)
     (tmp_path / "config").write_bytes(CONFIG.to_bytes())
     files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
-    order = {**files, "parts": {part: str(tmp_path / part) for part in PARTS}, "stage": 1, "round": 1, "participant": 0, "data": "digits"}
+    place = {"stage": 1, "round": 1, "participant": 0, "lr_scale": 1.0}
+    order = {**files, **place, "parts": {part: str(tmp_path / part) for part in PARTS}, "data": "digits"}
     script = (
         f"import sys; from lwfed.edge_agent.worker import Worker; Worker().handle({order!r}, lambda data: None);"
         "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn') if m in sys.modules])"

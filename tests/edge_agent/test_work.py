@@ -120,13 +120,26 @@ def test_a_round_that_closed_is_left_even_before_the_next_one(world):
     assert state(world).state == "ready"
 
 
-def test_a_finished_run_is_said_once_and_the_device_stays(world):
-    server, device = world.joined()
+@pytest.mark.parametrize("phase", ["finished", "stopped"])
+def test_a_run_that_is_over_is_said_once_and_the_device_stays(world, phase):
+    server, device = world.training()
     for _ in range(3):
-        server.announce("finished")
+        server.announce(phase)
         world.settle(0.2)
-    assert device.texts("run") == ["run demo is finished; waiting for another"]
+    assert device.texts("run")[-1:] == [f"run demo is {phase}; waiting for another"]
+    assert len(device.texts("run")) == 2
+    assert device.worker[-1] == EndWorker()
     assert device.exit is None
+
+
+def test_the_part_of_the_rate_that_is_left_goes_to_the_training(world):
+    server, device = world.joined()
+    server.announce(lr_scale=0.25)
+    server.assign(device.id)
+    world.settle(2)
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["lr_scale"] == 0.25
 
 
 def test_a_task_said_twice_is_done_once(world):

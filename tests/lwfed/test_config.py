@@ -79,6 +79,7 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key():
         ("train: 5", "train"),
         ("!!python/object/apply:os.system ['true']", "no valid YAML"),
         ("calibration: {every: round}", "needs auxiliary images"),
+        ("stages: {on_collapse: repeat}", "needs images on the server to judge a stage by"),
         ("data: {auxiliary_share: 0.6, labelled_share: 0.4}", "leave nothing"),
         ("stages: {layers_per_stage: 13}", "exceeds model.depth"),
         ("rounds: {sample: 5, min_devices: 2}", "exceeds rounds.min_devices"),

@@ -37,6 +37,7 @@ SAMPLES: dict[str, m.Message] = {
         rounds=10,
         config=m.BlobRef(id="cd" * 32, size=812),
         parts={"stem": BLOB, "layer.1": BLOB, "layer.2": BLOB, "norm": BLOB, "projector": BLOB, "predictor": BLOB},
+        lr_scale=0.25,
     ),
     "state": m.State(state="training", boot=9),
     "hello": m.Hello(

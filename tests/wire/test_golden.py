@@ -12,25 +12,30 @@ import pytest
 
 from lwfed.blobs import BlobStore
 from lwfed.wire import tensors
-from lwfed.wire.messages import DOWN, UP, Manifest, decode, encode
+from lwfed.wire.messages import DOWN, UP, Manifest, Run, decode, encode
 
 from .samples import SAMPLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = {**{name: name for name in SAMPLES}, "run": "run-lr-scale"}  # as written today
 BLOB = bytes(range(256)) * 20 + b"end"
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([-0.5, 1e-7], dtype=np.float32)}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_message_is_written_and_read_as_ever(name):
-    golden = (GOLDEN / f"{name}.json").read_bytes()
+    golden = (GOLDEN / f"{FILES[name]}.json").read_bytes()
     assert encode(SAMPLES[name]) == golden
     assert decode(type(SAMPLES[name]), golden) == SAMPLES[name]
 
 
+def test_a_run_that_says_nothing_of_the_rate_is_read_as_one_with_the_whole_rate():
+    assert decode(Run, (GOLDEN / "run.json").read_bytes()) == SAMPLES["run"].model_copy(update={"lr_scale": 1.0})
+
+
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run"}
-    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in SAMPLES} | {"blob-manifest.json"}
+    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | {"run.json", "blob-manifest.json"}
 
 
 def test_a_blob_is_cut_as_ever(tmp_path):
