@@ -26,6 +26,7 @@ VARIANCE_FLOOR = 1e-6  # of a patch in one colour
 class Mae(Method):
     """A representation is [B, 1 + width]: the loss of the sample, and its features for alignment."""
 
+    view_count = 1
     sees_pixels = True
 
     def draw_views(self, config: RunConfig, count: int, generator: torch.Generator) -> tuple[ViewParams, ...]:

@@ -21,6 +21,7 @@ from lwfed.models.views import ViewParams, draw
 class Method:
     """A method of two views whose representation is the encoder's features. Methods override what is different."""
 
+    view_count = 2
     has_target = False  # whether keys of a target branch are compared with
     sees_pixels = False  # whether a representation depends on the view beyond what the encoder makes of it
 
