@@ -60,6 +60,7 @@ class Session:
         self._quiet_until: float | None = None
         self._state: DeviceState | None = None  # as published on this connection
         self._invalid = 0
+        self._mismatched = False  # a message of another version was ignored, and that was said
 
     def begin(self) -> list[Effect]:
         if (update := self._work.handover.update) is not None:
@@ -136,7 +137,10 @@ class Session:
     def _on_message(self, topic: str, payload: bytes, now: float) -> list[Effect]:
         try:
             return self._route(topic, payload)
-        except (InvalidMessage, ProtocolMismatch) as error:  # which version to speak is the word of the server's state alone
+        except ProtocolMismatch as error:  # stray or forged: which versions the server speaks, its state alone says
+            known, self._mismatched = self._mismatched, True
+            return [] if known else [Tell("warning", f"ignored: {error}")]
+        except InvalidMessage as error:
             self._invalid += 1  # said at the 1st, 2nd, 4th, 8th...: a broken sender must not fill the log
             again = f" ({self._invalid} so far)" if self._invalid > 1 else ""
             return [Tell("warning", f"ignored a message: {error}{again}")] if self._invalid.bit_count() == 1 else []

@@ -89,6 +89,20 @@ def test_a_server_of_another_protocol_ends_it_with_advice(world):
     assert "upgrade" in str(device.exit.error)
 
 
+def test_other_messages_of_another_protocol_are_ignored_and_said_once(world):
+    server, device = world.training()
+    for payload in (b'{"v": 2}', b'{"v": 7, "run": "demo"}'):
+        for topic in (TOPICS.run, TOPICS.to_device(device.id, "task"), TOPICS.to_device(device.id, "done")):
+            server.link.publish(topic, payload)
+    world.settle()
+    assert device.exit is None
+    assert len(device.texts("warning")) == 1
+    assert "protocol version 2" in device.texts("warning")[0]
+    device.finish()
+    world.settle(2)
+    assert server.received
+
+
 def test_stop_ends_agent_and_worker(world):
     _, device = world.training()
     device.queue.append(Stop())
