@@ -12,7 +12,7 @@ from lwfed.blobs import BlobStore
 from lwfed.edge_agent.events import Effect, Show, Tell
 from lwfed.edge_agent.journal import Accepted, Journal, Update
 from lwfed.seeds import derive
-from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Task, Traffic, Wait
+from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Run, Task, Traffic, Wait
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import Upload, contribution_id
 
@@ -148,8 +148,8 @@ def _summary(update: Update) -> str:
     )
 
 
-def where(task: Task) -> str:
-    return f"stage {task.stage}, round {task.round}"
+def where(at: Task | Run) -> str:
+    return f"stage {at.stage}, round {at.round}"
 
 
 def megabytes(count: int) -> str:

@@ -196,7 +196,7 @@ class Session:
         return effects + (self._on_run(early) if early else [])
 
     def _on_run(self, run: Run) -> list[Effect]:
-        if self._server is None:
+        if self._server is None or run.epoch > self._server.epoch:
             self._early = run
             return []
         seen = Seen(epoch=run.epoch, seq=run.seq)

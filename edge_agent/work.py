@@ -3,7 +3,8 @@
     idle --task--> called --its announcement--> fetching --all blobs held--> starting --worker ready--> training
     training --update written--> idle                  any --newer round, failure--> idle
 
-A task and its announcement travel on different topics and come in any order.
+A task and its announcement travel on different topics and come in any order. Until its round is announced a task is kept
+aside and nothing is given up for it: it may be stray.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Work:
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
         self._phase: Phase = "idle"
         self._task: Task | None = None
-        self._early: Task | None = None  # of a run that is not announced yet
+        self._early: Task | None = None  # of a round that is not announced
         self._run: Run | None = None
         self._job: Job | None = None  # while starting and training
         self._worker: WorkerFor | None = None
@@ -104,24 +105,25 @@ class Work:
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
             effects += self._give_up()
-        if self._early is not None and self._early.run == run.run:
-            early, self._early = self._early, None
-            effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
         if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.phase == "finished"):
             effects += self._end_worker()
+        if self._early is not None and _place(self._early) == _place(run):
+            early, self._early = self._early, None
+            effects += self.assign(early)
         return effects
 
     def assign(self, task: Task) -> list[Effect]:
         """The server wants this device to train; it says so again whenever it is unsure."""
-        if self._run is not None and task.run != self._run.run:
-            self._early = task  # its announcement may follow on the other topic; until then nothing is given up for it
-            return []
-        if (self._run is not None and _is_over(task, self._run)) or task == self._task:
+        run = self._run
+        if (run is not None and task.run == run.run and _is_over(task, run)) or task == self._task:
             return []
         if self.handover.covers(task):
             return []
+        if run is None or _place(task) != _place(run):
+            known, self._early = self._early, task
+            return [_set_aside(task, run)] if run is not None and known is None else []
         effects = self._give_up()
         if (update := self.handover.update) is not None:
             effects += self.handover.drop(f"the update of {where(update.task)} comes too late", "stale")
@@ -278,8 +280,16 @@ class Work:
         return Send(self._topics.from_device(self._device, kind), encode(message))
 
 
+def _set_aside(task: Task, run: Run) -> Tell:
+    return Tell("warning", f"set aside a task of run {task.run}, {where(task)}: the server announces run {run.run}, {where(run)}")
+
+
+def _place(at: Task | Run) -> tuple[str, int, int]:
+    return at.run, at.stage, at.round
+
+
 def _is_on(task: Task, run: Run) -> bool:
-    return run.phase == "training" and (task.run, task.stage, task.round) == (run.run, run.stage, run.round)
+    return run.phase == "training" and _place(task) == _place(run)
 
 
 def _is_over(task: Task, run: Run) -> bool:

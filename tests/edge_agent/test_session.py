@@ -135,6 +135,18 @@ def test_an_older_announcement_is_ignored(world):
     assert device.texts("task") == ["stage 2, round 1: this device trains"]
 
 
+def test_an_announcement_of_no_server_yet_does_not_drown_those_of_the_present_one(world):
+    server, device = world.joined()
+    server.epoch = 9
+    server.announce(run="stray", seq=2**53 - 1)
+    world.settle(0.2)
+    server.epoch = 1
+    server.announce(seq=1)
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+
+
 def test_the_retained_announcement_is_obeyed_again_after_a_restart_of_the_agent(world):
     server, device = world.joined()
     server.announce()
@@ -178,16 +190,3 @@ def test_an_idle_device_is_silent(world):
     before = len(world.broker.log)
     world.settle(600)
     assert len(world.broker.log) == before
-
-
-def test_messages_of_another_version_are_ignored_and_only_the_server_s_state_ends_the_agent(world):
-    server, device = world.joined()
-    for topic in (TOPICS.run, TOPICS.to_device(device.id, "task")):
-        for payload in (b'{"v": 2}', b'{"v": -1}', b'{"v": true}', b'{"v": 1e9}', b'{"v": ' + b"9" * 5000 + b"}"):
-            server.link.publish(topic, payload)
-    world.settle()
-    assert device.exit is None
-    server.announce()
-    server.assign(device.id)
-    world.settle()
-    assert device.texts("task")

@@ -43,6 +43,48 @@ def test_task_and_announcement_come_in_any_order(world, first):
     assert device.worker == [StartWorker(1)]
 
 
+@pytest.mark.parametrize("stray", [{"run": "other"}, {"round": 3}, {"stage": 4}])
+def test_a_task_that_is_not_announced_costs_the_present_one_nothing(world, stray):
+    server, device = world.training()
+    before = list(device.worker)
+    for _ in range(3):
+        server.assign(device.id, **stray)
+    world.settle()
+    assert device.worker == before
+    assert device.texts("task") == ["stage 1, round 1: this device trains"]
+    assert len(device.texts("warning")) == 1
+    assert "the server announces run demo, stage 1, round 1" in device.texts("warning")[0]
+    device.finish()
+    world.settle(2)
+    assert server.received
+    assert state(world).state == "ready"
+
+
+def test_a_task_that_is_not_announced_keeps_no_device_busy(world):
+    server, device = world.joined()
+    server.announce(phase="waiting")
+    server.assign(device.id, run="other")
+    world.settle()
+    assert state(world).state == "ready"
+    assert device.journal.task is None
+    server.announce(run="other")
+    world.settle(2)
+    assert device.texts("task") == ["stage 1, round 1: this device trains"]
+    assert device.worker == [StartWorker(1)]
+
+
+def test_a_task_that_is_not_announced_costs_a_finished_update_nothing(world):
+    server, device = world.training()
+    server.answers = False
+    device.finish()
+    world.settle()
+    server.assign(device.id, run="other")
+    world.settle()
+    server.answers = True
+    world.settle(10)
+    assert server.received
+
+
 def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
     server, device = world.training()
     device.finish()
@@ -173,17 +215,6 @@ def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
     world.settle(0.2)
     assert device.journal.execution("demo", 1) is None
     assert device.journal.traffic("demo").down == 0
-
-
-def test_a_task_of_a_run_that_is_not_announced_disturbs_nothing(world):
-    server, device = world.training()
-    server.assign(device.id, run="other")
-    world.settle()
-    assert len(device.texts("task")) == 1
-    assert EndWorker() not in device.worker
-    server.announce(run="other")
-    world.settle()
-    assert len(device.texts("task")) == 2  # it is taken up when its run follows
 
 
 def test_an_update_that_cannot_travel_fails_its_round_and_bars_no_start(world, monkeypatch):
