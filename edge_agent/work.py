@@ -20,7 +20,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError, InvalidPayload
+from lwfed.errors import ConfigError
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
@@ -185,9 +185,16 @@ class Work:
 
     def _prepare(self, task: Task, run: Run) -> list[Effect]:
         try:
-            job = Job(task, run, RunConfig.from_bytes(self._held.read(run.config.id)))
-        except ConfigError as error:
+            config = RunConfig.from_bytes(self._held.read(run.config.id))
+            uploaded = config.plan(task.stage).uploaded
+        except (ConfigError, ValueError) as error:
             return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
+        try:
+            size = sum(run.parts[part].size for part in uploaded if part in run.parts)
+            self.handover.fitting(size, config.transfer.chunk_bytes, config.train.epochs)
+        except ConfigError as error:
+            return self._fail(task, events.WorkerError("ConfigError", str(error)))
+        job = Job(task, run, config)
         self._job, self._phase = job, "starting"
         if self._worker == job.worker:
             return self._train(job, self._ready) if self._ready else []
@@ -245,14 +252,16 @@ class Work:
     def _finish(self, event: events.WorkerDone, now: float) -> list[Effect]:
         if self._job is None:
             return []
-        job, self._job, self._task, self._phase = self._job, None, None, "idle"
+        job = self._job
         execution = self._journal.execution(job.task.run, job.task.stage)
         said = {name: value for name, value in vars(event).items() if name != "file"}
-        self._linger_until = now + job.config.worker.linger_s
         try:
-            return self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
-        except InvalidPayload as error:
+            effects = self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        except ConfigError as error:
             return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
+        self._job, self._task, self._phase = None, None, "idle"
+        self._linger_until = now + job.config.worker.linger_s
+        return effects
 
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again."""

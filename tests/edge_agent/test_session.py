@@ -1,6 +1,9 @@
+import pytest
+
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
 from lwfed.errors import ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
+from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
 from lwfed.wire.messages import Hello, State
 from lwfed.wire.topics import Topics
@@ -190,3 +193,11 @@ def test_an_idle_device_is_silent(world):
     before = len(world.broker.log)
     world.settle(600)
     assert len(world.broker.log) == before
+
+
+@pytest.mark.parametrize(("limit", "said"), [(None, 0), (100_000, 0), (8000, 1)])
+def test_a_broker_that_takes_too_small_packets_for_any_update_is_said_on_connecting(world, monkeypatch, limit, said):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", limit)
+    _, device = world.joined()
+    assert len(device.texts("warning")) == said
+    assert all("8000 bytes" in text and "max_packet_size" in text for text in device.texts("warning"))

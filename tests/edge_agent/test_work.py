@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train
@@ -219,12 +221,40 @@ def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
 
 def test_an_update_that_cannot_travel_fails_its_round_and_bars_no_start(world, monkeypatch):
     server, device = world.training()
-    monkeypatch.setattr(type(device.link), "packet_limit", 1024)  # too little for a piece
+    monkeypatch.setattr(type(device.link), "packet_limit", 1024)
     device.finish()
     world.settle()
     assert server.of(messages.Fail)[-1].code == "config"
+    assert (device.journal.task, device.journal.update) == (None, None)
+    assert [path.name for path in (device.root / "updates").iterdir()] == ["parts"]
+    assert state(world).state == "ready"
     device.kill()
     again = world.start_device()
     world.settle()
     assert again.exit is None
     assert not again.texts("update")
+
+
+@pytest.mark.parametrize("limit", [100, 1400, 13_700])
+def test_a_broker_that_takes_too_small_packets_for_an_update_is_found_before_training(world, monkeypatch, limit):
+    server, device = world.joined()
+    monkeypatch.setattr(type(device.link), "packet_limit", limit)
+    server.announce(content=b"weights" * 3000)
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == []
+    fail = server.of(messages.Fail)[-1]
+    assert fail.code == "config"
+    assert re.search(rf"takes packets of {limit} bytes at most; raise its limit .* to \d+$", fail.reason)
+    monkeypatch.setattr(type(device.link), "packet_limit", int(fail.reason.split()[-1]))
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+
+
+def test_a_stage_that_the_configuration_does_not_have_fails_its_round(world):
+    server, device = world.joined()
+    server.announce(stage=400)
+    server.assign(device.id, stage=400)
+    world.settle(2)
+    assert (device.exit, server.of(messages.Fail)[-1].code) == (None, "config")
