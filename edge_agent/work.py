@@ -16,6 +16,7 @@ from typing import Literal
 
 from lwfed.blobs import BlobStore
 from lwfed.config import RunConfig
+from lwfed.console import counted
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
@@ -179,9 +180,16 @@ class Work:
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"
         if self._phase == "fetching" and self.downloads.complete:
-            said = Tell("download", f"received {megabytes(self._to_fetch)} of the model", {"bytes": self._to_fetch})
-            return [*([said] if self._to_fetch else []), *self._prepare(task, run)]
+            return [*self._say_download(), *self._prepare(task, run)]
         return []
+
+    def _say_download(self) -> list[Effect]:
+        if not self._to_fetch:
+            return []
+        bad = self.downloads.bad_chunks
+        again = f"; {counted(bad, 'damaged chunk')} had to be sent again" if bad else ""
+        text = f"received {megabytes(self._to_fetch)} of the model{again}"
+        return [Tell("download", text, {"bytes": self._to_fetch, "bad_chunks": bad})]
 
     def _prepare(self, task: Task, run: Run) -> list[Effect]:
         try:

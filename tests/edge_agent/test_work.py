@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from lwfed.blobs import PartFile
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train
 from lwfed.wire import messages
 from lwfed.wire.messages import Fin, Offer, State
@@ -85,6 +86,20 @@ def test_a_task_that_is_not_announced_costs_a_finished_update_nothing(world):
     server.answers = True
     world.settle(10)
     assert server.received
+
+
+def test_damaged_chunks_of_the_model_are_said(world, monkeypatch):
+    server, device = world.joined()
+    write, damaged = PartFile.write, iter([True, True])
+    monkeypatch.setattr(PartFile, "write", lambda part, index, data: write(part, index, b"junk" if next(damaged, False) else data))
+    server.announce()
+    server.assign(device.id)
+    world.settle(5)
+    assert [text.partition("; ")[2] for text in device.texts("download")] == ["2 damaged chunks had to be sent again"]
+    server.announce(round=2, content=b"newer" * 1000)
+    server.assign(device.id, round=2)
+    world.settle(5)
+    assert "damaged" not in device.texts("download")[1]
 
 
 def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
