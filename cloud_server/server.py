@@ -156,7 +156,7 @@ class Server:
         self._announced = None
         self._fleet.remind()
         if first:
-            self._apply(Started(), now, None)
+            self._course.apply(Started(), now)  # nothing to be told but what `waiting` says
             self._follow(now)
             waiting(self._news, self._course)
 

@@ -131,12 +131,17 @@ def _torch() -> Iterator[Check]:
         return
     yield Check("torch.works", "ok", f"torch {version} multiplies and differentiates on 2 threads")
     if find_spec("torchvision") is not None:
-        vision, problem = _probe(TORCHVISION)
-        advice = "its data sets work nevertheless; to mend it, install the torchvision that belongs to this torch"
-        if problem is None:
-            yield Check("torch.torchvision", "ok", f"torchvision {vision} fits torch")
-        else:
-            yield Check("torch.torchvision", "warn", f"torchvision does not fit torch: {problem}", advice)
+        yield _torchvision(version)
+
+
+def _torchvision(torch: str) -> Check:
+    vision, problem = _probe(TORCHVISION)
+    if problem is None:
+        return Check("torch.torchvision", "ok", f"`import torchvision` works: {vision}")
+    # lwfed gets by without its compiled operators (lwfed/data/torchvision_sets.py), but not without the rest.
+    need = "lwfed itself does not need that" if "torchvision::" in problem else "lwfed needs it for data sets by name only"
+    advice = f"{need}; to mend it, install the build of torchvision that matches torch {torch}, from the index that torch came from"
+    return Check("torch.torchvision", "warn", f"`import torchvision`, and so `import timm`, fails as it is installed: {problem}", advice)
 
 
 def _torch_advice(problem: str) -> str:

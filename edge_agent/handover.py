@@ -11,12 +11,11 @@ from typing import Protocol
 from lwfed.blobs import BlobStore
 from lwfed.edge_agent.events import Effect, Show, Tell
 from lwfed.edge_agent.journal import Accepted, Journal, Update
+from lwfed.errors import ConfigError
 from lwfed.seeds import derive
-from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Task, Traffic, Wait
+from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Run, Task, Traffic, Wait
 from lwfed.wire.topics import Topics
-from lwfed.wire.upload import Upload, contribution_id
-
-PACKET_MARGIN_BYTES = 512  # topic and headers of a chunk's packet
+from lwfed.wire.upload import Upload, contribution_id, fitting_chunk_bytes
 
 Answer = Grant | Wait | Miss | Done | Refuse
 
@@ -52,12 +51,19 @@ class Handover:
         self._offer(update)
         return [Tell("update", f"an update of {where(update.task)} is waiting to be handed over", {"bytes": update.blob.size})]
 
+    def fitting(self, size: int, chunk_bytes: int, epochs: int) -> int:
+        """In what pieces an update of `size` bytes can travel, at most `chunk_bytes`. Raises ConfigError when it cannot."""
+        return fitting_chunk_bytes(size, chunk_bytes, epochs, self._link.packet_limit)
+
     def begin(self, task: Task, file: Path, report: Report, chunk_bytes: int) -> list[Effect]:
-        """Take the worker's `file` over. Raises StateError when the disk does not, InvalidPayload when it cannot travel."""
-        if self._link.packet_limit is not None:
-            chunk_bytes = min(chunk_bytes, self._link.packet_limit - PACKET_MARGIN_BYTES)
-        update = Update(task=task, blob=self._spool.adopt(file), chunk_bytes=chunk_bytes, report=report)
-        self._spool.manifest(update.blob.id, chunk_bytes)  # or refuse now: a journal that cannot be recalled would bar every start
+        """Take the worker's `file` over. Raises StateError when the disk does not, and ConfigError when it cannot travel."""
+        blob = self._spool.adopt(file)
+        try:
+            chunk_bytes = self.fitting(blob.size, chunk_bytes, len(report.losses))
+        except ConfigError:  # before the journal has it: one that cannot be offered would bar every start
+            self._spool.remove(blob.id)
+            raise
+        update = Update(task=task, blob=blob, chunk_bytes=chunk_bytes, report=report)
         self._journal.finish(update)
         self.update = update
         self._offer(update)
@@ -148,8 +154,8 @@ def _summary(update: Update) -> str:
     )
 
 
-def where(task: Task) -> str:
-    return f"stage {task.stage}, round {task.round}"
+def where(at: Task | Run) -> str:
+    return f"stage {at.stage}, round {at.round}"
 
 
 def megabytes(count: int) -> str:

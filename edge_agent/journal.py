@@ -167,7 +167,8 @@ class Journal:
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite has ended it by itself where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
@@ -176,10 +177,12 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-            advice = (
-                "free space on its disk and start again: nothing is lost" if full else "move the file away to start over as a new device"
-            )
+            if not isinstance(error, sqlite3.OperationalError):
+                advice = "move the file away to start over as a new device"
+            elif "is full" in str(error):
+                advice = "free space on its disk and start again: nothing is lost"
+            else:
+                advice = "check that its folder may be written and that its disk works, then start again"
             raise StateError(f"the agent's journal {self._path} is unusable ({error}): {advice}") from None
 
 

@@ -16,6 +16,7 @@ from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send
 from lwfed.wire.messages import DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
 from lwfed.wire.topics import Topics
+from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 
@@ -49,7 +50,7 @@ class Session:
     def __init__(self, fleet: Topics, hello: Hello, journal: Journal, work: Work, link: Link, wait_s: float, now: float) -> None:
         self._topics, self._hello, self._journal, self._work = fleet, hello, journal, work
         self._device = journal.device
-        self._traffic = TrafficCount(journal, link)
+        self._link, self._traffic = link, TrafficCount(journal, link)
         self._give_up_at: float | None = now + wait_s  # None once there has been a connection
         self._wait_s = wait_s
         self._reason: TransportError | None = None  # why there is no connection
@@ -60,6 +61,7 @@ class Session:
         self._quiet_until: float | None = None
         self._state: DeviceState | None = None  # as published on this connection
         self._invalid = 0
+        self._mismatched = False  # a message of another version was ignored, and that was said
 
     def begin(self) -> list[Effect]:
         if (update := self._work.handover.update) is not None:
@@ -105,7 +107,8 @@ class Session:
         first, self._give_up_at = self._give_up_at is not None, None
         self._connected, self._reason, self._state, self._quiet_until = True, None, None, now + QUIET_S
         self._lose_server()
-        return [Tell("joined", f"connected as {self._device}" if first else "connected again", {"device": self._device})]
+        joined = Tell("joined", f"connected as {self._device}" if first else "connected again", {"device": self._device})
+        return [joined, *self._say_packet_limit()]
 
     def _on_disconnected(self, reason: TransportError) -> list[Effect]:
         self._connected, self._quiet_until = False, None
@@ -118,6 +121,16 @@ class Session:
         self._traffic.save()
         again = f"for {self._wait_s:g} s" if self._give_up_at is not None else "until it is back"
         return [Tell("disconnected", f"no connection, trying {again}: {reason}", {"reason": str(reason)})]
+
+    def _say_packet_limit(self) -> list[Effect]:
+        limit = self._link.packet_limit
+        if limit is None or limit >= LEAST_PACKET_BYTES:
+            return []
+        text = (
+            f"the broker takes packets of {limit} bytes at most, too few to hand over any update: raise its limit "
+            f"(mosquitto: max_packet_size) to the run's transfer.chunk_bytes plus {PACKET_MARGIN_BYTES}"
+        )
+        return [Tell("warning", text)]
 
     def _lose_server(self) -> None:
         self._server = self._early = None
@@ -136,7 +149,10 @@ class Session:
     def _on_message(self, topic: str, payload: bytes, now: float) -> list[Effect]:
         try:
             return self._route(topic, payload)
-        except (InvalidMessage, ProtocolMismatch) as error:  # which version to speak is the word of the server's state alone
+        except ProtocolMismatch as error:  # stray or forged: which versions the server speaks, its state alone says
+            known, self._mismatched = self._mismatched, True
+            return [] if known else [Tell("warning", f"ignored: {error}")]
+        except InvalidMessage as error:
             self._invalid += 1  # said at the 1st, 2nd, 4th, 8th...: a broken sender must not fill the log
             again = f" ({self._invalid} so far)" if self._invalid > 1 else ""
             return [Tell("warning", f"ignored a message: {error}{again}")] if self._invalid.bit_count() == 1 else []
@@ -192,7 +208,7 @@ class Session:
         return effects + (self._on_run(early) if early else [])
 
     def _on_run(self, run: Run) -> list[Effect]:
-        if self._server is None:
+        if self._server is None or run.epoch > self._server.epoch:
             self._early = run
             return []
         seen = Seen(epoch=run.epoch, seq=run.seq)

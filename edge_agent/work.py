@@ -3,7 +3,8 @@
     idle --task--> called --its announcement--> fetching --all blobs held--> starting --worker ready--> training
     training --update written--> idle                  any --newer round, failure--> idle
 
-A task and its announcement travel on different topics and come in any order.
+A task and its announcement travel on different topics and come in any order. Until its round is announced a task is kept
+aside and nothing is given up for it: it may be stray.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Literal
 
 from lwfed.blobs import BlobStore
 from lwfed.config import RunConfig
+from lwfed.console import counted
 from lwfed.data import Source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError, InvalidPayload
+from lwfed.errors import ConfigError
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
@@ -76,7 +78,7 @@ class Work:
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
         self._phase: Phase = "idle"
         self._task: Task | None = None
-        self._early: Task | None = None  # of a run that is not announced yet
+        self._early: Task | None = None  # of a round that is not announced
         self._run: Run | None = None
         self._job: Job | None = None  # while starting and training
         self._worker: WorkerFor | None = None
@@ -106,24 +108,25 @@ class Work:
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
             effects += self._give_up()
-        if self._early is not None and self._early.run == run.run:
-            early, self._early = self._early, None
-            effects += self.assign(early)
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
         if self._worker is not None and ((run.run, run.stage) != (self._worker.run, self._worker.stage) or run.over):
             effects += self._end_worker()
+        if self._early is not None and _place(self._early) == _place(run):
+            early, self._early = self._early, None
+            effects += self.assign(early)
         return effects
 
     def assign(self, task: Task) -> list[Effect]:
         """The server wants this device to train; it says so again whenever it is unsure."""
-        if self._run is not None and task.run != self._run.run:
-            self._early = task  # its announcement may follow on the other topic; until then nothing is given up for it
-            return []
-        if (self._run is not None and _is_over(task, self._run)) or task == self._task:
+        run = self._run
+        if (run is not None and task.run == run.run and _is_over(task, run)) or task == self._task:
             return []
         if self.handover.covers(task):
             return []
+        if run is None or _place(task) != _place(run):
+            known, self._early = self._early, task
+            return [_set_aside(task, run)] if run is not None and known is None else []
         effects = self._give_up()
         if (update := self.handover.update) is not None:
             effects += self.handover.drop(f"the update of {where(update.task)} comes too late", "stale")
@@ -179,15 +182,29 @@ class Work:
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"
         if self._phase == "fetching" and self.downloads.complete:
-            said = Tell("download", f"received {megabytes(self._to_fetch)} of the model", {"bytes": self._to_fetch})
-            return [*([said] if self._to_fetch else []), *self._prepare(task, run)]
+            return [*self._say_download(), *self._prepare(task, run)]
         return []
+
+    def _say_download(self) -> list[Effect]:
+        if not self._to_fetch:
+            return []
+        bad = self.downloads.bad_chunks
+        again = f"; {counted(bad, 'damaged chunk')} had to be sent again" if bad else ""
+        text = f"received {megabytes(self._to_fetch)} of the model{again}"
+        return [Tell("download", text, {"bytes": self._to_fetch, "bad_chunks": bad})]
 
     def _prepare(self, task: Task, run: Run) -> list[Effect]:
         try:
-            job = Job(task, run, RunConfig.from_bytes(self._held.read(run.config.id)))
-        except ConfigError as error:
+            config = RunConfig.from_bytes(self._held.read(run.config.id))
+            uploaded = config.plan(task.stage).uploaded
+        except (ConfigError, ValueError) as error:
             return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
+        try:
+            size = sum(run.parts[part].size for part in uploaded if part in run.parts)
+            self.handover.fitting(size, config.transfer.chunk_bytes, config.train.epochs)
+        except ConfigError as error:
+            return self._fail(task, events.WorkerError("ConfigError", str(error)))
+        job = Job(task, run, config)
         self._job, self._phase = job, "starting"
         if self._worker == job.worker:
             return self._train(job, self._ready) if self._ready else []
@@ -246,16 +263,17 @@ class Work:
     def _finish(self, event: events.WorkerDone, now: float) -> list[Effect]:
         if self._job is None:
             return []
-        job, self._job, self._task, self._phase = self._job, None, None, "idle"
+        job = self._job
         execution = self._journal.execution(job.task.run, job.task.stage)
         said = {name: value for name, value in vars(event).items() if name != "file"}
-        self._linger_until = now + job.config.worker.linger_s
-        report = Report(**said, execution=execution)
         few = self._say_few(job, event)
         try:
-            return few + self.handover.begin(job.task, event.file, report, job.config.transfer.chunk_bytes)
-        except InvalidPayload as error:
-            return few + self._fail(job.task, events.WorkerError("ConfigError", str(error)))
+            effects = self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
+        except ConfigError as error:
+            return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
+        self._job, self._task, self._phase = None, None, "idle"
+        self._linger_until = now + job.config.worker.linger_s
+        return few + effects
 
     def _say_few(self, job: Job, event: events.WorkerDone) -> list[Effect]:
         batch = job.config.train.batch_size
@@ -294,8 +312,16 @@ class Work:
         return Send(self._topics.from_device(self._device, kind), encode(message))
 
 
+def _set_aside(task: Task, run: Run) -> Tell:
+    return Tell("warning", f"set aside a task of run {task.run}, {where(task)}: the server announces run {run.run}, {where(run)}")
+
+
+def _place(at: Task | Run) -> tuple[str, int, int]:
+    return at.run, at.stage, at.round
+
+
 def _is_on(task: Task, run: Run) -> bool:
-    return run.phase == "training" and (task.run, task.stage, task.round) == (run.run, run.stage, run.round)
+    return run.phase == "training" and _place(task) == _place(run)
 
 
 def _is_over(task: Task, run: Run) -> bool:

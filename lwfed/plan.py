@@ -116,13 +116,21 @@ def layer_counts(strategy: Strategy, depth: int, layers_per_stage: PerStage) -> 
     return (depth,) if strategy == "end_to_end" else counts
 
 
-def round_counts(strategy: Strategy, depth: int, layers_per_stage: PerStage, rounds_per_stage: PerStage) -> tuple[int, ...]:
-    """R_s of each stage. An end-to-end run gets as many rounds in its one stage as a staged run has in all (section 4.1).
+def round_counts(
+    strategy: Strategy, depth: int, layers_per_stage: PerStage, rounds_per_stage: PerStage | None, rounds: int = 0
+) -> tuple[int, ...]:
+    """R_s of each stage; where none is given, `rounds` are dealt evenly, as in Table 3, the first stages taking what is left.
 
-    Raises ValueError when a list has not one number for each stage.
+    An end-to-end run gets as many rounds in its one stage as a staged run has in all (section 4.1).
+    Raises ValueError when a list has not one number for each stage, or a stage no round.
     """
     stages = len(layer_counts("layer_wise", depth, layers_per_stage))
-    counts = (rounds_per_stage,) * stages if isinstance(rounds_per_stage, int) else tuple(rounds_per_stage)
+    if rounds_per_stage is None:
+        if rounds < stages:
+            raise ValueError(f"rounds {rounds} cannot be dealt to {stages} stages")
+        counts = tuple(rounds // stages + (stage < rounds % stages) for stage in range(stages))
+    else:
+        counts = (rounds_per_stage,) * stages if isinstance(rounds_per_stage, int) else tuple(rounds_per_stage)
     if len(counts) != stages:
         raise ValueError(f"rounds_per_stage lists {len(counts)} stages; layers_per_stage makes {stages} of {depth} layers")
     return (sum(counts),) if strategy == "end_to_end" else counts

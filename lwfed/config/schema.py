@@ -77,7 +77,8 @@ class SslSection(Section):
 class StagesSection(Section):
     strategy: Strategy
     layers_per_stage: Positive | tuple[Positive, ...]
-    rounds_per_stage: Rounds | tuple[Rounds, ...]
+    rounds: Rounds
+    rounds_per_stage: Rounds | tuple[Rounds, ...] | None
     layer_init: Literal["random", "copy"]
     overlap: Annotated[int, Field(ge=0)]
     depth_dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -216,7 +217,7 @@ class RunConfig(Section):
         stages, convolutional = self.stages, self.model.backbone in CONVOLUTIONAL
         if isinstance(stages.layers_per_stage, int) and stages.layers_per_stage > self.model.depth:
             raise ValueError(f"stages.layers_per_stage {stages.layers_per_stage} exceeds model.depth {self.model.depth}")
-        round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage)
+        round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage, stages.rounds)
         if self.ssl.method == "mae" and self.model.image_size == self.model.patch_size:
             raise ValueError(f"ssl.method mae hides some of several patches: lower model.patch_size {self.model.patch_size}")
         if convolutional and self.ssl.method == "mae":
@@ -248,7 +249,7 @@ class RunConfig(Section):
     def round_counts(self) -> tuple[int, ...]:
         """R_s of each stage."""
         stages = self.stages
-        return round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage)
+        return round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage, stages.rounds)
 
     def plan(self, stage: int) -> StagePlan:
         traits = CONVOLUTIONAL.get(self.model.backbone)

@@ -39,7 +39,7 @@ class Downloads:
     """All downloads of one device. Not polled while the connection or the server is known to be away."""
 
     def __init__(self, topics: Topics, device: str, store: BlobStore, seed: int) -> None:
-        self.bad_chunks = 0
+        self.bad_chunks = 0  # damaged on their way, since `want`
         self._topic = topics.from_device(device, "need")
         self._filter = topics.blob_chunks
         self._store = store
@@ -57,6 +57,7 @@ class Downloads:
 
     def want(self, refs: Iterable[BlobRef]) -> None:
         """Replace what is wanted; what is held already is not fetched, what was begun goes on."""
+        self.bad_chunks = 0
         self._wanted = {ref.id: ref for ref in refs}
         missing = {id: ref for id, ref in self._wanted.items() if not self._store.has(id)}
         begun = {id: blob for id, blob in self._open.items() if missing.get(id) == blob.ref}

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lwfed.errors import InvalidMessage, ProtocolMismatch
 
 PROTOCOL = 1
+MAX_PROTOCOL = 1_000_000  # larger numbers are no versions but junk, and would be quoted to people
 MAX_MESSAGE_BYTES = 128 * 1024  # AWS IoT Core's limit, the lowest of the common brokers
 MAX_BLOB_BYTES = 128 * 1024 * 1024  # ten layers of ViT-Small or three of ViT-Large in one update; its manifest fits a message
 MAX_CHUNKS = 1200
@@ -28,6 +29,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0, le=1e12)]
 Text = Annotated[str, Field(max_length=1000)]
+Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
 
 
 class Record(BaseModel):
@@ -79,8 +81,8 @@ class ServerState(Message):
 
     online: bool
     epoch: Count  # grows with every start of the server
-    protocol_min: int = PROTOCOL
-    protocol_max: int = PROTOCOL
+    protocol_min: Version = PROTOCOL
+    protocol_max: Version = PROTOCOL
 
 
 Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished", "stopped"]
@@ -293,8 +295,10 @@ def decode(model: type[AnyMessage], payload: bytes) -> AnyMessage:
         data: Any = json.loads(payload)
     except (ValueError, RecursionError):
         raise InvalidMessage(f"{model.__name__} is no JSON") from None
-    version = data.get("v") if isinstance(data, dict) else None
-    if isinstance(version, int) and version != PROTOCOL and model is not ServerState:
+    version = data.get("v", PROTOCOL) if isinstance(data, dict) else PROTOCOL
+    if type(version) is not int or not 1 <= version <= MAX_PROTOCOL:  # neither true nor 1.0, which equal 1
+        raise InvalidMessage(f"{model.__name__}: v is no version of the protocol")
+    if version != PROTOCOL and model is not ServerState:
         raise ProtocolMismatch(f"{model.__name__} is of protocol version {version}; this is version {PROTOCOL}: {UPGRADE}")
     try:
         return model.model_validate_json(payload)

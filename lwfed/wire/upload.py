@@ -13,8 +13,8 @@ import hashlib
 from random import Random
 from typing import Literal
 
-from lwfed.blobs import BlobStore
-from lwfed.errors import InvalidMessage
+from lwfed.blobs import BlobStore, check_cut
+from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send
 from lwfed.wire.messages import Done, Fin, Grant, Miss, Offer, Refuse, Traffic, Wait, encode, indices
 from lwfed.wire.retry import Retry
@@ -24,6 +24,9 @@ ANSWER_S = 5.0
 STALLED_S = 60.0  # no room for a chunk in so long: the link is dead although nobody has noticed
 MAX_DIGEST_REFUSALS = 3
 DEFAULT_WINDOW = 4
+PACKET_MARGIN_BYTES = 512  # topic and headers of a packet
+REPORT_BYTES, LOSS_BYTES, DIGEST_BYTES = 13_000, 24, 67  # of an offer: a full memory curve; each epoch's loss; each chunk
+LEAST_PACKET_BYTES = REPORT_BYTES + LOSS_BYTES + DIGEST_BYTES + PACKET_MARGIN_BYTES  # less than that carries no offer
 
 UploadState = Literal["offering", "sending", "finishing", "done", "refused"]
 
@@ -32,6 +35,33 @@ def contribution_id(run: str, stage: int, round: int, device: str, digest: str) 
     """The identity of an update, 32 hex digits: sent twice, it counts once."""
     text = "\x1f".join((run, str(stage), str(round), device, digest))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def fitting_chunk_bytes(size: int, chunk_bytes: int, epochs: int, packet_limit: int | None) -> int:
+    """`chunk_bytes`, or less where the broker takes no larger packets than `packet_limit` (None: any).
+
+    Raises ConfigError where an update of `size` bytes, made in `epochs`, cannot travel then.
+    """
+
+    def packet_bytes(chunk_bytes: int) -> int:
+        offer = REPORT_BYTES + LOSS_BYTES * epochs + DIGEST_BYTES * -(-size // chunk_bytes)
+        return max(offer, chunk_bytes) + PACKET_MARGIN_BYTES
+
+    needed = packet_bytes(chunk_bytes)
+    limit = needed if packet_limit is None else packet_limit
+    fitting = min(chunk_bytes, limit - PACKET_MARGIN_BYTES)
+    try:
+        check_cut(size, fitting)
+    except InvalidPayload as error:
+        if fitting == chunk_bytes:
+            raise ConfigError(f"the update cannot be handed over: {error}") from None
+    else:
+        if packet_bytes(fitting) <= limit:
+            return fitting
+    raise ConfigError(
+        f"the update cannot be handed over: the broker takes packets of {limit} bytes at most; "
+        f"raise its limit (mosquitto: max_packet_size) to {needed}"
+    )
 
 
 class Upload:

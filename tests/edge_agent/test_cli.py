@@ -141,6 +141,23 @@ def test_doctor_tries_torch_in_a_process_of_its_own():
     assert checks.get("torch.torchvision", checks["torch.works"]).status in ("ok", "warn")
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "text", "advice"),
+    [
+        ("print('0.28.0')", "ok", "`import torchvision` works: 0.28.0", ""),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "warn", "fails", "lwfed itself does not need that"),
+        ("raise ImportError('libjpeg.so')", "warn", "fails as it is installed: ImportError: libjpeg.so", "for data sets by name only"),
+    ],
+)
+def test_doctor_says_whether_torchvision_can_be_imported(monkeypatch, code, status, text, advice):
+    monkeypatch.setattr(doctor, "TORCHVISION", code)
+    check = doctor._torchvision("2.13.0+cpu")
+    assert (check.id, check.status) == ("torch.torchvision", status)
+    assert text in check.text
+    assert advice in check.advice
+    assert ("matches torch 2.13.0+cpu" in check.advice) == (status == "warn")
+
+
 @pytest.mark.parametrize(("error", "status"), [(None, "ok"), (Refused("wrong password"), "fail"), (Unreachable("gone"), "fail")])
 def test_doctor_speaks_mqtt(error, status):
     broker = MemoryBroker()

@@ -115,6 +115,24 @@ def test_a_damaged_journal_says_what_to_do(path):
         Journal(path)
 
 
+def test_a_full_disk_says_what_to_do_and_loses_nothing(path):
+    journal = Journal(path)
+    journal.begin(TASK)
+    journal._db.execute("PRAGMA max_page_count = 2")  # what SQLite says and does then is the same
+    large = REPORT.model_copy(update={"losses": (1.0,) * 1000})
+    with pytest.raises(StateError, match=r"full\): free space on its disk and start again: nothing is lost"):
+        journal.finish(UPDATE.model_copy(update={"report": large}))
+    journal.close()
+    again = Journal(path)
+    assert again.task == TASK
+    again.close()
+
+
+def test_a_journal_that_cannot_be_opened_is_not_to_be_moved(tmp_path):
+    with pytest.raises(StateError, match=r"unable to open.*check that its folder may be written"):
+        Journal(tmp_path / "missing" / "journal.sqlite")
+
+
 @pytest.mark.parametrize("key", ["device", "seen", "task", "update", "accepted"])
 def test_a_damaged_row_says_what_to_do(path, key):
     journal = Journal(path)

@@ -1,6 +1,9 @@
+import pytest
+
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
 from lwfed.errors import ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
+from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
 from lwfed.wire.messages import Hello, State
 from lwfed.wire.topics import Topics
@@ -89,6 +92,20 @@ def test_a_server_of_another_protocol_ends_it_with_advice(world):
     assert "upgrade" in str(device.exit.error)
 
 
+def test_other_messages_of_another_protocol_are_ignored_and_said_once(world):
+    server, device = world.training()
+    for payload in (b'{"v": 2}', b'{"v": 7, "run": "demo"}'):
+        for topic in (TOPICS.run, TOPICS.to_device(device.id, "task"), TOPICS.to_device(device.id, "done")):
+            server.link.publish(topic, payload)
+    world.settle()
+    assert device.exit is None
+    assert len(device.texts("warning")) == 1
+    assert "protocol version 2" in device.texts("warning")[0]
+    device.finish()
+    world.settle(2)
+    assert server.received
+
+
 def test_stop_ends_agent_and_worker(world):
     _, device = world.training()
     device.queue.append(Stop())
@@ -119,6 +136,18 @@ def test_an_older_announcement_is_ignored(world):
     server.assign(device.id, stage=2)
     world.settle(2)
     assert device.texts("task") == ["stage 2, round 1: this device trains"]
+
+
+def test_an_announcement_of_no_server_yet_does_not_drown_those_of_the_present_one(world):
+    server, device = world.joined()
+    server.epoch = 9
+    server.announce(run="stray", seq=2**53 - 1)
+    world.settle(0.2)
+    server.epoch = 1
+    server.announce(seq=1)
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
 
 
 def test_the_retained_announcement_is_obeyed_again_after_a_restart_of_the_agent(world):
@@ -166,14 +195,9 @@ def test_an_idle_device_is_silent(world):
     assert len(world.broker.log) == before
 
 
-def test_messages_of_another_version_are_ignored_and_only_the_server_s_state_ends_the_agent(world):
-    server, device = world.joined()
-    for topic in (TOPICS.run, TOPICS.to_device(device.id, "task")):
-        for payload in (b'{"v": 2}', b'{"v": -1}', b'{"v": true}', b'{"v": 1e9}', b'{"v": ' + b"9" * 5000 + b"}"):
-            server.link.publish(topic, payload)
-    world.settle()
-    assert device.exit is None
-    server.announce()
-    server.assign(device.id)
-    world.settle()
-    assert device.texts("task")
+@pytest.mark.parametrize(("limit", "said"), [(None, 0), (100_000, 0), (8000, 1)])
+def test_a_broker_that_takes_too_small_packets_for_any_update_is_said_on_connecting(world, monkeypatch, limit, said):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", limit)
+    _, device = world.joined()
+    assert len(device.texts("warning")) == said
+    assert all("8000 bytes" in text and "max_packet_size" in text for text in device.texts("warning"))

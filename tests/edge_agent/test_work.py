@@ -1,5 +1,8 @@
+import re
+
 import pytest
 
+from lwfed.blobs import PartFile
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Fin, Offer, State
@@ -65,6 +68,62 @@ def test_where_images_lie_is_told_here_and_not_to_the_server(world):
     (fail,) = server.of(Fail)
     assert (fail.code, fail.reason) == ("data", "3 readable images in 'folder'")
     assert "'/home/ann/photos'; this device stays connected" in device.texts("warning")[0]
+
+
+@pytest.mark.parametrize("stray", [{"run": "other"}, {"round": 3}, {"stage": 4}])
+def test_a_task_that_is_not_announced_costs_the_present_one_nothing(world, stray):
+    server, device = world.training()
+    before = list(device.worker)
+    for _ in range(3):
+        server.assign(device.id, **stray)
+    world.settle()
+    assert device.worker == before
+    assert device.texts("task") == ["stage 1, round 1: this device trains"]
+    assert len(device.texts("warning")) == 1
+    assert "the server announces run demo, stage 1, round 1" in device.texts("warning")[0]
+    device.finish()
+    world.settle(2)
+    assert server.received
+    assert state(world).state == "ready"
+
+
+def test_a_task_that_is_not_announced_keeps_no_device_busy(world):
+    server, device = world.joined()
+    server.announce(phase="waiting")
+    server.assign(device.id, run="other")
+    world.settle()
+    assert state(world).state == "ready"
+    assert device.journal.task is None
+    server.announce(run="other")
+    world.settle(2)
+    assert device.texts("task") == ["stage 1, round 1: this device trains"]
+    assert device.worker == [StartWorker(1)]
+
+
+def test_a_task_that_is_not_announced_costs_a_finished_update_nothing(world):
+    server, device = world.training()
+    server.answers = False
+    device.finish()
+    world.settle()
+    server.assign(device.id, run="other")
+    world.settle()
+    server.answers = True
+    world.settle(10)
+    assert server.received
+
+
+def test_damaged_chunks_of_the_model_are_said(world, monkeypatch):
+    server, device = world.joined()
+    write, damaged = PartFile.write, iter([True, True])
+    monkeypatch.setattr(PartFile, "write", lambda part, index, data: write(part, index, b"junk" if next(damaged, False) else data))
+    server.announce()
+    server.assign(device.id)
+    world.settle(5)
+    assert [text.partition("; ")[2] for text in device.texts("download")] == ["2 damaged chunks had to be sent again"]
+    server.announce(round=2, content=b"newer" * 1000)
+    server.assign(device.id, round=2)
+    world.settle(5)
+    assert "damaged" not in device.texts("download")[1]
 
 
 def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_changed(world):
@@ -212,25 +271,42 @@ def test_what_is_known_of_another_run_goes_when_a_run_is_followed(world):
     assert device.journal.traffic("demo").down == 0
 
 
-def test_a_task_of_a_run_that_is_not_announced_disturbs_nothing(world):
-    server, device = world.training()
-    server.assign(device.id, run="other")
-    world.settle()
-    assert len(device.texts("task")) == 1
-    assert EndWorker() not in device.worker
-    server.announce(run="other")
-    world.settle()
-    assert len(device.texts("task")) == 2  # it is taken up when its run follows
-
-
 def test_an_update_that_cannot_travel_fails_its_round_and_bars_no_start(world, monkeypatch):
     server, device = world.training()
-    monkeypatch.setattr(type(device.link), "packet_limit", 1024)  # too little for a piece
+    monkeypatch.setattr(type(device.link), "packet_limit", 1024)
     device.finish()
     world.settle()
     assert server.of(messages.Fail)[-1].code == "config"
+    assert (device.journal.task, device.journal.update) == (None, None)
+    assert [path.name for path in (device.root / "updates").iterdir()] == ["parts"]
+    assert state(world).state == "ready"
     device.kill()
     again = world.start_device()
     world.settle()
     assert again.exit is None
     assert not again.texts("update")
+
+
+@pytest.mark.parametrize("limit", [100, 1400, 13_700])
+def test_a_broker_that_takes_too_small_packets_for_an_update_is_found_before_training(world, monkeypatch, limit):
+    server, device = world.joined()
+    monkeypatch.setattr(type(device.link), "packet_limit", limit)
+    server.announce(content=b"weights" * 3000)
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == []
+    fail = server.of(messages.Fail)[-1]
+    assert fail.code == "config"
+    assert re.search(rf"takes packets of {limit} bytes at most; raise its limit .* to \d+$", fail.reason)
+    monkeypatch.setattr(type(device.link), "packet_limit", int(fail.reason.split()[-1]))
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+
+
+def test_a_stage_that_the_configuration_does_not_have_fails_its_round(world):
+    server, device = world.joined()
+    server.announce(stage=400)
+    server.assign(device.id, stage=400)
+    world.settle(2)
+    assert (device.exit, server.of(messages.Fail)[-1].code) == (None, "config")

@@ -96,6 +96,15 @@ def test_listed_layers_that_do_not_make_up_the_encoder_are_refused(counts):
         layer_counts("layer_wise", 4, counts)
 
 
+def test_rounds_are_dealt_evenly_where_stages_have_none_of_their_own():
+    assert round_counts("layer_wise", 12, 1, None, 180) == (15,) * 12
+    assert round_counts("layer_wise", 12, 6, None, 180) == (90, 90)
+    assert round_counts("progressive", 4, [1, 1, 2], None, 8) == (3, 3, 2)
+    assert round_counts("end_to_end", 4, [1, 1, 2], None, 8) == (8,)
+    with pytest.raises(ValueError, match="cannot be dealt to 4 stages"):
+        round_counts("layer_wise", 4, 1, None, 3)
+
+
 def test_listed_rounds_must_be_one_number_a_stage():
     with pytest.raises(ValueError, match="lists 1 stages"):
         round_counts("layer_wise", 4, [1, 3], [2])

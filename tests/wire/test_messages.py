@@ -12,6 +12,7 @@ from lwfed.wire.messages import (
     MAX_MESSAGE_BYTES,
     UP,
     BlobRef,
+    Done,
     Manifest,
     Run,
     ServerState,
@@ -72,6 +73,19 @@ def test_too_long_is_refused_before_it_is_parsed(model):
 def test_depth_is_refused():
     with pytest.raises(InvalidMessage):
         decode(Run, b"[" * 100_000)
+
+
+@pytest.mark.parametrize("version", ["-1", "0", "true", "false", "1.0", "1.5", "1e400", '"1"', "null", "[1]", "9" * 4000, "9" * 5000])
+def test_what_is_no_version_makes_a_message_invalid(version):
+    with pytest.raises(InvalidMessage) as refusal:
+        decode(Done, f'{{"v": {version}, "contribution": "a"}}'.encode())
+    assert len(str(refusal.value)) < 100
+
+
+@pytest.mark.parametrize("version", ["-1", "0", "true", "1.5", "1e400", '"1"', "null", "9" * 4000, "9" * 5000])
+def test_what_is_no_version_makes_a_state_of_the_server_invalid(version):
+    with pytest.raises(InvalidMessage):
+        decode_server_state(f'{{"online": true, "epoch": 1, "protocol_max": {version}}}'.encode())
 
 
 def test_another_version_is_told_apart():

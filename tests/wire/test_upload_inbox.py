@@ -7,11 +7,28 @@ from random import Random
 import pytest
 
 from lwfed.blobs import BlobStore
+from lwfed.errors import ConfigError
 from lwfed.wire.commands import Reconnect, Send
 from lwfed.wire.inbox import Inbox, ReceivedUpdate
-from lwfed.wire.messages import DOWN, UP, Done, Fin, Grant, Manifest, Miss, Offer, Refuse, Traffic, Wait, decode
+from lwfed.wire.messages import (
+    DOWN,
+    MAX_CURVE,
+    UP,
+    Done,
+    Fin,
+    Grant,
+    Manifest,
+    Miss,
+    Offer,
+    Reading,
+    Refuse,
+    Traffic,
+    Wait,
+    decode,
+    encode,
+)
 from lwfed.wire.topics import FromDevice, ToDevice, Topics, UpdateChunk
-from lwfed.wire.upload import Upload, contribution_id
+from lwfed.wire.upload import REPORT_BYTES, Upload, contribution_id, fitting_chunk_bytes
 
 from .samples import REPORT
 
@@ -347,3 +364,31 @@ def test_the_end_of_a_round_refuses_what_is_under_way_but_not_what_arrived(inbox
     refusals = said(inbox.clear("stale", "the round is over"), DOWN)
     assert [refusal.code for refusal in refusals] == ["stale"] * 3
     assert len(inbox.accept(update.offer.contribution)) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "fitting"),
+    [(5_000_000, None, 122_880), (5_000_000, 1_000_000, 122_880), (5_000_000, 50_000, 49_488), (60_000_000, 122_880, 122_368)],
+)
+def test_chunks_are_cut_for_what_the_broker_takes(size, limit, fitting):
+    assert fitting_chunk_bytes(size, 122_880, 3, limit) == fitting
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1, 512), (1, 13_000), (5_000_000, 14_000), (100_000_000, 60_000)])
+def test_the_packets_that_an_update_needs_are_named_and_suffice(size, limit):
+    with pytest.raises(ConfigError, match=f"packets of {limit} bytes") as refusal:
+        fitting_chunk_bytes(size, 122_880, 3, limit)
+    needed = int(str(refusal.value).split()[-1])
+    assert fitting_chunk_bytes(size, 122_880, 3, needed) == 122_880
+
+
+def test_an_update_that_no_broker_could_carry_is_not_blamed_on_it():
+    with pytest.raises(ConfigError, match="take a smaller model"):
+        fitting_chunk_bytes(5_000_000, 1024, 3, 100_000)
+
+
+def test_the_largest_offer_is_as_large_as_is_reckoned(store):
+    reading = Reading(t_s=12345.678, rss_mb=1234.56, uss_mb=1234.56, swap_mb=1234.56, available_mb=12345.67)
+    small = make_offer(store)
+    report = small.report.model_copy(update={"memory": small.report.memory.model_copy(update={"curve": (reading,) * MAX_CURVE})})
+    assert REPORT_BYTES * 0.8 < len(encode(small.model_copy(update={"report": report}))) < REPORT_BYTES
