@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.data.images import Pixels
 from lwfed.errors import InvalidPayload
-from lwfed.models.local import LocalSummary, StepReport, device_task, train_local
+from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.shapes import part_shapes
 from lwfed.plan import part_of
 from lwfed.seeds import derive
@@ -42,11 +41,11 @@ def train(
     round: int,
     participant: int,
     tensors: Mapping[str, Tensor],
-    pixels: Pixels,
+    images: Images,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
-    """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged."""
+    """The tensors of `plan.uploaded` after the local call on the device of `tensors`, and its summary. Raises DataError and Diverged."""
     plan = config.plan(stage)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, config.place(stage, round)), tensors, pixels, on_step)
-    return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary
+    trained, summary = train_local(config, device_task(config, plan, seed, config.place(stage, round)), tensors, images, on_step)
+    return {name: tensor.cpu().numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

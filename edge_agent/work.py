@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lwfed.blobs import BlobStore
+from lwfed.blobs import BlobStore, Holdings
 from lwfed.config import RunConfig
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
@@ -42,6 +42,7 @@ class Places:
     data: str  # the source of images, as the person named it
     kept: Path  # decoded images
     out: Path  # where the worker writes its update
+    shared: bool = False  # several devices of a simulation share a folder of images
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Job:
 
 class Work:
     def __init__(
-        self, device: str, topics: Topics, journal: Journal, held: BlobStore, spool: BlobStore, places: Places, link: Link
+        self, device: str, topics: Topics, journal: Journal, held: Holdings, spool: BlobStore, places: Places, link: Link
     ) -> None:
         self.downloads = Downloads(topics, device, held, seed=derive(0, "download", device))
         self.handover = Handover(device, topics, journal, spool, link)
@@ -196,6 +197,7 @@ class Work:
             "round": job.task.round,
             "participant": job.task.participant,
             "data": self._places.data,
+            "shared": self._places.shared,
             "kept": str(self._places.kept),
             "out": str(self._places.out),
         }
@@ -204,7 +206,11 @@ class Work:
 
     def _fix_execution(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
         """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
-        now = Execution(prefix="torch", precision="fp32", threads=job.worker.threads, torch=ready.torch, machine=ready.machine)
+        machine = ready.machine
+        if ready.accelerator is not None and job.config.worker.device != "cpu":
+            machine += f", {ready.accelerator}"
+        precision = job.config.train.precision
+        now = Execution(prefix="torch", precision=precision, threads=job.worker.threads, torch=ready.torch, machine=machine)
         before = self._journal.execution(job.task.run, job.task.stage)
         if before == now:
             return []

@@ -1,7 +1,7 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "data", "kept", "out"}
-Out:  {"event": "ready", "torch", "machine"}                after the imports, once
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "data", "shared", "kept", "out"}
+Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "loading", "done", "total"}                 while it decodes images for the first time
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
@@ -27,6 +27,7 @@ from lwfed.data.images import Images
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.models.local import StepReport
+from lwfed.models.placement import accelerator, choose, place, place_images
 from lwfed.wire import tensors as wire
 
 OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
@@ -43,6 +44,7 @@ class Worker:
         started = time.monotonic()
         config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
         torch.set_num_threads(config.train.threads)
+        device = choose(config.worker.device)
         images = self._load(data, config, say)
         parts = trainer.load_parts(config, data["stage"], {part: Path(file) for part, file in data["parts"].items()})
 
@@ -50,7 +52,7 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], parts, images.pixels, on_step)
+        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], place(parts, device), place_images(images.pixels, device), on_step)
         write_durably(Path(data["out"]), wire.encode(update))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
@@ -65,7 +67,8 @@ class Worker:
                 if done % SHOWN_EVERY == 0 or done == total:
                     say({"event": "loading", "done": done, "total": total})
 
-            self._images = key, device_images(data["data"], config, data["participant"], Path(data["kept"]), show)
+            found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
+            self._images = key, found
         return self._images[1]
 
 
@@ -83,7 +86,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine})
+    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from lwfed.errors import DataError
 Raw = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], tuple[str, ...]]
 
 
-def device_images(spec: str, config: RunConfig, participant: int, kept: Path | None = None, progress: Progress | None = None) -> Images:
+def device_images(
+    spec: str, config: RunConfig, participant: int, kept: Path | None = None, progress: Progress | None = None, *, shared: bool = False
+) -> Images:
     """What participant number `participant` (from 0) trains on: its share of a set known by name, or its whole folder.
 
     `kept` is a folder for decoded images. Raises DataError (also for fewer than data.min_images) and MissingDependency.
@@ -27,6 +29,8 @@ def device_images(spec: str, config: RunConfig, participant: int, kept: Path | N
             f"this is device number {participant + 1}, and {spec!r} is cut into data.devices {config.data.devices} shares: "
             "start the server with a larger data.devices, or give this device a folder of images"
         )
+    if shared and not source.named:
+        raise DataError(f"a folder cannot be divided among devices: name a data set instead of {spec!r}")
     found = _unlabelled(source, config, f"device {participant}", kept, progress)
     if len(found) < config.data.min_images:
         raise DataError(

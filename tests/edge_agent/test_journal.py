@@ -118,7 +118,7 @@ def test_a_damaged_journal_says_what_to_do(path):
 @pytest.mark.parametrize("key", ["device", "seen", "task", "update", "accepted"])
 def test_a_damaged_row_says_what_to_do(path, key):
     journal = Journal(path)
-    journal._db.execute("INSERT OR REPLACE INTO facts VALUES (?, 'x y')", (key,))
+    journal._facts._db.execute("INSERT OR REPLACE INTO facts VALUES (?, 'x y')", (key,))
     with pytest.raises(StateError, match=f"{key} does not parse; move the file away"):
         Journal(path) if key == "device" else getattr(journal, key)
     journal.close()
