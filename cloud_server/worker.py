@@ -81,10 +81,8 @@ def _represent(config: RunConfig, name: str, parts: Mapping[str, str], images: I
     """Features [N, D] of all images: of the trained encoder, of the whole encoder at its beginning, or the pixels themselves."""
     if name == "raw_pixels":
         return raw_pixels(images.pixels)
-    if name == "random":
-        tensors = init_parts(config, config.plan(config.stage_count).present)
-    else:
-        tensors = _load(config, parts)
+    whole = config.plan(config.stage_count).present
+    tensors = init_parts(config, whole) if name == "random" else _load(config, parts)
     return features(load_encoder(config.model, place(tensors, device)), images.pixels)
 
 

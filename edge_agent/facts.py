@@ -32,7 +32,7 @@ class Facts(ABC):
     def drop(self, key: str) -> None: ...
 
     @abstractmethod
-    def keys(self) -> list[str]: ...
+    def names(self) -> list[str]: ...
 
     @abstractmethod
     def close(self) -> None: ...
@@ -76,7 +76,7 @@ class SqliteFacts(Facts):
     def drop(self, key: str) -> None:
         self._db.execute("DELETE FROM facts WHERE key = ?", (key,))
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         with self._explained():
             return [str(key) for (key,) in self._db.execute("SELECT key FROM facts")]
 
@@ -117,7 +117,7 @@ class MemoryFacts(Facts):
     def drop(self, key: str) -> None:
         self.held.pop(key, None)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self.held)
 
     def close(self) -> None:

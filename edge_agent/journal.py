@@ -128,7 +128,7 @@ class Journal:
     def keep_run(self, run: str) -> None:
         """Forget what is known of other runs."""
         with self._facts.transaction():
-            for key in self._facts.keys():
+            for key in self._facts.names():
                 about = key.split(" ")
                 if len(about) > 1 and about[1] != run:
                     self._facts.drop(key)

@@ -68,9 +68,7 @@ class Job:
 
 
 class Work:
-    def __init__(
-        self, device: str, topics: Topics, journal: Journal, held: Holdings, spool: BlobStore, places: Places, link: Link
-    ) -> None:
+    def __init__(self, device: str, topics: Topics, journal: Journal, held: Holdings, spool: BlobStore, places: Places, link: Link) -> None:
         self.downloads = Downloads(topics, device, held, seed=derive(0, "download", device))
         self.handover = Handover(device, topics, journal, spool, link)
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places

@@ -52,7 +52,9 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        update, summary = trainer.train(config, data["stage"], data["round"], data["participant"], place(parts, device), place_images(images.pixels, device), on_step)
+        update, summary = trainer.train(
+            config, data["stage"], data["round"], data["participant"], place(parts, device), place_images(images.pixels, device), on_step
+        )
         write_durably(Path(data["out"]), wire.encode(update))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
