@@ -28,6 +28,10 @@ class Duties:
         self._workshop = Workshop(start, deliver, course.root / "work", course.config.worker.linger_s)
         self._duty: Duty | None = None  # done, or being done
 
+    @property
+    def busy(self) -> bool:
+        return self._workshop.busy
+
     def follow(self, now: float) -> bool:
         """Begin the duty of the present phase unless it is begun; whether that moved the run on at once."""
         wanted = duty(self._course.state)

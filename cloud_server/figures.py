@@ -28,6 +28,13 @@ def mean_loss(connection: Connection, stage: int, round: int) -> float | None:
     return None if found is None else float(found)
 
 
+def contributors(connection: Connection) -> dict[tuple[int, int], int]:
+    """(stage, round) -> how many devices contributed."""
+    place = contributions.c.stage, contributions.c.round
+    rows = connection.execute(select(*place, func.count()).group_by(*place))
+    return {(row[0], row[1]): row[2] for row in rows}
+
+
 def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
     """None when nobody has contributed to `stage`."""
     found = connection.execute(_last_reports(stage)).all()

@@ -27,6 +27,6 @@ def accept(root: Path, stored: RunConfig, wanted: RunConfig) -> list[str]:
     raise StateError(
         f"{root} holds run {stored.run.name!r} of another configuration:\n"
         + "\n".join(f"  {text}" for text in foreign[:SHOWN] + more)
-        + "\ngo on with the old settings, or begin a new run with another --state or --set run.name=NAME; "
+        + "\ngo on with the old settings, or begin a new run with another --state (of a simulation: --out) or --set run.name=NAME; "
         + f"only {', '.join(OPERATION)} may change within a run"
     )

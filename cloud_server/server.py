@@ -84,6 +84,11 @@ class Server:
     def state_topic(self) -> str:
         return self._topics.server_state
 
+    @property
+    def busy(self) -> bool:
+        """Whether its worker is at work."""
+        return self._duties.busy
+
     def run(self) -> None:
         """Until the run is finished (`until_done`), SIGINT or SIGTERM; raises what makes it impossible to go on.
 

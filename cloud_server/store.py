@@ -18,7 +18,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from lwfed.cloud_server import schema
-from lwfed.cloud_server.figures import StageFigures, mean_loss, stage_figures
+from lwfed.cloud_server.figures import StageFigures, contributors, mean_loss, stage_figures
 from lwfed.cloud_server.rounds import State
 from lwfed.config import RunConfig
 from lwfed.errors import StateError
@@ -198,6 +198,11 @@ class Store:
     def loss(self, stage: int, round: int) -> float | None:
         with self._transaction() as connection:
             return mean_loss(connection, stage, round)
+
+    def contributors(self) -> dict[tuple[int, int], int]:
+        """(stage, round) -> how many devices contributed."""
+        with self._transaction() as connection:
+            return contributors(connection)
 
     def figures(self, stage: int) -> StageFigures | None:
         with self._transaction() as connection:

@@ -30,6 +30,7 @@ from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local
+from lwfed.models.placement import choose, move, move_images
 from lwfed.models.shapes import part_shapes, size_bytes
 from lwfed.plan import by_part, in_model_order
 from lwfed.seeds import derive
@@ -48,26 +49,27 @@ class Worker:
     def handle(self, data: Json, say: Say) -> None:
         config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
         torch.set_num_threads(config.train.threads)
+        device = choose(config.worker.device)
         jobs = {"prepare": self._prepare, "calibrate": self._calibrate, "evaluate": self._evaluate}
-        say(jobs[data["do"]](config, data))
+        say(jobs[data["do"]](config, data, device))
 
-    def _prepare(self, config: RunConfig, data: Json) -> Json:
+    def _prepare(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         added = grow(_with_stream(config, data["attempt"]), config.plan(data["stage"]), _load(config, data["parts"]))
         return {"event": "prepared", "parts": _write(added, Path(data["out"])), "sizes": part_sizes(config)}
 
-    def _calibrate(self, config: RunConfig, data: Json) -> Json:
+    def _calibrate(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         started = time.monotonic()
         stage, round = data["stage"], data["round"]
         seed, place = derive(config.run.seed, "calibrate", stage, round), config.place(stage, round, data["lr_scale"])
         task = calibration_task(config, config.plan(stage), seed, place)
         images = self._load_images("auxiliary", auxiliary_images, config, data)
-        trained, summary = train_local(config, task, _load(config, data["parts"]), images.pixels)
+        trained, summary = train_local(config, task, move(_load(config, data["parts"]), device), move_images(images.pixels, device))
         files = _write(trained, Path(data["out"]))
         return {"event": "calibrated", "parts": files, "loss": summary.losses[-1], "seconds": time.monotonic() - started}
 
-    def _evaluate(self, config: RunConfig, data: Json) -> Json:
+    def _evaluate(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         images = self._load_images("labelled", labelled_images, config, data)
-        scores = {name: _scores(config, _represent(config, name, data["parts"], images), images) for name in data["names"]}
+        scores = {name: _scores(config, _represent(config, name, data["parts"], images, device), images) for name in data["names"]}
         return {"event": "evaluated", "scores": scores}
 
     def _load_images(self, role: str, load: Loader, config: RunConfig, data: Json) -> Images:
@@ -77,13 +79,13 @@ class Worker:
         return self._images[key]
 
 
-def _represent(config: RunConfig, name: str, parts: Mapping[str, str], images: Images) -> Tensor:
+def _represent(config: RunConfig, name: str, parts: Mapping[str, str], images: Images, device: torch.device) -> Tensor:
     """Features [N, D] of all images: of the trained encoder, of the whole encoder at its beginning, or the pixels themselves."""
     if name == "raw_pixels":
         return raw_pixels(images.pixels)
-    if name == "random":
-        return features(load_encoder(config.model, init_parts(config, config.plan(config.stage_count).present)), images.pixels)
-    return features(load_encoder(config.model, _load(config, parts)), images.pixels)
+    whole = config.plan(config.stage_count).present
+    tensors = init_parts(config, whole) if name == "random" else _load(config, parts)
+    return features(load_encoder(config.model, move(tensors, device)), images.pixels)
 
 
 def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float | None]:
@@ -122,7 +124,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     files = {}
     for part, held in by_part(tensors).items():
         path = folder / f"{part}.safetensors"
-        path.write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
+        path.write_bytes(wire.encode({name: tensor.cpu().numpy() for name, tensor in held.items()}))
         files[part] = str(path)
     return files
 

@@ -19,12 +19,12 @@ import psutil
 
 import lwfed
 from lwfed.blobs import BlobStore
-from lwfed.child import Child, Ended, Json, Said
+from lwfed.child import Ended, Said
 from lwfed.data import Source, open_source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
 from lwfed.edge_agent.journal import Journal
-from lwfed.edge_agent.resources import Meter
+from lwfed.edge_agent.process import FromChild, TrainingProcess
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
@@ -34,13 +34,7 @@ from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics
 
-WORKER = "lwfed.edge_agent.worker"
-WORKER_ENVIRONMENT = {  # read by allocators before Python runs; cut peak and what is kept after training
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-    "MIMALLOC_PURGE_DELAY": "0",
-}
-Raw = events.Event | Said | Ended
+Raw = events.Event | FromChild
 
 
 @dataclass(frozen=True)
@@ -77,17 +71,14 @@ class Agent:
         source, images = check_data(join.data)
         self._transport, self._screen = transport, screen
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # may be filled by a signal handler, unlike Queue
-        self._child: Child | None = None
-        self._meter: Meter | None = None
-        self._sample_s = 0.0
-        self._next_sample: float | None = None  # while a task runs
+        self._process: TrainingProcess | None = None
         self._journal = Journal(join.state / "journal.sqlite", join.name)
         self._topics = Topics(join.fleet)
         device = self._journal.device
         places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors")
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
-        hello = _hello(self._journal.boot, source, images)
+        hello = make_hello(self._journal.boot, source, images)
         self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic())
 
     def run(self) -> None:
@@ -124,7 +115,8 @@ class Agent:
     def _wait(self) -> Raw | None:
         """The next event, or None when it is time to do something by itself."""
         now = time.monotonic()
-        times = [time for time in (self._session.next_wakeup(now), self._next_sample) if time is not None]
+        sample = self._process.next_sample if self._process else None
+        times = [time for time in (self._session.next_wakeup(now), sample) if time is not None]
         try:
             return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
         except queue.Empty:
@@ -132,42 +124,16 @@ class Agent:
 
     def _translate(self, raw: Raw | None) -> events.Event | None:
         """What the session understands of an event; children that were ended on purpose are not its concern."""
-        if self._next_sample is not None and self._meter is not None and time.monotonic() >= self._next_sample:
-            self._meter.sample(time.monotonic())
-            self._next_sample = time.monotonic() + self._sample_s
-        match raw:
-            case Said(child, data) if child is self._child:
-                return self._on_said(data)
-            case Ended(child, reason):
-                child.close()
-                if child is self._child:
-                    self._child = self._meter = self._next_sample = None
-                    return events.WorkerError("died", f"the training process {reason}")
-                return None
-            case Said() | None:
-                return None
-            case _:
-                return raw
-
-    def _on_said(self, data: Json) -> events.Event | None:
-        assert self._meter is not None
-        said = {name: value for name, value in data.items() if name != "event"}
-        match data["event"]:
-            case "ready":
-                self._meter.take_baseline()
-                return events.WorkerReady(**said)
-            case "loading":
-                return events.WorkerLoading(**said)
-            case "progress":
-                return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
-            case "done":
-                self._next_sample = None
-                done = {**said, "file": Path(data["file"]), "losses": tuple(data["losses"])}
-                return events.WorkerDone(**done, memory=self._meter.finish(time.monotonic()))
-            case "error":
-                self._next_sample = None
-                return events.WorkerError(**said)
-        return None
+        process = self._process
+        if process is not None:
+            process.sample()
+        if not isinstance(raw, Said | Ended):
+            return raw
+        if process is None or not process.speaks(raw):
+            return None
+        if isinstance(raw, Ended):
+            self._process = None
+        return process.hear(raw)
 
     # Effects
 
@@ -179,9 +145,11 @@ class Agent:
                 case Show():
                     self._screen.show(effect)
                 case StartWorker(threads):
-                    self._start_worker(threads)
+                    self._end_worker()
+                    self._process = TrainingProcess(self._queue.put, threads)
                 case Train(order, sample_s):
-                    self._train(dict(order), sample_s)
+                    assert self._process is not None
+                    self._process.train(order, sample_s)
                 case EndWorker():
                     self._end_worker()
                 case Exit():
@@ -190,27 +158,13 @@ class Agent:
                     self._transport.execute(effect)
         return None
 
-    def _start_worker(self, threads: int) -> None:
-        self._end_worker()
-        self._child = Child(WORKER, self._queue.put, {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
-        self._meter = Meter(self._child.pid)
-
-    def _train(self, order: Json, sample_s: float) -> None:
-        assert self._child is not None
-        assert self._meter is not None
-        now = time.monotonic()
-        self._meter.begin(now)
-        self._sample_s, self._next_sample = sample_s, now + sample_s
-        self._child.send(order)
-
     def _end_worker(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.close()
-        self._child = self._meter = self._next_sample = None
+        if self._process is not None:
+            self._process.end()
+        self._process = None
 
 
-def _hello(boot: int, source: Source, images: int) -> Hello:
+def make_hello(boot: int, source: Source, images: int) -> Hello:
     return Hello(
         boot=boot,
         lwfed=lwfed.__version__,

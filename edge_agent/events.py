@@ -21,6 +21,7 @@ class WorkerReady:
 
     torch: str
     machine: str
+    accelerator: str | None = None  # what it finds beside the processor
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.data.images import Pixels
 from lwfed.errors import InvalidPayload
-from lwfed.models.local import LocalSummary, StepReport, device_task, train_local
+from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import part_of
 from lwfed.seeds import derive
@@ -53,16 +52,16 @@ def train(
     round: int,
     participant: int,
     tensors: Mapping[str, Tensor],
-    pixels: Pixels,
+    images: Images,
     on_step: Callable[[StepReport], None] | None = None,
     lr_scale: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
-    """The tensors of `plan.uploaded` after the local call, and its summary. Raises DataError and Diverged.
+    """The tensors of `plan.uploaded` after the local call on the device of `tensors`, and its summary. Raises DataError and Diverged.
 
     `previous` are those of an earlier round of the stage, for alignment by moon.
     """
     plan, place = config.plan(stage), config.place(stage, round, lr_scale)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, pixels, on_step, previous)
-    return {name: tensor.numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary
+    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, images, on_step, previous)
+    return {name: tensor.cpu().numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lwfed.blobs import BlobStore
+from lwfed.blobs import BlobStore, Holdings
 from lwfed.config import RunConfig
 from lwfed.console import counted
 from lwfed.data import Source
@@ -45,6 +45,7 @@ class Places:
     data: str  # the source of images, as the person named it
     kept: Path  # decoded images
     out: Path  # where the worker writes its update
+    shared: bool = False  # several devices of a simulation share a folder of images
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ class Job:
 
 
 class Work:
-    def __init__(
-        self, device: str, topics: Topics, journal: Journal, held: BlobStore, spool: BlobStore, places: Places, link: Link
-    ) -> None:
+    def __init__(self, device: str, topics: Topics, journal: Journal, held: Holdings, spool: BlobStore, places: Places, link: Link) -> None:
         self.downloads = Downloads(topics, device, held, seed=derive(0, "download", device))
         self.handover = Handover(device, topics, journal, spool, link)
         self._device, self._topics, self._journal, self._held, self._places = device, topics, journal, held, places
@@ -223,6 +222,7 @@ class Work:
             "participant": job.task.participant,
             "lr_scale": job.run.lr_scale,
             "data": self._places.data,
+            "shared": self._places.shared,
             "kept": str(self._places.kept),
             "out": str(self._places.out),
         }
@@ -231,7 +231,11 @@ class Work:
 
     def _fix_execution(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
         """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
-        now = Execution(prefix="torch", precision="fp32", threads=job.worker.threads, torch=ready.torch, machine=ready.machine)
+        machine = ready.machine
+        if ready.accelerator is not None and job.config.worker.device != "cpu":
+            machine += f", {ready.accelerator}"
+        precision = job.config.train.precision
+        now = Execution(prefix="torch", precision=precision, threads=job.worker.threads, torch=ready.torch, machine=machine)
         before = self._journal.execution(job.task.run, job.task.stage)
         if before == now:
             return []

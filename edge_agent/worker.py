@@ -1,7 +1,7 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "kept", "out"}
-Out:  {"event": "ready", "torch", "machine"}                after the imports, once
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out"}
+Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "loading", "done", "total"}                 while it decodes images for the first time
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
@@ -27,6 +27,7 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.models.local import StepReport
+from lwfed.models.placement import accelerator, choose, move, move_images
 from lwfed.wire import tensors as wire
 
 OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
@@ -43,6 +44,7 @@ class Worker:
         started = time.monotonic()
         config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
         torch.set_num_threads(config.train.threads)
+        device = choose(config.worker.device)
         images = self._load(data, config, say)
         parts = trainer.load_parts(config, data["stage"], {part: Path(file) for part, file in data["parts"].items()})
 
@@ -54,7 +56,15 @@ class Worker:
         own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
-        update, summary = trainer.train(config, *place, parts, images.pixels, on_step, data["lr_scale"], before)
+        update, summary = trainer.train(
+            config,
+            *place,
+            move(parts, device),
+            move_images(images.pixels, device),
+            on_step,
+            data["lr_scale"],
+            before and move(before, device),
+        )
         encoded = wire.encode(update)
         if own:
             own.keep(data["round"], encoded)
@@ -74,7 +84,8 @@ class Worker:
                 if done % SHOWN_EVERY == 0 or done == total:
                     say({"event": "loading", "done": done, "total": total})
 
-            self._images = key, device_images(data["data"], config, data["participant"], Path(data["kept"]), show)
+            found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
+            self._images = key, found
         return self._images[1]
 
 
@@ -83,7 +94,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine})
+    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
 
 
 if __name__ == "__main__":

@@ -17,11 +17,36 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from lwfed.errors import InvalidPayload, StateError
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
 _READ_BYTES = 1 << 20
+
+
+class Arrival(Protocol):
+    """What is used of a PartFile."""
+
+    manifest: Manifest
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def have_bytes(self) -> int: ...
+    def missing(self) -> list[int]: ...
+    def write(self, index: int, data: bytes) -> bool: ...
+    def commit(self) -> Path: ...
+
+
+class Holdings(Protocol):
+    """What a device needs of the store that keeps its model: a BlobStore, or one that borrows the bytes in a simulation."""
+
+    def has(self, id: str) -> bool: ...
+    def path(self, id: str) -> Path: ...
+    def read(self, id: str) -> bytes: ...
+    def part(self, manifest: Manifest) -> Arrival: ...
+    def forget(self, keep: Collection[str]) -> None: ...
 
 
 class BlobStore:
@@ -159,17 +184,14 @@ class PartFile:
 
     @property
     def have_bytes(self) -> int:
-        return self.manifest.blob.size - sum(self._length(index) for index in self._missing)
+        return self.manifest.blob.size - sum(chunk_length(self.manifest, index) for index in self._missing)
 
     def missing(self) -> list[int]:
         return sorted(self._missing)
 
     def write(self, index: int, data: bytes) -> bool:
         """Keep a chunk; False when it was there. Raises InvalidPayload for bytes that are not this chunk."""
-        if not 0 <= index < len(self.manifest.digests):
-            raise InvalidPayload(f"chunk {index} of a blob of {len(self.manifest.digests)}")
-        if len(data) != self._length(index) or hashlib.sha256(data).hexdigest() != self.manifest.digests[index]:
-            raise InvalidPayload(f"chunk {index} of blob {self.manifest.blob.id[:12]} was damaged on its way")
+        check_chunk(self.manifest, index, data)
         if index not in self._missing:
             return False
         with _explained(self._path):
@@ -205,14 +227,23 @@ class PartFile:
         self._path.touch()
         os.truncate(self._path, self.manifest.blob.size)  # a file with holes: costs nothing yet
 
-    def _length(self, index: int) -> int:
-        return min(self.manifest.chunk_bytes, self.manifest.blob.size - index * self.manifest.chunk_bytes)
-
     def _found(self) -> Iterator[int]:
         with self._path.open("rb") as file:
             for index, digest in enumerate(self.manifest.digests):
                 if hashlib.sha256(file.read(self.manifest.chunk_bytes)).hexdigest() == digest:
                     yield index
+
+
+def chunk_length(manifest: Manifest, index: int) -> int:
+    return min(manifest.chunk_bytes, manifest.blob.size - index * manifest.chunk_bytes)
+
+
+def check_chunk(manifest: Manifest, index: int, data: bytes) -> None:
+    """Raises InvalidPayload for bytes that are not this chunk."""
+    if not 0 <= index < len(manifest.digests):
+        raise InvalidPayload(f"chunk {index} of a blob of {len(manifest.digests)}")
+    if len(data) != chunk_length(manifest, index) or hashlib.sha256(data).hexdigest() != manifest.digests[index]:
+        raise InvalidPayload(f"chunk {index} of blob {manifest.blob.id[:12]} was damaged on its way")
 
 
 def check_cut(size: int, chunk_bytes: int) -> None:

@@ -45,7 +45,7 @@ class Convolutional(Encoder):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = None
-        self.register_load_state_dict_post_hook(_without_counts)
+        self.register_load_state_dict_post_hook(_without_counts)  # type: ignore[no-untyped-call]
 
     def stem(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         if keep is not None:

@@ -68,7 +68,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span)
     hue = torch.where(value == red, (green - blue) / span, hue) + 6 * shift[:, None, None]
     # HSV to RGB without cases: f(n) = V - C * max(0, min(k, 4 - k, 1)), k = (n + H / 60 degrees) mod 6.
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + hue[:, None]) % 6
+    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None] + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
 from lwfed import __version__
 from lwfed.cli import Program, json_option, setting_option
+from lwfed.plan import Strategy
 from lwfed.tools.endings import leave, on_endings
 
 
@@ -35,6 +38,72 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
     from lwfed.tools.demo import run_demo
 
     run_demo(out, seed, quick, settings)
+
+
+def listed(kind: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """For an option of values of the click type `kind`, separated by commas; each of them counts once."""
+
+    def convert(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+        return None if text is None else tuple(dict.fromkeys(kind.convert(part.strip(), option, context) for part in text.split(",")))
+
+    return convert
+
+
+@main.command()
+@click.argument("config", metavar="NAME|FILE")
+@click.option(
+    "--data",
+    required=True,
+    metavar="NAME|FOLDER",
+    help="Images that all devices share. Also evaluated on, if a named set and the configuration names none.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="simulation-out",
+    show_default=True,
+    help="Folder for runs and report; the same again goes on.",
+)
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Probability that a chosen device fails to contribute to a round.",
+)
+@click.option("--seeds", callback=listed(click.IntRange(min=0)), metavar="0,1,2", help="One run for each. Default: the configuration's.")
+@click.option(
+    "--strategies",
+    callback=listed(click.Choice(get_args(Strategy))),
+    metavar="A,B",
+    help="One run for each, of equal local epochs. Default: the configuration's.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Training processes at a time. Default: as many as cores; 1 on a GPU.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where training computes. Default: the configuration's.")
+@setting_option
+@click.pass_context
+def simulate(
+    context: click.Context,
+    config: str,
+    data: str,
+    out: Path,
+    dropout: float,
+    seeds: tuple[int, ...] | None,
+    strategies: tuple[str, ...] | None,
+    workers: int | None,
+    device: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Run a whole fleet of data.devices in this process, with the server, agents and training that real devices have.
+
+    Leaves report.json, report.md and curves.png in --out. Ctrl-C ends it, and the same command goes on from there.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
+    from lwfed.tools.simulation.command import Simulation
+    from lwfed.tools.simulation.command import simulate as run
+
+    run(Simulation(config, settings, out, data, dropout, seeds, strategies, workers, device))
 
 
 @main.command()

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shlex
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lwfed.config import RunConfig, load_config
-from lwfed.errors import ConfigError, MissingDependency, StateError
+from lwfed.errors import ConfigError, StateError
 from lwfed.tools import account
+from lwfed.tools.machine import machine, needed, versions
 from lwfed.tools.programs import Programs
 from lwfed.tools.screen import Screen
 
@@ -45,7 +42,7 @@ def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None
     settings = (*(QUICK if quick else ()), *settings, f"run.seed={seed}")
     config = load_config("demo", settings)
     settings = (*settings, f"rounds.min_devices={config.data.devices}")
-    figure = _figure_module()
+    figure = needed("lwfed.tools.figure", "the demo")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,14 +99,8 @@ def make_report(config: RunConfig, staged: Sequence[account.Event], whole: Seque
         "end_to_end": account.total(account.stages(whole)),
         "seed": config.run.seed,
         "config": config.model_dump(mode="json"),
-        "machine": {
-            "processor": _processor(),
-            "cores": psutil.cpu_count(),
-            "memory_mb": round(psutil.virtual_memory().total / 1e6),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-        },
-        "versions": {name: version(name) for name in PACKAGES},
+        "machine": machine(),
+        "versions": versions(PACKAGES),
     }
 
 
@@ -122,23 +113,5 @@ def _write(out: Path, report: dict[str, Any], figure: Any) -> None:
     (out / "report.html").write_text(page(report, picture), encoding="utf-8")
 
 
-def _figure_module() -> Any:
-    """Before anything runs: the demo must not fail at its end for want of matplotlib."""
-    try:
-        from lwfed.tools import figure
-    except ImportError as error:
-        raise MissingDependency(f"the demo needs {error.name}: pip install 'lwfed[demo]'") from None
-    return figure
-
-
 def _encoder(events: Sequence[account.Event]) -> Path:
     return Path(next(event["encoder"] for event in events if event["event"] == "finished"))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.machine()

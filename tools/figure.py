@@ -25,7 +25,11 @@ def draw(report: Mapping[str, Any]) -> bytes:
     _accuracy(accuracy, report)
     _memory(memory, report)
     _traffic(traffic, report)
-    for axes in (accuracy, memory, traffic):
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
@@ -42,7 +46,7 @@ def _accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
         )
     for name, label, style in (("end_to_end", "end to end, kNN", "--"), ("raw_pixels", "raw pixels, kNN", ":")):
         axes.axhline(100 * report[name]["knn"], color=GREY, linestyle=style, label=label)
-    _title(axes, "Accuracy on digits no device has seen")
+    title(axes, "Accuracy on digits no device has seen")
     axes.set(ylabel="%", ylim=(0, 102), xlim=(-0.2, len(points) - 0.4))
     axes.set_xticks(range(len(points)), ["random\nweights", *(f"stage {record['stage']}" for record in report["stages"])])
     axes.legend(frameon=False, loc="lower right")
@@ -56,7 +60,7 @@ def _memory(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.bar(labels, base, color="white", edgecolor=GREY, hatch="///", label="Python and torch, before data")
     bars = axes.bar(labels, extra, bottom=base, color=colours)
     axes.bar_label(bars, [f"+{value:.0f}" for value in extra], padding=2)
-    _title(axes, "Peak memory of a device's worker")
+    title(axes, "Peak memory of a device's worker")
     axes.set(ylabel="MB", ylim=(0, 1.35 * max(b + e for b, e in zip(base, extra, strict=True))))
     axes.legend(frameon=False, loc="upper left")
 
@@ -69,13 +73,13 @@ def _traffic(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.bar(labels, down, color=colours, label="down")
     bars = axes.bar(labels, up, bottom=down, color=colours, alpha=0.5, label="up (lighter)")
     axes.bar_label(bars, [f"{a + b:.0f}" for a, b in zip(down, up, strict=True)], padding=2)
-    _title(axes, "Bytes on the wire, per device")
+    title(axes, "Bytes on the wire, per device")
     axes.set_ylabel("MB")
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper left")
 
 
-def _title(axes: Axes, text: str) -> None:
+def title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
 
 

@@ -13,7 +13,9 @@ from lwfed.config import RunConfig
 from lwfed.console import counted
 from lwfed.tools.account import total, training_mb
 
-TITLES = {"layer_wise": "layer by layer", "end_to_end": "end to end"}
+TITLES = {"layer_wise": "layer by layer", "progressive": "progressively", "end_to_end": "end to end"}
+HEADER = f"{'':18}{'kNN':>7}{'probe':>8}{'peak MB':>10}{'training MB':>13}{'MB down':>9}{'MB up':>8}{'s':>6}"
+LEGEND = "MB down and up: per device. Training MB: peak of the training process less what it takes before data and model."
 WORTH_A_LINE = {
     ("evaluation", None),
     ("round", "closed"),
@@ -33,17 +35,20 @@ class Screen:
         self._place = ""
 
     @contextlib.contextmanager
-    def run(self, config: RunConfig) -> Iterator[None]:
-        """Around one run: its length is known, in epochs of devices."""
+    def run(self, config: RunConfig, done: int = 0) -> Iterator[None]:
+        """Around one run, of which `done` updates were made before: its length is known, in epochs of devices."""
         self._title, self._place = TITLES[config.stages.strategy], "starting"
         rounds = sum(config.round_counts)
-        devices = config.data.devices
+        devices, sample = config.data.devices, config.rounds.sample
         each = counted(config.train.epochs, "epoch")
-        click.echo(f"training {self._title}: {counted(devices, 'device')}, {counted(rounds, 'round')} of {each}")
+        some = "" if sample is None else f", {sample} at a time"
+        click.echo(f"training {self._title}: {counted(devices, 'device')}{some}, {counted(rounds, 'round')} of {each}")
         if not self._live:
             yield
             return
-        with click.progressbar(length=rounds * config.train.epochs * devices, item_show_func=lambda _: self._place, width=30) as self._bar:
+        length = rounds * config.train.epochs * (sample or devices)
+        with click.progressbar(length=length, item_show_func=lambda _: self._place, width=30) as self._bar:
+            self._bar.update(done * config.train.epochs, self._place)
             yield
 
     def show(self, program: str, said: Mapping[str, Any]) -> None:
@@ -64,20 +69,31 @@ class Screen:
 
     def table(self, report: Mapping[str, Any], out: Path) -> None:
         """Results, and where the page is."""
-        click.echo(f"\n{'':18}{'kNN':>7}{'probe':>8}{'peak MB':>10}{'training MB':>13}{'MB down':>9}{'MB up':>8}{'s':>6}")
-        for name in ("random", "raw_pixels"):
-            click.echo(_row(name.replace("_", " "), report[name]))
-        for record in report["stages"]:
-            click.echo(_row(f"after stage {record['stage']}", record))
-        click.echo(_row("all stages", total(report["stages"])))
-        click.echo(_row("end to end", report["end_to_end"]))
-        click.echo("\nMB down and up: per device. Training MB: peak of the training process less what it takes before data and model.")
+        click.echo(f"\n{HEADER}")
+        for name, record in rows(report):
+            click.echo(row(name, record))
+        click.echo(row("end to end", report["end_to_end"]))
+        click.echo(f"\n{LEGEND}")
         click.echo(f"page: {out / 'report.html'}   picture: {out / 'report.png'}   ({report['seconds']:.0f} s in all)")
 
 
-def _row(name: str, record: Mapping[str, Any]) -> str:
-    row = f"{name:18}{record['knn']:>7.1%}{record['probe']:>8.1%}"
+def rows(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of one run's table: base lines, where there are any, stages and all stages together."""
+    for name in ("random", "raw_pixels"):
+        if run[name] is not None:
+            yield name.replace("_", " "), run[name]
+    for record in run["stages"]:
+        yield f"after stage {record['stage']}", record
+    yield "all stages", total(run["stages"])
+
+
+def row(name: str, record: Mapping[str, Any]) -> str:
+    text = f"{name:18}{percent(record['knn']):>7}{percent(record['probe']):>8}"
     if "seconds" not in record:
-        return row
+        return text
     memory = f"{record['worker_peak_mb']:>10.0f}{training_mb(record):>13.0f}"
-    return f"{row}{memory}{record['bytes_down'] / 1e6:>9.1f}{record['bytes_up'] / 1e6:>8.1f}{record['seconds']:>6.0f}"
+    return f"{text}{memory}{record['bytes_down'] / 1e6:>9.1f}{record['bytes_up'] / 1e6:>8.1f}{record['seconds']:>6.0f}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -8,7 +8,7 @@ Not thread-safe: everything happens on the thread that pumps.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 
 from lwfed.errors import TransportError, Unreachable
@@ -39,12 +39,14 @@ class Faults:
 class MemoryBroker:
     """Routes messages between its transports. `interfere(client, topic, payload)` may say how many copies arrive."""
 
-    def __init__(self, faults: Faults | None = None) -> None:
+    def __init__(self, faults: Faults | None = None, log_length: int = LOG_LENGTH) -> None:
         self.retained: dict[str, bytes] = {}
-        self.log: deque[tuple[str, str, bytes]] = deque(maxlen=LOG_LENGTH)  # client, topic, payload of what was published
+        self.log: deque[tuple[str, str, bytes]] = deque(maxlen=log_length)  # client, topic, payload of what was published
         self.interfere: Callable[[str, str, bytes], int] | None = None
         self._faults = faults or Faults()
         self._clients: dict[str, MemoryTransport] = {}  # all that are open, connected or not
+        self._opened = 0  # transports so far; messages go to subscribers in the order in which they were opened
+        self._index = _Index()
         self._kept_out: set[str] = set()
         self._running = True
         self._queue: deque[tuple[MemoryTransport, int, Event]] = deque()
@@ -92,13 +94,32 @@ class MemoryBroker:
     def _open(self, client: MemoryTransport) -> None:
         other = self._clients.pop(client.client_id, None)
         if other is not None:
+            self._index.remove(other, other.filters)
             other._lose(Unreachable("another client connected with the same id"), send_will=True)
         self._clients[client.client_id] = client
+        self._opened += 1
+        client.number = self._opened
+        for filter in client.filters:
+            self._index.add(client, filter)
         self._admit(client)
 
     def _close(self, client: MemoryTransport) -> None:
-        if self._clients.get(client.client_id) is client:
+        if self._is_open(client):
+            self._index.remove(client, client.filters)
             del self._clients[client.client_id]
+
+    def _is_open(self, client: MemoryTransport) -> bool:
+        return self._clients.get(client.client_id) is client
+
+    def _subscribe(self, client: MemoryTransport, filter: str) -> None:
+        if self._is_open(client):
+            self._index.add(client, filter)
+        if client.connected:
+            self._send_retained(client, filter)
+
+    def _unsubscribe(self, client: MemoryTransport, filter: str) -> None:
+        if self._is_open(client):
+            self._index.remove(client, [filter])
 
     def _admit(self, client: MemoryTransport) -> None:
         if self._running and client.client_id not in self._kept_out and not client.connected:
@@ -121,8 +142,8 @@ class MemoryBroker:
             self.retained[topic] = payload
         elif retain:
             self.retained.pop(topic, None)
-        for client in list(self._clients.values()):
-            if client.connected and any(matches(filter, topic) for filter in client.filters):
+        for client in self._index.subscribers(topic):
+            if client.connected:
                 self._deliver(client, topic, payload)
 
     def _deliver(self, client: MemoryTransport, topic: str, payload: bytes) -> None:
@@ -143,6 +164,43 @@ class MemoryBroker:
         self._queue[place], self._queue[-1] = self._queue[-1], self._queue[place]
 
 
+class _Index:
+    """Who subscribes to what, found without a look at every client: with hundreds of them that look would take longest."""
+
+    def __init__(self) -> None:
+        self._exact: dict[str, set[MemoryTransport]] = {}  # topic -> clients
+        self._below: dict[str, set[MemoryTransport]] = {}  # a -> clients of a/+
+        self._others: dict[str, set[MemoryTransport]] = {}  # filter -> clients
+
+    def add(self, client: MemoryTransport, filter: str) -> None:
+        table, key = self._place(filter)
+        table.setdefault(key, set()).add(client)
+
+    def remove(self, client: MemoryTransport, filters: Iterable[str]) -> None:
+        for filter in filters:
+            table, key = self._place(filter)
+            clients = table.get(key, set())
+            clients.discard(client)
+            if not clients:
+                table.pop(key, None)
+
+    def subscribers(self, topic: str) -> list[MemoryTransport]:
+        """In the order of their opening."""
+        found = self._exact.get(topic, set()) | self._below.get(topic.rpartition("/")[0], set())
+        for filter, clients in self._others.items():
+            if matches(filter, topic):
+                found = found | clients
+        return sorted(found, key=lambda client: client.number)
+
+    def _place(self, filter: str) -> tuple[dict[str, set[MemoryTransport]], str]:
+        parent, _, last = filter.rpartition("/")
+        if "+" not in filter and "#" not in filter:
+            return self._exact, filter
+        if last == "+" and parent and "+" not in parent:
+            return self._below, parent
+        return self._others, filter
+
+
 class MemoryTransport(Transport):
     """A client of a MemoryBroker; made by `MemoryBroker.transport`."""
 
@@ -151,6 +209,7 @@ class MemoryTransport(Transport):
         self.connected = False  # as the broker sees it
         self.session = 0  # grows with every connection: what belongs to an older one is lost
         self.filters: dict[str, None] = {}
+        self.number = 0  # of its opening, among all transports of the broker
         self._broker = broker
         self._will: Will | None = None
         self._receive: Callable[[Event], None] | None = None
@@ -169,11 +228,11 @@ class MemoryTransport(Transport):
 
     def subscribe(self, filter: str) -> None:
         self.filters[filter] = None
-        if self.connected:
-            self._broker._send_retained(self, filter)
+        self._broker._subscribe(self, filter)
 
     def unsubscribe(self, filter: str) -> None:
         self.filters.pop(filter, None)
+        self._broker._unsubscribe(self, filter)
 
     @property
     def pending(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from lwfed.blobs import BlobStore, PartFile
+from lwfed.blobs import Arrival, Holdings
 from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send, Subscribe, Unsubscribe
 from lwfed.wire.messages import BlobRef, Manifest, Need, Want, encode, ranges
@@ -31,14 +31,14 @@ MAX_BAD_IN_A_ROW = 3  # then the manifest itself is doubted: a restarted server 
 @dataclass
 class _Blob:
     ref: BlobRef
-    part: PartFile | None = None  # None: its manifest is unknown
+    part: Arrival | None = None  # None: its manifest is unknown
     bad_in_a_row: int = 0
 
 
 class Downloads:
     """All downloads of one device. Not polled while the connection or the server is known to be away."""
 
-    def __init__(self, topics: Topics, device: str, store: BlobStore, seed: int) -> None:
+    def __init__(self, topics: Topics, device: str, store: Holdings, seed: int) -> None:
         self.bad_chunks = 0  # damaged on their way, since `want`
         self._topic = topics.from_device(device, "need")
         self._filter = topics.blob_chunks

@@ -216,7 +216,7 @@ class Execution(Record):
     """What the bits of an update depend on beside its inputs; kept by every repetition of the round."""
 
     prefix: Literal["torch"]
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
     threads: Ordinal
     torch: Text
     machine: Text

@@ -88,8 +88,8 @@ def test_two_rounds_on_digits_with_one_worker(host, capsys):
 
     def script(agent):
         assign_once(agent)
-        if agent._child is not None:
-            pids.add(agent._child.pid)
+        if agent._process is not None:
+            pids.add(agent._process.pid)
         if len(agent.server.received) == 1 and agent.server.seq == 1:
             agent.server.announce(round=2, parts=agent.server.parts)
             agent.server.assign(agent.server.greeted[0], round=2)
@@ -124,8 +124,8 @@ def paths(server):
 def test_a_worker_that_is_killed_is_reported_and_the_agent_stays(host, capsys):
     def script(agent):
         assign_once(agent)
-        if agent._child is not None and not agent.server.of(Fail):
-            agent._child._process.kill()
+        if agent._process is not None and not agent.server.of(Fail):
+            os.kill(agent._process.pid, signal.SIGKILL)
         if agent.server.of(Fail):
             stop()
 
@@ -231,7 +231,7 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
     (tmp_path / "config").write_bytes(CONFIG.to_bytes())
     files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
     place = {"stage": 1, "round": 1, "participant": 0, "lr_scale": 1.0}
-    order = {**files, **place, "parts": {part: str(tmp_path / part) for part in PARTS}, "data": "digits"}
+    order = {**files, **place, "parts": {part: str(tmp_path / part) for part in PARTS}, "data": "digits", "shared": False}
     script = (
         f"import sys; from lwfed.edge_agent.worker import Worker; Worker().handle({order!r}, lambda data: None);"
         "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn') if m in sys.modules])"

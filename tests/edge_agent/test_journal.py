@@ -136,7 +136,7 @@ def test_a_journal_that_cannot_be_opened_is_not_to_be_moved(tmp_path):
 @pytest.mark.parametrize("key", ["device", "seen", "task", "update", "accepted"])
 def test_a_damaged_row_says_what_to_do(path, key):
     journal = Journal(path)
-    journal._db.execute("INSERT OR REPLACE INTO facts VALUES (?, 'x y')", (key,))
+    journal._facts._db.execute("INSERT OR REPLACE INTO facts VALUES (?, 'x y')", (key,))
     with pytest.raises(StateError, match=f"{key} does not parse; move the file away"):
         Journal(path) if key == "device" else getattr(journal, key)
     journal.close()

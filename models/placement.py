@@ -1,0 +1,38 @@
+"""On which device of this machine a worker computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lwfed.data.images import Pixels
+from lwfed.errors import ConfigError
+
+
+def accelerator() -> str | None:
+    """What torch finds beside the processor, for records; None without."""
+    return f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else None
+
+
+def choose(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that `worker.device` asks for. Raises ConfigError when it is not there."""
+    found = accelerator()
+    if wanted == "cuda" and found is None:
+        raise ConfigError(
+            f"worker.device is cuda, and torch {torch.__version__} finds no CUDA device here: set it to auto or cpu, "
+            "or install the torch of this machine's GPU"
+        )
+    return torch.device("cpu" if wanted == "cpu" or found is None else "cuda")
+
+
+def move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def move_images(pixels: Pixels, device: torch.device) -> Pixels | Tensor:
+    """Images [N, C, H, W]: all of them on an accelerator; in main memory, where they may be mapped from a file, as they are."""
+    return pixels if device.type == "cpu" else torch.from_numpy(pixels).to(device)

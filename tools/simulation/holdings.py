@@ -1,0 +1,71 @@
+"""What a simulated device holds of the model: names alone, because the bytes lie on the same disk at the server.
+
+Chunks are checked as on a device, and what is not held is downloaded, so that traffic is that of a real device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from lwfed.blobs import BlobStore, check_chunk, chunk_length
+from lwfed.errors import InvalidPayload, StateError
+from lwfed.wire.messages import Manifest
+
+
+class BorrowedBlobs:
+    """`lwfed.blobs.Holdings` of one device; `held` is what it had when it was stopped."""
+
+    def __init__(self, lender: BlobStore, held: Iterable[str] = ()) -> None:
+        self.held = set(held)
+        self._lender = lender
+
+    def has(self, id: str) -> bool:
+        return id in self.held and self._lender.has(id)
+
+    def path(self, id: str) -> Path:
+        if not self.has(id):
+            raise StateError(f"a simulated device does not hold blob {id[:12]}")
+        return self._lender.path(id)
+
+    def read(self, id: str) -> bytes:
+        return self.path(id).read_bytes()
+
+    def part(self, manifest: Manifest) -> BorrowedPart:
+        return BorrowedPart(self, manifest)
+
+    def forget(self, keep: Collection[str]) -> None:
+        self.held &= set(keep)
+
+
+class BorrowedPart:
+    """A blob whose chunks arrive, and are not kept."""
+
+    def __init__(self, holdings: BorrowedBlobs, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._holdings = holdings
+        self._missing = set(range(len(manifest.digests)))
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    @property
+    def have_bytes(self) -> int:
+        return self.manifest.blob.size - sum(chunk_length(self.manifest, index) for index in self._missing)
+
+    def missing(self) -> list[int]:
+        return sorted(self._missing)
+
+    def write(self, index: int, data: bytes) -> bool:
+        check_chunk(self.manifest, index, data)
+        new = index in self._missing
+        self._missing.discard(index)
+        return new
+
+    def commit(self) -> Path:
+        blob = self.manifest.blob.id
+        if self._missing:
+            raise InvalidPayload(f"blob {blob[:12]} still lacks {len(self._missing)} chunks")
+        self._holdings.held.add(blob)
+        return self._holdings.path(blob)
