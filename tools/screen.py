@@ -37,7 +37,7 @@ class Screen:
     @contextlib.contextmanager
     def run(self, config: RunConfig, done: int = 0) -> Iterator[None]:
         """Around one run, of which `done` updates were made before: its length is known, in epochs of devices."""
-        self._title, self._place = TITLES[config.stages.strategy], "starting"
+        self._title, self._place = TITLES[config.stages.strategy], "going on" if done else "starting"
         rounds = sum(config.round_counts)
         devices, sample = config.data.devices, config.rounds.sample
         each = counted(config.train.epochs, "epoch")

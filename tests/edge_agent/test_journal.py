@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Accepted, Journal, Seen, Update
 from lwfed.errors import StateError
 from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
@@ -147,3 +148,15 @@ def test_an_unwritable_folder_says_what_to_do(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(StateError, match="unusable"):
         Journal(tmp_path / "journal.sqlite")
+
+
+def test_facts_in_memory_are_taken_back_with_a_transaction_that_fails():
+    facts = MemoryFacts({"device": '{"device": "pi-1", "boot": 4}'})
+    journal = Journal(facts)
+    assert (journal.device, journal.boot) == ("pi-1", 5)
+    journal.begin(TASK)
+    with pytest.raises(RuntimeError), facts.transaction():
+        facts.drop("task")
+        raise RuntimeError
+    assert journal.task == TASK
+    assert Journal(MemoryFacts(facts.held)).task == TASK

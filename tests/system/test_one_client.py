@@ -140,6 +140,7 @@ def digest(tensors):
         ["alignment.method=moon", "stages.rounds_per_stage=3"],
         ["ssl.method=mae", "alignment.method=cosine", CALIBRATED, "calibration.every=round", "calibration.scope=active"],
         ["ssl.method=byol", CALIBRATED, "calibration.every=stage"],
+        [*CONVOLUTIONAL, "alignment.method=moon", "stages.rounds_per_stage=2", "train.epochs=1", CALIBRATED, "calibration.every=stage"],
         [*CONVOLUTIONAL, "stages.strategy=end_to_end", "train.epochs=1"],
     ],
     ids=lambda settings: "-".join(setting.rpartition("=")[2] for setting in settings),

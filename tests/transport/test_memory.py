@@ -129,3 +129,32 @@ def test_pump_can_be_stopped_in_the_middle():
     assert broker.pump(4) == 4
     assert broker.pump() == 1 + 10 - 4
     assert broker.pump() == 0
+
+
+@pytest.mark.parametrize("filter", ["a/b/c", "a/b/+", "a/+/c", "a/#", "+/b/c"])
+def test_a_subscription_counts_from_its_beginning_to_its_end(filter):
+    broker = MemoryBroker(log_length=0)
+    ear, mouth = Ear(broker, "ear"), Ear(broker, "mouth")
+    for number, change in enumerate((lambda _: None, ear.transport.subscribe, ear.transport.unsubscribe, ear.transport.subscribe)):
+        change(filter)
+        mouth.transport.publish("a/b/c", bytes([number]))
+        mouth.transport.publish("a/b", b"another")
+    broker.pump()
+    ear.transport.close()
+    mouth.transport.publish("a/b/c", b"late")
+    broker.pump()
+    assert [payload for payload in ear.payloads if payload != b"another"] == [b"\x01", b"\x03"]
+    assert not broker.log
+
+
+def test_subscribers_get_a_message_in_the_order_of_their_opening_and_once():
+    broker, heard = MemoryBroker(), []
+    for name, filters in (("first", ["a/#", "a/b"]), ("second", ["a/b"]), ("third", ["a/+"])):
+        link = broker.transport()
+        for filter in filters:
+            link.subscribe(filter)
+        link.open(name, None, lambda event, name=name: heard.append(name) if isinstance(event, Received) else None)
+    broker.transport().open("mouth", None, lambda event: None)
+    broker._clients["mouth"].publish("a/b", b"x")
+    broker.pump()
+    assert heard == ["first", "second", "third"]

@@ -62,14 +62,8 @@ def heading(report: Report, strategy: str) -> str:
 def _table(summary: Mapping[str, Any], several: bool) -> Iterator[str]:
     yield "| | kNN | probe | peak MB | training MB | MB down | MB up | s |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
-    mean, spread = means(summary), means(summary, "spread")
-    for name, record in rows(mean):
-        others = (
-            spread[name.replace(" ", "_")]
-            if "seconds" not in record
-            else next((one for one in spread["stages"] if f"after stage {one['stage']}" == name), spread["total"])
-        )
-        cells = [_share(record, others if several else {}, figure) for figure in ("knn", "probe")]
+    for (name, record), (_, spread) in zip(rows(means(summary)), rows(means(summary, "spread")), strict=True):
+        cells = [_share(record, spread if several else {}, figure) for figure in ("knn", "probe")]
         if "seconds" in record:
             cells += [f"{record['worker_peak_mb']:.0f}", f"{training_mb(record):.0f}"]
             cells += [f"{record[figure] / 1e6:.1f}" for figure in ("bytes_down", "bytes_up")] + [f"{record['seconds']:.0f}"]

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
+
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
@@ -97,8 +99,7 @@ class World:
                 self._keep()
                 self._pool.end()
                 self._server.end()
-        if self._interrupted is not None:
-            leave(self._interrupted)
+        self._leave_if_told()
 
     def _open_devices(self) -> None:
         """One after the other, for participant numbers go by the order of arrival; nothing is delivered before all are there."""
@@ -143,8 +144,7 @@ class World:
         return count
 
     def _on_event(self, said: FromChild | None) -> None:
-        if self._interrupted is not None:
-            leave(self._interrupted)
+        self._leave_if_told()
         if said is not None:
             self._pool.hear(said)
 
@@ -201,6 +201,11 @@ class World:
     def _interrupt(self, number: int) -> None:
         self._interrupted = number
         self._events.put(None)
+
+    def _leave_if_told(self) -> None:
+        if self._interrupted is not None:
+            click.echo("stopped; nothing is lost, the same command goes on from here", err=True)
+            leave(self._interrupted)
 
     # What is kept
 
