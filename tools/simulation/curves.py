@@ -33,7 +33,8 @@ def draw(report: Mapping[str, Any]) -> bytes:
     accuracy.set(xlabel="round", ylabel="%", ylim=(0, 102))
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     return png(figure)
 
 
