@@ -146,12 +146,12 @@ class Reception:
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         if member.participant in self._course.state.owing:
-            unfit = fail.code == "data"  # no later round brings it images
+            unfit = fail.code in ("data", "unfit")  # no later round brings it images, or memory
             text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
             self._news.warning(text + ("; it is not asked again until it is restarted" if unfit else ""), code=fail.code)
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
             if unfit:
-                member.unfit = fail.reason or "it cannot use its images"
+                member.unfit = fail.reason or "it cannot train"
             self._apply(Unfit(member.participant) if unfit else CannotTrain(member.participant, refused=False), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:

@@ -25,6 +25,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.process import FromChild, TrainingProcess
+from lwfed.edge_agent.resources import MB
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
@@ -46,6 +47,7 @@ class Join:
     name: str
     state: Path
     wait_s: float
+    budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
 
 
 def torch_version() -> str | None:
@@ -75,7 +77,9 @@ class Agent:
         self._journal = Journal(join.state / "journal.sqlite", join.name)
         self._topics = Topics(join.fleet)
         device = self._journal.device
-        places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors")
+        ours = psutil.Process().memory_info().rss / MB
+        budget_mb = None if join.budget_mb is None else max(0.0, join.budget_mb - ours)
+        places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors", budget_mb=budget_mb)
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
         hello = make_hello(self._journal.boot, source, images)

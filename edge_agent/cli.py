@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ class Folder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(value, param, ctx) if value else self.fail("is empty", param, ctx)
+
+
+def megabytes(size: str) -> float:
+    """MB of 10^6 bytes, of a text like 600, 600MB or 1.5GB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|)\s*", size, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise click.BadParameter(f"{size!r} is no size: write it like 600MB or 1.5GB")
+    return float(found[1]) * (1000 if found[2].upper() == "GB" else 1)
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,6 +46,13 @@ def main() -> None:
 @click.option(
     "--wait", "wait_s", type=click.FloatRange(min=0.1), default=15, show_default=True, help="Seconds to try the first connection."
 )
+@click.option(
+    "--memory-budget",
+    "budget_mb",
+    type=megabytes,
+    metavar="SIZE",
+    help="Memory for all of the agent, e.g. 600MB or 1.5GB; else a share of what is there.",
+)
 @connection_options
 @json_option
 @click.pass_context
@@ -48,6 +64,7 @@ def join(
     name: str,
     state: Path | None,
     wait_s: float,
+    budget_mb: float | None,
     connection: Connection,
     as_json: bool,
 ) -> None:
@@ -76,7 +93,7 @@ def join(
         text = f"the connection to {address.host} is neither private nor authenticated, though images never travel: use mqtts:// with --ca"
         screen.tell(Tell("warning", text))
     with locked_state(state or default_state(name), "use another --name or --state") as place:
-        Agent(Join(data, fleet, name, place, wait_s), transport, screen).run()
+        Agent(Join(data, fleet, name, place, wait_s, budget_mb), transport, screen).run()
 
 
 @main.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lwfed.errors import LwfedError
+from lwfed.plan import PrefixEngine
 from lwfed.transport.base import Event as TransportEvent
 from lwfed.wire.commands import Command
 from lwfed.wire.messages import Memory
@@ -30,6 +31,15 @@ class WorkerLoading:
 
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class WorkerPlanned:
+    """How it computes this task."""
+
+    prefix: PrefixEngine
+    micro_batch: int
+    reason: str  # for people
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Stop:
     """Somebody wants the agent to end."""
 
 
-WorkerEvent = WorkerReady | WorkerLoading | WorkerProgress | WorkerDone | WorkerError
+WorkerEvent = WorkerReady | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerDone | WorkerError
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

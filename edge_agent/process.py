@@ -12,11 +12,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.resources import Meter
 
 WORKER = "lwfed.edge_agent.worker"
-ENVIRONMENT = {  # read by allocators before Python runs; cut peak and what is kept after training
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-    "MIMALLOC_PURGE_DELAY": "0",
-}
+ENVIRONMENT = {"MIMALLOC_PURGE_DELAY": "0"}  # of torch's allocator on ARM, read before Python runs: free memory goes back at once
 
 FromChild = Said | Ended
 
@@ -70,6 +66,8 @@ class TrainingProcess:
                 return events.WorkerReady(**said)
             case "loading":
                 return events.WorkerLoading(**said)
+            case "planned":
+                return events.WorkerPlanned(**said)
             case "progress":
                 return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
             case "done":

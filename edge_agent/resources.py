@@ -92,3 +92,16 @@ class Meter:
         except OSError:
             pass
         return None
+
+
+def available_bytes(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """What this process may still take: of the system's memory, and of the limits of its control groups (version 2)."""
+    found = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, StopIteration):
+        own = next(line for line in proc.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
+        for group in (groups / own, *(groups / own).parents):
+            if not group.is_relative_to(groups):
+                break
+            with contextlib.suppress(OSError, ValueError):  # no limit is said by a word, or by no file
+                found = min(found, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0.0, found)

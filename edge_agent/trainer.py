@@ -8,7 +8,7 @@ by moon they depend on the device's previous update of the stage too, which `lwf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,25 @@ from lwfed.config import RunConfig
 from lwfed.errors import InvalidPayload
 from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.shapes import part_shapes, shapes
+from lwfed.models.step import Means
 from lwfed.plan import part_of
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
 
 
-def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path]) -> dict[str, Tensor]:
-    """The tensors of all parts of F_s with its heads; raises InvalidPayload when files do not fit the plan."""
+def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path], without: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of all parts of F_s with its heads; of the parts `without` only shapes, on the meta device.
+
+    Raises InvalidPayload when files do not fit the plan.
+    """
     present = config.plan(stage).present
     if set(files) != set(present):
         raise InvalidPayload(f"stage {stage} needs the parts {', '.join(present)}; the server announced {', '.join(sorted(files))}")
     loaded: dict[str, Tensor] = {}
     for part in present:
+        if part in without:
+            loaded |= {name: torch.empty(shape, device="meta") for name, shape in part_shapes(config, part).items()}
+            continue
         arrays = wire.decode(files[part], part_shapes(config, part))
         loaded |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     return loaded
@@ -56,12 +63,13 @@ def train(
     on_step: Callable[[StepReport], None] | None = None,
     lr_scale: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
+    means: Means | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
     """The tensors of `plan.uploaded` after the local call on the device of `tensors`, and its summary. Raises DataError and Diverged.
 
-    `previous` are those of an earlier round of the stage, for alignment by moon.
+    `previous` are those of an earlier round of the stage, for alignment by moon. Without `means` torch runs all layers.
     """
     plan, place = config.plan(stage), config.place(stage, round, lr_scale)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, images, on_step, previous)
+    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, images, on_step, previous, means)
     return {name: tensor.cpu().numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

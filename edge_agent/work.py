@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.blobs import BlobStore, Holdings
 from lwfed.config import RunConfig
 from lwfed.console import counted
@@ -34,6 +35,7 @@ FAIL_CODES: Mapping[str, FailCode] = {
     "DataError": "data",
     "MissingDependency": "data",
     "OutOfMemory": "memory",
+    "Unfit": "unfit",
     "Diverged": "diverged",
     "ConfigError": "config",
 }
@@ -45,6 +47,7 @@ class Places:
     data: str  # the source of images, as the person named it
     kept: Path  # decoded images
     out: Path  # where the worker writes its update
+    budget_mb: float | None = None  # memory that the worker may take; None: a share of what is there
     shared: bool = False  # several devices of a simulation share a folder of images
 
 
@@ -161,6 +164,8 @@ class Work:
                 return self._train(self._job, event) if self._job is not None else []
             case events.WorkerLoading(done, total):
                 return [Show("reading images", done, total)]
+            case events.WorkerPlanned():
+                return self._fix_execution(event)
             case events.WorkerProgress():
                 return self._progress(event, now)
             case events.WorkerDone():
@@ -212,7 +217,6 @@ class Work:
         return [*effects, StartWorker(job.worker.threads)]
 
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
-        effects = self._fix_execution(job, ready)
         order = {
             "do": "train",
             "config": str(self._held.path(job.run.config.id)),
@@ -225,25 +229,49 @@ class Work:
             "shared": self._places.shared,
             "kept": str(self._places.kept),
             "out": str(self._places.out),
+            "execution": self._fixed(job, ready),
+            "budget_mb": self._places.budget_mb,
         }
         self._phase, self._linger_until, self._next_beat, self._losses = "training", None, float("-inf"), []
-        return [*effects, Train(order, job.config.worker.sample_s)]
+        return [Train(order, job.config.worker.sample_s)]
 
-    def _fix_execution(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
+    def _fixed(self, job: Job, ready: events.WorkerReady) -> dict[str, Any] | None:
+        """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine."""
+        before = self._journal.execution(job.task.run, job.task.stage)
+        if before is None or (before.torch, before.machine) != (ready.torch, self._machine(job, ready)):
+            return None
+        return {"prefix": before.prefix, "micro_batch": before.micro_batch}
+
+    def _machine(self, job: Job, ready: events.WorkerReady) -> str:
+        beside = ready.accelerator if job.config.worker.device != "cpu" else None
+        return ready.machine if beside is None else f"{ready.machine}, {beside}"
+
+    def _fix_execution(self, event: events.WorkerPlanned) -> list[Effect]:
         """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
-        machine = ready.machine
-        if ready.accelerator is not None and job.config.worker.device != "cpu":
-            machine += f", {ready.accelerator}"
-        precision = job.config.train.precision
-        now = Execution(prefix="torch", precision=precision, threads=job.worker.threads, torch=ready.torch, machine=machine)
+        if self._job is None or self._ready is None:
+            return []
+        job, ready = self._job, self._ready
+        now = Execution(
+            prefix=event.prefix,
+            micro_batch=event.micro_batch,
+            precision=job.config.train.precision,
+            threads=job.worker.threads,
+            torch=ready.torch,
+            machine=self._machine(job, ready),
+        )
         before = self._journal.execution(job.task.run, job.task.stage)
         if before == now:
             return []
         self._journal.fix_execution(job.task.run, job.task.stage, now)
         if before is None:
-            return []
-        was, is_now = (f"torch {record.torch} on {record.machine}, threads: {record.threads}" for record in (before, now))
-        return [Tell("warning", f"this stage began with {was} and goes on with {is_now}: its updates cannot be repeated bit for bit")]
+            text = f"stage {job.task.stage}: frozen layers by {now.prefix}, {counted(now.micro_batch, 'image')} at a time ({event.reason})"
+            return [Tell("planned", text, {"stage": job.task.stage, "prefix": now.prefix, "micro_batch": now.micro_batch})]
+        was, is_now = (
+            f"torch {one.torch} on {one.machine}, threads: {one.threads}, prefix: {one.prefix}, micro-batch: {one.micro_batch}"
+            for one in (before, now)
+        )
+        text = f"this stage began with {was} and goes on with {is_now} ({event.reason}): its updates cannot be repeated bit for bit"
+        return [Tell("warning", text)]
 
     # From training on
 
@@ -290,14 +318,27 @@ class Work:
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again, but not where images are the trouble."""
         effects = self._end_worker(died=event.kind == "died")
-        self._give_up()
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
+        if code == "memory" and self._job is not None and not self._take_less(self._job):
+            code = "unfit"
+        self._give_up()
         reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
         fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])
         text = f"{where(task)} failed ({code}): {event.message}"
-        if code == "data":
+        if code in ("data", "unfit"):
             text += "; this device stays connected, and is not asked again until it is restarted"
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
+
+    def _take_less(self, job: Job) -> bool:
+        """Plan half of the micro-batch for the next try, after memory ran out; whether that is possible."""
+        before = self._journal.execution(job.task.run, job.task.stage)
+        if before is None:
+            return True  # before anything was planned: perhaps others took the memory
+        if before.micro_batch == 1 or job.config.model.backbone in CONVOLUTIONAL:
+            return False
+        less = before.model_copy(update={"micro_batch": before.micro_batch // 2})
+        self._journal.fix_execution(job.task.run, job.task.stage, less)
+        return True
 
     def _give_up(self) -> list[Effect]:
         """Forget the task; a training that is under way, or a start, can only be ended with its process."""

@@ -1,8 +1,11 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out"}
+In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
+       "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
+       "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "loading", "done", "total"}                 while it decodes images for the first time
+      {"event": "planned", "prefix", "micro_batch", "reason"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
 
@@ -19,15 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lwfed.child import Json, serve
 from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
+from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.models.allocator import give_back, page_out
 from lwfed.models.local import StepReport
 from lwfed.models.placement import accelerator, choose, move, move_images
+from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
 OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
@@ -39,6 +46,7 @@ Say = Callable[[Json], None]
 class Worker:
     def __init__(self) -> None:
         self._images: tuple[object, Images] | None = None
+        self._found: tuple[object, Found] | None = None
 
     def handle(self, data: Json, say: Say) -> None:
         started = time.monotonic()
@@ -46,7 +54,8 @@ class Worker:
         torch.set_num_threads(config.train.threads)
         device = choose(config.worker.device)
         images = self._load(data, config, say)
-        parts = trainer.load_parts(config, data["stage"], {part: Path(file) for part, file in data["parts"].items()})
+        parts, found = self._plan(data, config, device, images)
+        say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
 
         def on_step(report: StepReport) -> None:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
@@ -59,12 +68,15 @@ class Worker:
         update, summary = trainer.train(
             config,
             *place,
-            move(parts, device),
+            parts,
             move_images(images.pixels, device),
             on_step,
             data["lr_scale"],
             before and move(before, device),
+            found.means,
         )
+        give_back()
+        page_out()
         encoded = wire.encode(update)
         if own:
             own.keep(data["round"], encoded)
@@ -73,6 +85,26 @@ class Worker:
         write_durably(Path(data["out"]), encoded)
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
+
+    def _plan(self, data: Json, config: RunConfig, device: torch.device, images: Images) -> tuple[dict[str, Tensor], Found]:
+        """The model, and how to compute; of layers that torch does not run it has shapes only."""
+        stage, fixed = data["stage"], data["execution"]
+        files = {part: Path(file) for part, file in data["parts"].items()}
+        layers = layers_of(config.plan(stage))
+        key = config.digest, stage, len(images.pixels), *(files.get(part) for part in layers)
+        if self._found is not None and (self._found[0] != key or fixed not in (None, self._found[1].fixed)):
+            self._found = None  # let the old engine go before there is a new one
+        known = self._found and self._found[1]
+        parts = trainer.load_parts(config, stage, files, layers if known and known.engine != "torch" else ())
+        if known is None:
+            wanted = config if fixed is None else config.model_copy(update={"train": config.train.model_copy(update=fixed)})
+            graphs = Path(data["out"]).parent / "graphs"
+            known = find_means(wanted, stage, move(parts, device), images.pixels, data["budget_mb"], graphs)
+            self._found = key, known
+            page_out()
+        if known.engine == "torch":
+            return move(parts, device), known
+        return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
         """The device's images: read again only when another run or participant number asks."""
@@ -93,6 +125,7 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
+    page_out()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
 

@@ -53,6 +53,12 @@ class WorkerFailed(LwfedError):
     exit_code = 70
 
 
+class Unfit(LwfedError):
+    """Training does not fit into the memory that it may take."""
+
+    exit_code = 71
+
+
 class Diverged(LwfedError):
     exit_code = 70
 

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 Strategy = Literal["layer_wise", "progressive", "end_to_end"]
 SslMethod = Literal["moco_v3", "simclr", "byol", "mae"]
+PrefixEngine = Literal["torch", "onnx", "onnx_int8"]  # what runs frozen layers
 CalibrationScope = Literal["model", "active"]
 CalibrationEvery = Literal["round", "stage", "never"] | int  # a number: every so many rounds
 PerStage = int | Sequence[int]  # the same in every stage, or stage by stage

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from lwfed.config import RunConfig
 from lwfed.errors import DataError, Diverged
-from lwfed.models.prefix import Prefix
+from lwfed.models import fitting
 from lwfed.models.schedules import learning_rate
-from lwfed.models.ssl import METHODS
-from lwfed.models.step import METHOD_ALONE, Batch, Branches, Terms, prepare, train_step
+from lwfed.models.step import METHOD_ALONE, Branches, Means, Terms, draw_batch, prepare, train_step
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
 
@@ -75,19 +74,20 @@ def train_local(
     images: Images,
     on_step: Callable[[StepReport], None] | None = None,
     previous: Mapping[str, Tensor] | None = None,
-    prefix: Prefix | None = None,
+    means: Means | None = None,
 ) -> tuple[dict[str, Tensor], LocalSummary]:
     """Train the parts `task.trained` of the model `tensors` (all parts present, left unchanged) on uint8 images [N, C, H, W].
 
-    `previous` is what this place's last local call of the stage returned; `prefix` runs the frozen layers, or torch.
-    Returns the trained tensors, without gradients,
-    and a summary. Runs on the device where `tensors` are; images may be there or in main memory.
+    `previous` is what this place's last local call of the stage returned; without `means` torch runs all layers, with
+    as many images at a time as `train.micro_batch` says. Returns the trained tensors, without gradients, and a summary.
+    Runs on the device where `tensors` are; images may be there or in main memory.
     Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
     ValueError when the parts cannot be trained.
     """
     _check(config, images)
-    branches = prepare(config, tensors, task.trained, task.terms, previous, prefix)
     batch_size = min(task.batch_size, len(images))
+    means = means or Means(micro_batch=default_micro_batch(config, tensors, task, batch_size))
+    branches = prepare(config, tensors, task.trained, task.terms, previous, means)
     per_epoch = len(images) // batch_size  # the incomplete last batch is dropped
     steps = task.epochs * per_epoch
     sums = [0.0] * task.epochs
@@ -103,17 +103,10 @@ def train_local(
     return _trained(branches, task.trained, lr), LocalSummary(len(images), steps, tuple(total / per_epoch for total in sums))
 
 
-def draw_batch(config: RunConfig, seed: int, step: int, images: Tensor, prefix_layers: int) -> Batch:
-    """The random draws for uint8 images [B, C, H, W] of step number `step` (0-based) of a local call."""
-    method, count = METHODS[config.ssl.method], len(images)
-
-    def stream(purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive(seed, purpose, step))
-
-    views = tuple(params.to(images.device) for params in method.draw_views(config, count, stream("views")))
-    keep = method.draw_kept(config, count, stream("patches"))
-    skipped = torch.rand(prefix_layers, generator=stream("depth")) < config.stages.depth_dropout
-    return Batch(images, views, None if keep is None else keep.to(images.device), frozenset(skipped.nonzero().flatten().tolist()))
+def default_micro_batch(config: RunConfig, tensors: Mapping[str, Tensor], task: LocalTask, batch_size: int) -> int:
+    """What `train.micro_batch` gives where memory does not count."""
+    device = next(iter(tensors.values())).device
+    return fitting.micro_batch(config, fitting.measure(config, tensors, task.trained, task.terms, batch_size), batch_size, device)
 
 
 def _check(config: RunConfig, images: Images) -> None:

@@ -27,8 +27,8 @@ from lwfed.config import ModelSection
 from lwfed.models.encoder import Encoder
 from lwfed.models.onnx_layer import INPUT, MATRICES, NORMS, OUTPUT
 from lwfed.models.vit import EPS, VisionTransformer
+from lwfed.plan import PrefixEngine
 
-Engine = Literal["torch", "onnx", "onnx_int8"]
 TOLERANCE: Mapping[str, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
 TRIAL_S = 0.3  # for timing one engine
 GRAPH_S = 60.0
@@ -39,14 +39,14 @@ Array = npt.NDArray[Any]
 class Prefix(Protocol):
     """Frozen layers: what the stem gives -> what the last of them gives, without gradients."""
 
-    engine: Engine
+    engine: PrefixEngine
     kept_as: torch.dtype | None  # how tokens are kept until they have been used; None: as they are
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor: ...
 
 
 class TorchPrefix:
-    engine: Engine = "torch"
+    engine: PrefixEngine = "torch"
     kept_as: torch.dtype | None = None
 
     def __init__(self, encoder: Encoder, layers: int) -> None:
@@ -61,7 +61,7 @@ class OnnxPrefix:
     """Raises ImportError without ONNX Runtime, OSError and subprocess.SubprocessError when the graph cannot be made."""
 
     def __init__(self, encoder: VisionTransformer, layers: int, model: ModelSection, int8: bool, folder: Path) -> None:
-        self.engine: Engine = "onnx_int8" if int8 else "onnx"
+        self.engine: PrefixEngine = "onnx_int8" if int8 else "onnx"
         self.kept_as: torch.dtype | None = torch.float16 if int8 else None  # rounding that is far finer than int8's
         graph = graph_file(folder, model, int8).read_bytes()
         self._sessions = [_session(graph, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
@@ -81,7 +81,7 @@ class Chosen:
 
 
 def make_prefix(
-    encoder: Encoder, layers: int, model: ModelSection, wanted: Engine | Literal["auto"], folder: Path, trial: Tensor
+    encoder: Encoder, layers: int, model: ModelSection, wanted: PrefixEngine | Literal["auto"], folder: Path, trial: Tensor
 ) -> Chosen:
     """The engine `wanted`, or the fastest of those within tolerance; torch where nothing else will do.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lwfed.config import RunConfig
 from lwfed.config.schema import AlignmentSection
+from lwfed.models.allocator import give_back
 from lwfed.models.ema import Target, branch
 from lwfed.models.encoder import Encoder, freeze
 from lwfed.models.heads import load_network
@@ -29,6 +30,18 @@ from lwfed.models.prefix import Prefix, TorchPrefix
 from lwfed.models.ssl import METHODS, alignment
 from lwfed.models.views import ViewParams, augment
 from lwfed.plan import STEM, in_model_order, part_of
+from lwfed.seeds import derive
+
+
+@dataclass(frozen=True)
+class Means:
+    """How steps are computed, which changes them by no more than rounding; int8 layers apart."""
+
+    prefix: Prefix | None = None  # runs the frozen layers; None: torch does
+    micro_batch: int | None = None  # images at a time through all layers; None: the whole batch
+
+
+AT_ONCE = Means()
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class Branches:
     trained: list[Tensor]
     prefix: Prefix | None
     prefix_layers: int
+    micro_batch: int | None
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,10 @@ def prepare(
     trained: Iterable[str],
     terms: Terms = METHOD_ALONE,
     previous: Mapping[str, Tensor] | None = None,
-    prefix: Prefix | None = None,
+    means: Means = AT_ONCE,
 ) -> Branches:
     """The branches for training the parts `trained` of the model that `tensors` hold; `previous` is what a local call gave before.
 
-    `prefix` runs the frozen layers; without it torch does.
     Trained and previous tensors are copied, frozen ones shared. Raises ValueError when something frozen follows something trained.
     """
     active = set(trained)
@@ -103,8 +116,9 @@ def prepare(
         anchors=[tensors[name] for name in optimised] if terms.proximal else [],
         optimiser=AdamW(optimised, config.train.weight_decay),
         trained=list(optimised.values()),
-        prefix=None if layers is None else prefix or TorchPrefix(online, layers),
+        prefix=None if layers is None else means.prefix or TorchPrefix(online, layers),
         prefix_layers=layers or 0,
+        micro_batch=means.micro_batch,
     )
 
 
@@ -115,6 +129,19 @@ def prefix_layers(present: set[str], trained: set[str]) -> int | None:
     if not trained or trained - present or frozen != list(order[: len(frozen)]):
         raise ValueError(f"parts {sorted(trained)} cannot be trained: they must be the last of {list(order)}, and at least one")
     return sum(part.startswith("layer.") for part in frozen) if STEM in frozen else None
+
+
+def draw_batch(config: RunConfig, seed: int, step: int, images: Tensor, prefix_layers: int) -> Batch:
+    """The random draws for uint8 images [B, C, H, W] of step number `step` (0-based) of a local call."""
+    method, count = METHODS[config.ssl.method], len(images)
+
+    def stream(purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive(seed, purpose, step))
+
+    views = tuple(params.to(images.device) for params in method.draw_views(config, count, stream("views")))
+    keep = method.draw_kept(config, count, stream("patches"))
+    skipped = torch.rand(prefix_layers, generator=stream("depth")) < config.stages.depth_dropout
+    return Batch(images, views, None if keep is None else keep.to(images.device), frozenset(skipped.nonzero().flatten().tolist()))
 
 
 def train_step(branches: Branches, batch: Batch, lr: float, config: RunConfig, terms: Terms = METHOD_ALONE) -> float:
@@ -153,6 +180,41 @@ def backward(branches: Branches, batch: Batch, config: RunConfig, terms: Terms =
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Of one view of one image, until it has been taken back."""
+
+    tokens: int  # numbers that the frozen prefix gives; 0 without one
+    layers: float  # bytes that a graph through the trained layers holds
+    heads: float  # bytes that one through heads and loss holds
+
+
+def kept_for_backward(branches: Branches, batch: Batch, config: RunConfig) -> Kept:
+    """Measured by the graphs of one view of `batch`."""
+    run, method = _Run(branches, batch, config), METHODS[config.ssl.method]
+    view = View(0, run.frozen(0))
+    found, layers = _graph_bytes(branches.online, lambda: run.represent(view, graph=True))
+    _, heads = _graph_bytes(branches.online, lambda: method.project(branches.online, found.detach().requires_grad_()))
+    count = len(batch.images)
+    return Kept(0 if view.tokens is None else view.tokens[0].numel(), layers / count, heads / count)
+
+
+def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `forward` gives, and the bytes that its graph holds beside the weights."""
+    seen, total = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}, 0
+
+    def hold(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        return forward(), total
+
+
+@dataclass(frozen=True)
 class View:
     number: int
     tokens: Tensor | None  # what the frozen prefix gives for the whole batch; None where nothing is frozen
@@ -177,7 +239,7 @@ class _Run:
         self._prefix, self._layers = branches.prefix, branches.prefix_layers
         self._method = METHODS[config.ssl.method]
         self._count = len(batch.images)
-        self._size = min(config.train.micro_batch or self._count, self._count)
+        self._size = min(branches.micro_batch or self._count, self._count)
         self._dtype = next(branches.online.parameters()).dtype  # of all that leaves mixed precision
         self._bf16 = config.train.precision == "bf16"
 
@@ -219,6 +281,7 @@ class _Run:
         assert gradient is not None
         for rows in self._rows():
             self._represent(view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
+        give_back()
 
     def _represent(self, view: View, rows: slice) -> Tensor:
         with self._mixed():
@@ -258,6 +321,7 @@ class _Run:
                 found = piece.new_empty(self._count, *piece.shape[1:])
             found[rows] = piece
         assert found is not None
+        give_back()
         return found
 
     def _rows(self) -> Iterator[slice]:

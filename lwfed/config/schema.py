@@ -14,7 +14,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lwfed.backbones import CONVOLUTIONAL, known
 from lwfed.config.explain import explain
 from lwfed.errors import ConfigError
-from lwfed.plan import HEADS, NORM, CalibrationScope, Place, SslMethod, StagePlan, Strategy, layer_counts, round_counts, stage_plan
+from lwfed.plan import (
+    HEADS,
+    NORM,
+    CalibrationScope,
+    Place,
+    PrefixEngine,
+    SslMethod,
+    StagePlan,
+    Strategy,
+    layer_counts,
+    round_counts,
+    stage_plan,
+)
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -99,7 +111,8 @@ class TrainSection(Section):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     proximal: Annotated[float, Field(ge=0)]
-    micro_batch: Positive | None
+    prefix: PrefixEngine | Literal["auto"]
+    micro_batch: Positive | Literal["auto"] | None
     precision: Literal["fp32", "bf16"]
     threads: Annotated[int, Field(ge=1, le=256)]
 
@@ -222,10 +235,10 @@ class RunConfig(Section):
             raise ValueError(f"ssl.method mae hides some of several patches: lower model.patch_size {self.model.patch_size}")
         if convolutional and self.ssl.method == "mae":
             raise ValueError(f"ssl.method mae hides patches, which model.backbone {self.model.backbone} does not have: use vit")
-        if convolutional and self.train.micro_batch is not None:
+        if convolutional and isinstance(self.train.micro_batch, int):
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch}: model.backbone {self.model.backbone} trains with the statistics of the "
-                "whole batch; set it to null and lower train.batch_size instead"
+                "whole batch; leave it out and lower train.batch_size instead"
             )
         if convolutional and (stages.layer_init == "copy" or stages.depth_dropout):
             raise ValueError(f"stages.layer_init copy and stages.depth_dropout need layers of one shape: not {self.model.backbone}")

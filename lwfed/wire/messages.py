@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
+from lwfed.plan import PrefixEngine
 
 PROTOCOL = 1
 MAX_PROTOCOL = 1_000_000  # larger numbers are no versions but junk, and would be quoted to people
@@ -215,7 +216,8 @@ class Traffic(Record):
 class Execution(Record):
     """What the bits of an update depend on beside its inputs; kept by every repetition of the round."""
 
-    prefix: Literal["torch"]
+    prefix: PrefixEngine
+    micro_batch: Ordinal  # images at a time
     precision: Literal["fp32", "bf16"]
     threads: Ordinal
     torch: Text
@@ -247,7 +249,7 @@ class Fin(Message):
     traffic: Traffic
 
 
-FailCode = Literal["data", "memory", "diverged", "worker", "config"]
+FailCode = Literal["data", "memory", "unfit", "diverged", "worker", "config"]
 
 
 class Fail(Message):

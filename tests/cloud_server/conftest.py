@@ -52,7 +52,7 @@ def make_report():
 
 def report(images=10, loss=1.0, peak_mb=300.0):
     memory = Memory(baseline_mb=200, peak_mb=peak_mb, peak_source="VmHWM", curve=())
-    execution = Execution(prefix="torch", precision="fp32", threads=1, torch="2", machine="x86_64")
+    execution = Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2", machine="x86_64")
     return Report(images=images, skipped=0, steps=3, losses=(loss,), seconds=1, memory=memory, execution=execution)
 
 

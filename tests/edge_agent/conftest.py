@@ -136,6 +136,9 @@ class Device:
                     self.told.append(effect)
                 case events.StartWorker() | events.Train() | events.EndWorker():
                     self.worker.append(effect)
+                    if isinstance(effect, events.Train):
+                        fixed = effect.order["execution"] or {"prefix": "torch", "micro_batch": 16}
+                        self.queue.append(events.WorkerPlanned(**fixed, reason="as configured"))
                 case events.Exit():
                     self.exit = effect
                 case events.Show():

@@ -231,7 +231,15 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
     (tmp_path / "config").write_bytes(CONFIG.to_bytes())
     files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
     place = {"stage": 1, "round": 1, "participant": 0, "lr_scale": 1.0}
-    order = {**files, **place, "parts": {part: str(tmp_path / part) for part in PARTS}, "data": "digits", "shared": False}
+    order = {
+        **files,
+        **place,
+        "parts": {part: str(tmp_path / part) for part in PARTS},
+        "data": "digits",
+        "shared": False,
+        "execution": None,
+        "budget_mb": None,
+    }
     script = (
         f"import sys; from lwfed.edge_agent.worker import Worker; Worker().handle({order!r}, lambda data: None);"
         "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn') if m in sys.modules])"

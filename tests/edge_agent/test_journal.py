@@ -14,7 +14,7 @@ from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffi
 from lwfed.wire.topics import is_name
 
 TASK = Task(run="demo", stage=1, round=2, participant=3)
-EXECUTION = Execution(prefix="torch", precision="fp32", threads=1, torch="2.9", machine="x86")
+EXECUTION = Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2.9", machine="x86")
 REPORT = Report(
     images=8,
     skipped=0,

@@ -31,7 +31,15 @@ class Device:
         for part, held in by_part(sent).items():
             parts[part] = str(self.root / part)
             (self.root / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
-        place = {"stage": stage, "round": round, "participant": participant, "lr_scale": 1.0, "shared": False}
+        place = {
+            "stage": stage,
+            "round": round,
+            "participant": participant,
+            "lr_scale": 1.0,
+            "shared": False,
+            "execution": None,
+            "budget_mb": None,
+        }
         files = {"config": str(self.root / "config"), "kept": str(self.kept), "out": str(self.root / "update")}
         (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, lambda said: None)
         return (self.root / "update").read_bytes()

@@ -13,10 +13,10 @@ from lwfed.models.backbones import build_encoder, load_encoder
 from lwfed.models.evaluate import features
 from lwfed.models.heads import load_network
 from lwfed.models.initial import grow, init_parts
-from lwfed.models.local import calibration_task, device_task, draw_batch, train_local
+from lwfed.models.local import calibration_task, device_task, train_local
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.models.ssl import METHODS
-from lwfed.models.step import Terms, backward, prepare, train_step
+from lwfed.models.step import Terms, backward, draw_batch, prepare, train_step
 from lwfed.plan import by_part, part_of
 
 TWO_VIEWS = sorted(set(METHODS) - {"mae"})

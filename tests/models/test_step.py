@@ -7,10 +7,9 @@ import torch
 
 from lwfed.models.heads import load_network, predict, project
 from lwfed.models.initial import init_parts
-from lwfed.models.local import draw_batch
 from lwfed.models.ssl import METHODS, alignment
 from lwfed.models.ssl.moco_v3 import info_nce
-from lwfed.models.step import METHOD_ALONE, Terms, backward, prefix_layers, prepare, train_step
+from lwfed.models.step import METHOD_ALONE, Means, Terms, backward, draw_batch, prefix_layers, prepare, train_step
 from lwfed.plan import part_of
 
 PARTS = {"stem", "layer.1", "layer.2", "norm", "projector", "predictor"}
@@ -31,7 +30,9 @@ def views(drawn):
 def prepared(config, stage, terms=METHOD_ALONE, previous=None, dtype=torch.float32):
     plan = config.plan(stage)
     tensors = {name: tensor.to(dtype) for name, tensor in init_parts(config, plan.present).items()}
-    return prepare(config, tensors, plan.trained, terms, previous), tensors, plan
+    micro_batch = config.train.micro_batch
+    means = Means(micro_batch=micro_batch if isinstance(micro_batch, int) else None)
+    return prepare(config, tensors, plan.trained, terms, previous, means), tensors, plan
 
 
 def gradients(config, stage, terms=METHOD_ALONE, previous=None, dtype=torch.float64):

@@ -20,7 +20,7 @@ REPORT = m.Report(
     losses=(2.5, 2.25),
     seconds=12.5,
     memory=MEMORY,
-    execution=m.Execution(prefix="torch", precision="fp32", threads=4, torch="2.9.1", machine="aarch64"),
+    execution=m.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64"),
 )
 CONTRIBUTION = "c0" * 16
 

@@ -1,0 +1,72 @@
+"""What a local call takes of a device's memory, and how it is made to fit: measured on the model itself, not assumed.
+
+Most of it does not depend on how many images go through the layers at a time: the process as it is, weights with gradients
+and moments, the prefix's tokens of a whole batch, and what heads and loss keep. The rest grows with the micro-batch. A pass of
+two images through the real layers tells both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lwfed.backbones import CONVOLUTIONAL
+from lwfed.config import RunConfig
+from lwfed.errors import Unfit
+from lwfed.models.ssl import METHODS
+from lwfed.models.step import AT_ONCE, Means, Terms, draw_batch, kept_for_backward, prepare
+
+PIECE_BYTES = 16e6  # for the layers of one micro-batch: larger ones are hardly faster on a processor, whose caches they exceed
+GPU_PIECE_BYTES = 2e9
+SPARE = 1.1  # allocators leave gaps
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a local call, above what the process holds before it."""
+
+    fixed: float
+    per_image: float  # of the micro-batch
+
+    def of(self, micro_batch: int) -> float:
+        return SPARE * (self.fixed + micro_batch * self.per_image)
+
+
+def measure(
+    config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, batch_size: int, means: Means = AT_ONCE
+) -> Need:
+    """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`."""
+    branches = prepare(config, tensors, trained, terms, means=means)
+    model = config.model
+    images = torch.zeros(2, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
+    kept = kept_for_backward(branches, draw_batch(config, 0, 0, images, branches.prefix_layers), config)
+    weights = 4 * sum(tensor.numel() for tensor in branches.trained)
+    token_bytes = ((branches.prefix and branches.prefix.kept_as) or torch.float32).itemsize
+    copies = 5 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
+    views = METHODS[config.ssl.method].view_count
+    return Need(
+        fixed=copies * weights + batch_size * views * (kept.tokens * token_bytes + kept.heads),
+        per_image=kept.layers,
+    )
+
+
+def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.device, room: float = math.inf) -> int:
+    """Images at a time, as `train.micro_batch` says; with `auto` as many as are fast, or fewer where `room` bytes are less.
+
+    Raises Unfit when not even one fits, or not as many as are prescribed.
+    """
+    wanted = config.train.micro_batch
+    if wanted is None or config.model.backbone in CONVOLUTIONAL:
+        size = least = batch_size
+    elif wanted == "auto":
+        size, least = int((PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES) // need.per_image), 1
+    else:
+        size = least = min(wanted, batch_size)
+    fitting = (room / SPARE - need.fixed) / need.per_image
+    if fitting < least:
+        raise Unfit(f"training in this stage takes {need.of(least) / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
+    return max(1, int(min(size, fitting, batch_size)))
