@@ -54,8 +54,8 @@ def listed(kind: Any) -> Callable[[click.Context, click.Parameter, str | None], 
 @click.option(
     "--data",
     required=True,
-    metavar="NAME|FOLDER",
-    help="Images that all devices share. Also evaluated on, if a named set and the configuration names none.",
+    metavar="FOLDER|FILE|NAME",
+    help="Images that all devices share: also an .npz file. Evaluated on too, if they are a labelled set and the configuration names none.",
 )
 @click.option(
     "--out",
