@@ -31,7 +31,7 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
-from lwfed.models.allocator import give_back, page_out
+from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import accelerator, choose, move, move_images
 from lwfed.plan import part_of
@@ -76,7 +76,7 @@ class Worker:
             found.means,
         )
         give_back()
-        page_out()
+        let_code_go()
         encoded = wire.encode(update)
         if own:
             own.keep(data["round"], encoded)
@@ -101,7 +101,7 @@ class Worker:
             graphs = Path(data["out"]).parent / "graphs"
             known = find_means(wanted, stage, move(parts, device), images.pixels, data["budget_mb"], graphs)
             self._found = key, known
-            page_out()
+            let_code_go()
         if known.engine == "torch":
             return move(parts, device), known
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
@@ -125,7 +125,7 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
-    page_out()
+    let_code_go()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
 

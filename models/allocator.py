@@ -1,6 +1,6 @@
 """Memory that is not needed at the moment, given back to the system: what one phase leaves behind would count in the peak of the next.
 
-On Linux with glibc; elsewhere these do nothing.
+On Linux, with glibc; elsewhere these do nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
-MADV_PAGEOUT = 21  # of Linux 5.4; Python's mmap does not name it
+MADV_DONTNEED = 4  # Python's mmap names it, and cannot apply it to what others have mapped
 
 
 def give_back() -> None:
@@ -19,21 +19,27 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def page_out(maps: Path = Path("/proc/self/maps")) -> None:
-    """Code and constants of libraries, which are on disk: torch's imports touch 80 MB of them, and training needs a fraction.
+def let_code_go(smaps: Path = Path("/proc/self/smaps")) -> None:
+    """Code and constants of libraries, of which torch's imports touch 80 MB and training needs a fraction.
 
-    What is needed again is read again.
+    They stay in the system's cache of files, from where what is needed again is mapped again.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        advise = ctypes.CDLL(None, use_errno=True).madvise
-        for start, end in _read_only(maps.read_text()):
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+        advise = ctypes.CDLL(None).madvise
+        for start, end in _untouched(smaps.read_text()):
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
-def _read_only(maps: str) -> Iterator[tuple[int, int]]:
-    """Ranges of addresses of files that nobody writes through."""
-    for line in maps.splitlines():
-        address, access, _, _, _, *file = line.split(maxsplit=5)
-        if file and file[0].startswith("/") and "w" not in access:
-            start, end = (int(part, 16) for part in address.split("-"))
+def _untouched(smaps: str) -> Iterator[tuple[int, int]]:
+    """Ranges of addresses that are as in their files, and that nobody may write to.
+
+    Tables that the loader has filled in before it made them read-only are private memory: dropped, they would be lost.
+    """
+    start = end = 0
+    for line in smaps.splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            access, _, _, _, *file = rest.split(maxsplit=4)
+            start, end = (int(part, 16) for part in first.split("-")) if file and file[0].startswith("/") and "w" not in access else (0, 0)
+        elif first == "Anonymous:" and end and int(rest.split()[0]) == 0:
             yield start, end

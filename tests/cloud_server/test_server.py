@@ -393,14 +393,15 @@ def test_a_device_with_too_few_images_is_not_asked(world, said):
     assert "data.min_images is 8" in of(said, "warning")[0]["text"]
 
 
+@pytest.mark.parametrize("code", ["data", "unfit"])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_device_that_cannot_use_its_images_is_left_out_until_it_starts_anew(world, said, restarted):
+def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(world, said, restarted, code):
     fleet = world("rounds.quorum=0.5")
     fleet.start()
     fleet.join("rich")
-    poor = fleet.join("poor", fails=1, code="data")
+    poor = fleet.join("poor", fails=1, code=code)
     fleet.settle(until=lambda: of(said, "round", status="closed") != [])
-    assert "device 1 cannot train in this round (data): out of data; it is not asked again" in of(said, "warning")[0]["text"]
+    assert f"device 1 cannot train in this round ({code}): out of {code}; it is not asked again" in of(said, "warning")[0]["text"]
     if restarted:
         poor.restart()
     fleet.finish()

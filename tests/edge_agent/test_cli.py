@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lwfed.edge_agent import doctor
-from lwfed.edge_agent.cli import is_loopback, main
+from lwfed.edge_agent.cli import is_loopback, main, megabytes
 from lwfed.errors import Refused, Unreachable
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Disconnected
@@ -183,3 +183,15 @@ def test_a_second_agent_with_the_same_state_is_refused(tmp_path):
     assert result.exit_code == 73
     assert "--name" in result.stderr
     assert str(os.getpid()) in result.stderr
+
+
+@pytest.mark.parametrize(("size", "mb"), [("600", 600), ("600MB", 600), ("1.5gb", 1500), (" 2 GB ", 2000)])
+def test_a_size_is_in_megabytes_or_gigabytes(size, mb):
+    assert megabytes(size) == mb
+
+
+@pytest.mark.parametrize("size", ["", "0", "-5", "much", "600 MiB", "nan"])
+def test_what_is_no_size_is_refused(size):
+    result = CliRunner().invoke(main, ["join", "mqtt://localhost", "--data", "digits", "--memory-budget", size])
+    assert result.exit_code == 2
+    assert "write it like 600MB or 1.5GB" in result.stderr

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from lwfed.edge_agent.resources import Meter
+from lwfed.edge_agent.resources import Meter, available_bytes
 from lwfed.wire.messages import MAX_CURVE
 
 HOG = """
@@ -74,3 +74,22 @@ def test_a_process_that_ended_is_no_error(hog):
     hog.wait()
     meter.sample(1.0)
     assert meter.finish(2.0).peak_mb > 0
+
+
+def test_what_is_available_is_within_the_limits_of_all_control_groups(tmp_path):
+    groups, proc = tmp_path / "cgroup", tmp_path / "self"
+    leaf = groups / "system.slice" / "edge-agent.service"
+    leaf.mkdir(parents=True)
+    proc.write_text("0::/system.slice/edge-agent.service\n")
+    unlimited = available_bytes(proc, groups)
+    assert unlimited > 10_000_000
+    (leaf / "memory.max").write_text("max\n")
+    (leaf / "memory.current").write_text("5000000\n")
+    assert available_bytes(proc, groups) > 10_000_000
+    (leaf.parent / "memory.max").write_text("9000000\n")
+    (leaf.parent / "memory.current").write_text("6000000\n")
+    assert available_bytes(proc, groups) == 3_000_000
+    (leaf / "memory.max").write_text("4000000\n")
+    assert available_bytes(proc, groups) == 0
+    proc.write_text("1:memory:/version-1\n")
+    assert available_bytes(proc, groups) > 10_000_000

@@ -2,7 +2,7 @@ import pytest
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
 from lwfed.wire import messages
-from lwfed.wire.messages import Fail, State
+from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -49,6 +49,7 @@ def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
         ("Diverged", "nan", "diverged"),
         ("OutOfMemory", "no memory", "memory"),
         ("died", "ended by SIGKILL: probably killed because the device ran out of memory", "memory"),
+        ("Unfit", "stage 1 takes 900 MB more", "unfit"),
         ("died", "ended by SIGILL", "worker"),
         ("InvalidPayload", "wrong shape", "worker"),
     ],
@@ -63,6 +64,38 @@ def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, ki
     server.assign(device.id)
     world.settle(2)
     assert device.worker[-1] == StartWorker(1)
+
+
+def test_after_memory_ran_out_each_try_takes_less_until_there_is_nothing_to_leave_out(world):
+    server, device = world.training()
+    sizes, codes = [], []
+    while "unfit" not in codes:
+        planned = device.journal.execution("demo", 1)
+        sizes.append(planned.micro_batch)
+        device.queue.append(WorkerError("died", "ended by SIGKILL: probably killed because the device ran out of memory"))
+        world.settle()
+        codes = [fail.code for fail in server.of(Fail)]
+        server.assign(device.id)
+        world.settle(2)
+        device.ready()
+        world.settle(0.2)
+    assert sizes == [16, 8, 4, 2, 1]
+    assert codes == ["memory"] * 4 + ["unfit"]
+    assert "not asked again until it is restarted" in device.texts("warning")[-1]
+
+
+def test_how_a_stage_is_computed_is_told_once_and_prescribed_from_then_on(world):
+    server, device = world.training()
+    assert [order.order["execution"] for order in device.worker if isinstance(order, Train)] == [None]
+    assert device.texts("planned") == ["stage 1: frozen layers by torch, 16 images at a time (as configured)"]
+    device.finish()
+    world.settle(2)
+    server.announce(round=2, content=b"newer" * 1000)
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert device.worker[-1].order["execution"] == {"prefix": "torch", "micro_batch": 16}
+    assert len(device.texts("planned")) == 1
+    assert server.of(Offer)[0].report.execution.micro_batch == 16
 
 
 def test_a_configuration_of_a_newer_server_fails_the_task_not_the_agent(world):

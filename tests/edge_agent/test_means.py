@@ -1,0 +1,130 @@
+"""How a device computes a stage: chosen within its memory, kept over rounds, the same in every repetition."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from lwfed.config import load_config
+from lwfed.edge_agent.means import find_means
+from lwfed.edge_agent.worker import Worker
+from lwfed.errors import Unfit
+from lwfed.models.initial import init_parts
+from lwfed.plan import by_part
+from lwfed.wire import tensors as wire
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
+    reason="ONNX Runtime is not installed: pip install 'lwfed[onnx]'",
+)
+SMALL = ["model={image_size: 8, patch_size: 4, width: 32, heads: 2, depth: 3}", "ssl={hidden_dim: 8, output_dim: 8}", "train.epochs=1"]
+AMPLE_MB = 1e6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def config(*settings):
+    return load_config("demo", [*SMALL, *settings])
+
+
+def means(made, stage, tmp_path, budget_mb=AMPLE_MB):
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+    return find_means(made, stage, init_parts(made, made.plan(stage).present), images, budget_mb, tmp_path / "graphs")
+
+
+def test_where_nothing_is_frozen_torch_does_it_all(tmp_path):
+    found = means(config("train.prefix=auto"), 1, tmp_path)
+    assert (found.engine, found.micro_batch, found.reason) == ("torch", 20, "no layer is frozen")
+
+
+@needs_onnx
+@pytest.mark.parametrize("engine", ["onnx", "onnx_int8"])
+def test_an_engine_that_is_asked_for_is_used(tmp_path, engine):
+    found = means(config(f"train.prefix={engine}", "train.micro_batch=4"), 3, tmp_path)
+    assert (found.engine, found.micro_batch, found.means.prefix.engine) == (engine, 4, engine)
+
+
+@needs_onnx
+def test_auto_says_how_fast_each_is(tmp_path):
+    found = means(config("train.prefix=auto"), 3, tmp_path)
+    assert all(f"{engine} " in found.reason for engine in ("torch", "onnx", "onnx_int8"))
+
+
+def test_without_onnx_runtime_training_goes_on_with_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    found = means(config("train.prefix=onnx"), 3, tmp_path)
+    assert found.engine == "torch"
+    assert "pip install 'lwfed[onnx]'" in found.reason
+
+
+def test_a_budget_below_the_process_itself_is_refused_with_a_way_out(tmp_path):
+    with pytest.raises(Unfit, match=r"stage 2: .*room for 0 MB; raise --memory-budget or lower train\.batch_size"):
+        means(config(), 2, tmp_path, budget_mb=1)
+
+
+class Device:
+    """Training processes on the same folder; those of `fresh` remember nothing."""
+
+    def __init__(self, root, made, stage):
+        self.config, self.root, self.stage = made, root, stage
+        self.planned, self.worker = [], Worker()
+        (root / "config").write_bytes(made.to_bytes())
+        self.parts = {}
+        for part, held in by_part(init_parts(made, made.plan(stage).present)).items():
+            self.parts[part] = str(root / part)
+            (root / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
+
+    def train(self, round, execution=None, fresh=False, budget_mb=None):
+        order = {
+            "do": "train", "config": str(self.root / "config"), "parts": self.parts, "stage": self.stage, "round": round, "participant": 0,
+            "lr_scale": 1.0, "data": "digits", "shared": False, "kept": str(self.root / "kept"), "out": str(self.root / "out"),
+            "execution": execution, "budget_mb": budget_mb,
+        }  # fmt: skip
+        (Worker() if fresh else self.worker).handle(order, self.hear)
+        return (self.root / "out").read_bytes()
+
+    def hear(self, said):
+        if said["event"] == "planned":
+            self.planned.append({name: said[name] for name in ("prefix", "micro_batch")})
+
+
+@needs_onnx
+@pytest.mark.parametrize("prefix", ["torch", "onnx_int8"])
+def test_a_repetition_in_another_process_gives_the_same_bits(tmp_path, prefix):
+    device = Device(tmp_path, config(f"train.prefix={prefix}", "train.micro_batch=16"), 3)
+    first, second = device.train(1), device.train(2, {"prefix": prefix, "micro_batch": 16})
+    assert device.train(2, device.planned[0], fresh=True) == second != first
+    assert device.planned == [{"prefix": prefix, "micro_batch": 16}] * 3
+
+
+@needs_onnx
+def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, monkeypatch):
+    from lwfed.edge_agent import worker
+
+    made = []
+    find = worker.find_means
+    monkeypatch.setattr(worker, "find_means", lambda *given: made.append(1) or find(*given))
+    device = Device(tmp_path, config("train.prefix=onnx"), 2)
+    device.train(1)
+    device.train(2, device.planned[0])
+    assert len(made) == 1
+    calibrated = tmp_path / "calibrated"
+    calibrated.write_bytes((tmp_path / "layer.1").read_bytes())
+    device.parts["layer.1"] = str(calibrated)
+    device.train(3, device.planned[0])
+    assert len(made) == 2
+    device.train(3, {**device.planned[0], "micro_batch": 5})
+    assert len(made) == 3
+    assert device.planned[-1]["micro_batch"] == 5
+
+
+def test_what_an_earlier_round_has_fixed_wins_over_the_configuration(tmp_path):
+    device = Device(tmp_path, config("train.prefix=torch", "train.micro_batch=16"), 2)
+    device.train(1, {"prefix": "torch", "micro_batch": 3})
+    assert device.planned == [{"prefix": "torch", "micro_batch": 3}]
