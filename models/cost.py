@@ -10,7 +10,7 @@ Two accounts of computation, both in multiply-accumulates (MACs) for each image 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lwfed.config import RunConfig
@@ -22,6 +22,7 @@ NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
 CODE_BYTES = 45e6  # code of torch that only training touches, and what allocators hold: all that a minute model takes
+PIECES_BYTES = 35e6  # what torch imports where a backward pass begins at a given gradient, as that of a micro-batch does
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
 
 
 def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
-    """Peak of a worker's training above its imports, without the images: weights of all branches, gradients, optimiser state,
-    what the prefix gives for all views of a batch, what the backward pass keeps, and its two widest gradients."""
+    """Peak of a worker's training in float32 on a CPU, above its imports and without the images.
+
+    Code, weights of all branches, gradients, optimiser state, what the prefix gives for all views of a batch; and what the
+    backward pass keeps, with two gradients of the widest of it, or what a frozen layer holds while it computes.
+    """
     method, parts, batch = METHODS[config.ssl.method], measured.parts, config.train.batch_size
     trained = [parts[part] for part in plan.trained]
     piece = min(config.train.micro_batch or batch, batch)
@@ -114,7 +118,8 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     weights = 4 * (count(measured, plan.present) + 4 * count(measured, plan.trained) + branches)
     backward = per_image * batch + views_at_once * piece * per_sample + 2 * piece * _widest(trained)
     prefix = 3 * piece * _widest(parts[part] for part in plan.frozen)
-    return CODE_BYTES + weights + tokens * batch + max(backward, prefix)
+    code = CODE_BYTES + (PIECES_BYTES if _in_pieces(config) else 0)
+    return code + weights + tokens * batch + max(backward, prefix)
 
 
 def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
@@ -22,7 +22,7 @@ from lwfed.models.backbones import build_encoder
 from lwfed.models.encoder import Encoder
 from lwfed.models.heads import build_network
 from lwfed.models.pixels import crop_resize
-from lwfed.models.shapes import part_shapes
+from lwfed.models.shapes import Shape, part_shapes
 from lwfed.models.ssl import METHODS
 from lwfed.models.vit import VisionTransformer
 from lwfed.plan import DECODER, HEADS, NORM, PREDICTOR, STEM, adapter, layer
@@ -127,7 +127,17 @@ def _count(run: Run, x: Tensor) -> tuple[float, float, float, Tensor]:
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={LAYER_NORM: lambda shape, *_, **__: prod(shape)})
+    return FlopCounterMode(display=False, custom_mapping={LAYER_NORM: lambda shape, *_, **__: prod(shape), **CONVOLUTION})
+
+
+def _convolution_backward(out: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    """Each gradient takes what the forward pass takes. Torch's own formula leaves out that channels are in groups."""
+    transposed, wanted = rest[4], rest[7]
+    each: int = conv_flop_count(list(x), list(weight), list(out), transposed)
+    return each * sum(wanted[:2])
+
+
+CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _totals(counter: FlopCounterMode, samples: int) -> tuple[float, float]:

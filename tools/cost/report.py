@@ -86,11 +86,10 @@ def _table(config: RunConfig, report: Record) -> Iterator[str]:
         for row in report["rows"]:
             if row["strategy"] == strategy:
                 yield _stage(row)
-    yield (
-        "\nGFLOPs: 10^9 multiply-accumulates for each image of the device, as computed here and as the paper counts.\n"
-        "paper GB: its account of Table 2; worst: of Table 5. MB: on this program's wire, in codec "
-        f"{config.transfer.codec};\nto join: what a device without anything fetches first. memory: MB of training, estimated."
-    )
+    yield "\nGFLOPs: 10^9 multiply-accumulates for each image of the device over all local epochs, as computed;"
+    yield "paper's: as the paper counts. paper GB: its account of Table 2; worst: of Table 5."
+    yield f"MB down, up, sent: on our wire, in {config.transfer.codec}; to join: what a device that holds nothing fetches."
+    yield "memory: MB that training takes, an estimate."
 
 
 _WIDTHS = (8, 8, 8, 8, 9, 9, 9, 8, 10, 8)

@@ -8,9 +8,9 @@ in a report beyond the first and the last (100 bytes each, up to 118), reports o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def stage_traffic(config: RunConfig) -> list[Traffic]:
 
 
 class Packets:
-    """Sizes of the packets of a run, (down, up)."""
+    """Sizes of the packets of a run, each as (down, up) where not stated otherwise."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._topics = config, Topics(config.run.fleet)
@@ -79,7 +79,7 @@ class Packets:
     def _fetching(self, parts: frozenset[str]) -> tuple[int, int]:
         """Manifests and chunks of `parts`, a blob each, and the two questions for them."""
         manifests = [self._manifest(self._size(frozenset({part}))) for part in parts]
-        down = sum(self._told(one) + self._chunks(one, self._topics.blob_chunk(DIGEST, 0)) for one in manifests)
+        down = sum(self._told(one) + self._chunks(one, partial(self._topics.blob_chunk, DIGEST)) for one in manifests)
         for_manifests = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=None) for _ in parts))
         for_chunks = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=_all(one)) for one in manifests))
         return down, self._says(for_manifests) + self._says(for_chunks)
@@ -90,7 +90,7 @@ class Packets:
         place = {"run": self._config.run.name, "stage": plan.stage, "round": self._config.round_counts[plan.stage - 1]}
         task = m.Task(**place, participant=0)
         grant = m.Grant(contribution=CONTRIBUTION, worker=WORKER, missing=_all(manifest), window=self._config.transfer.window)
-        phases: list[m.Phase] = ["training", "aggregating", *(["calibrating"] if calibrated else [])]
+        phases: tuple[m.Phase, ...] = ("training", "aggregating", "calibrating") if calibrated else ("training", "aggregating")
         down = sum(self._announced(plan, phase) for phase in phases)
         down += sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
         beat = m.Beat(**place, epoch=1, epochs=self._config.train.epochs, step=1, steps=100, loss=LOSS, rss_mb=REAL)
@@ -100,14 +100,13 @@ class Packets:
         offer = m.Offer(contribution=CONTRIBUTION, **place, participant=0, manifest=manifest, report=report)
         fin = m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=COUNT, up=COUNT))
         states = [m.State(state="training", boot=1), m.State(state="ready", boot=1)]
-        up = self._chunks(manifest, self._topics.update_chunk(DEVICE, WORKER, CONTRIBUTION, 0))
+        up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
         return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))
 
     def once_a_stage(self, plan: StagePlan) -> int:
         """Announcements of its end, down."""
-        last = plan.stage == self._config.stage_count
-        phases: list[m.Phase] = [*(["evaluating"] if self._config.evaluation.data else []), "finished" if last else "preparing"]
-        return sum(self._announced(plan, phase) for phase in phases)
+        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing")
+        return last + (self._announced(plan, "evaluating") if self._config.evaluation.data else 0)
 
     def _announced(self, plan: StagePlan, phase: m.Phase) -> int:
         rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count
@@ -125,9 +124,10 @@ class Packets:
         chunk = self._config.transfer.chunk_bytes
         return m.Manifest(blob=m.BlobRef(id=DIGEST, size=size), chunk_bytes=chunk, digests=(DIGEST,) * -(-size // chunk))
 
-    def _chunks(self, manifest: m.Manifest, topic: str) -> int:
-        whole, rest = divmod(manifest.blob.size, manifest.chunk_bytes)
-        return whole * publish_bytes(topic, bytes(manifest.chunk_bytes), True) + (publish_bytes(topic, bytes(rest), True) if rest else 0)
+    def _chunks(self, manifest: m.Manifest, topic: Callable[[int], str]) -> int:
+        size, step = manifest.blob.size, manifest.chunk_bytes
+        starts = enumerate(range(0, size, step))
+        return sum(publish_bytes(topic(index), bytes(min(step, size - start)), version5=True) for index, start in starts)
 
     def _told(self, message: m.Message) -> int:
         return publish_bytes(self._topics.to_device(DEVICE, m.KINDS[type(message)]), m.encode(message), version5=True)
