@@ -132,9 +132,9 @@ def _counter() -> FlopCounterMode:
 
 def _convolution_backward(out: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     """Each gradient takes what the forward pass takes. Torch's own formula leaves out that channels are in groups."""
-    transposed, wanted = rest[4], rest[7]
+    transposed, gradients = rest[4], sum(map(bool, rest[7][:2]))
     each: int = conv_flop_count(list(x), list(weight), list(out), transposed)
-    return each * sum(wanted[:2])
+    return each * gradients
 
 
 CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from lwfed.transport.packets import publish_bytes
 from ..wire.fleet import CHUNK_BYTES, Device, Server, World
 
 CLOSE = 0.015
+DOCUMENT = Path(__file__).parents[2] / "docs" / "COST.md"
 # arXiv 2401.11647, Table 2 (GFLOPs, GB) and Table 5 (GB at worst).
 TABLE_2 = {
     ("moco_v3", "end_to_end"): (586, 8.40),
@@ -118,9 +120,31 @@ def test_the_table_fits_a_terminal_and_marks_what_is_configured(run, name):
     assert all(len([line for line in lines if line.strip("* ").startswith(strategy)]) == 2 for strategy in ("layer_wise", "progressive"))
 
 
+def test_the_documented_table_is_the_real_one(run):
+    """Within 5 %: attention keeps a little more or less from one torch to the next."""
+    documented = DOCUMENT.read_text("utf-8").partition("```text\n")[2].partition("\n```")[0].splitlines()
+    shown = run("paper").splitlines()[2:]
+    for words, expected in zip(map(str.split, documented), map(str.split, shown), strict=False):
+        for one, other in zip(words, expected, strict=True):
+            if other[0].isdigit():
+                assert float(one.rstrip("x")) == pytest.approx(float(other.rstrip("x")), rel=0.05)
+            else:
+                assert one == other
+
+
 def test_a_configuration_that_is_none_is_refused(run):
     assert "did you mean the preset 'paper'" in run("papr", code=78)
     assert "patch_size 5 does not divide" in run("paper", "--set", "model.patch_size=5", code=78)
+
+
+def test_what_is_too_large_to_travel_is_reckoned_and_said():
+    """In chunks of 1 kB, of which a blob has 1200 at most."""
+    small, whole = (make_report(load_config("demo", [f"transfer.chunk_bytes={size}"])) for size in (1024, 122_880))
+    assert set(small["obstacles"]) == {"progressive", "end_to_end"}
+    assert "at most 1200 pieces" in small["obstacles"]["end_to_end"]
+    assert whole["obstacles"] == {}
+    sent = [found["totals"]["end_to_end"]["comm_bytes"] for found in (small, whole)]
+    assert 1.05 < sent[0] / sent[1] < 1.2
 
 
 def test_a_device_that_joins_fetches_exactly_so_many_bytes(tmp_path):

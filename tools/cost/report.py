@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Any, get_args
 
 import click
@@ -13,7 +14,7 @@ from lwfed.config import RunConfig
 from lwfed.models.cost import PAPER_GB, paper_bytes, stage_cost
 from lwfed.models.measure import Measured, measure
 from lwfed.plan import Strategy
-from lwfed.tools.cost.traffic import stage_traffic
+from lwfed.tools.cost.traffic import obstacle, stage_traffic
 
 Record = dict[str, Any]
 COMPARED = ("gflops_paper", "gflops_true", "comm_gb_paper", "memory_mb")
@@ -25,7 +26,7 @@ def run_cost(config: RunConfig, as_json: bool) -> None:
 
 
 def make_report(config: RunConfig) -> Record:
-    """`rows` of all stages of all strategies, and `totals` of each strategy, the other keys being those of `config`."""
+    """`rows` of all stages of all strategies and `totals` of each, under the other keys of `config`; `obstacles`: why one cannot run."""
     measured = measure(config)
     configs = {strategy: under(config, strategy) for strategy in get_args(Strategy)}
     rows = {strategy: _rows(one, measured) for strategy, one in configs.items()}
@@ -34,7 +35,9 @@ def make_report(config: RunConfig) -> Record:
     for found in totals.values():
         for name in COMPARED:
             found[f"{name}_ratio"] = totals["end_to_end"][name] / found[name]
-    return {"strategy": config.stages.strategy, "rows": [row for found in rows.values() for row in found], "totals": totals}
+    obstacles = {strategy: why for strategy, one in configs.items() if (why := obstacle(one))}
+    listed = [row for found in rows.values() for row in found]
+    return {"strategy": config.stages.strategy, "rows": listed, "totals": totals, "obstacles": obstacles}
 
 
 def under(config: RunConfig, strategy: Strategy) -> RunConfig:
@@ -90,6 +93,8 @@ def _table(config: RunConfig, report: Record) -> Iterator[str]:
     yield "paper's: as the paper counts. paper GB: its account of Table 2; worst: of Table 5."
     yield f"MB down, up, sent: on our wire, in {config.transfer.codec}; to join: what a device that holds nothing fetches."
     yield "memory: MB that training takes, an estimate."
+    for strategy, why in report["obstacles"].items():
+        yield from wrap(f"{strategy} cannot run like this: {why}", 99)
 
 
 _WIDTHS = (8, 8, 8, 8, 9, 9, 9, 8, 10, 8)

@@ -3,7 +3,7 @@
 A device holds what it has fetched, by content, so a part travels down when it has changed since. This device is chosen in
 every round, is never away and loses nothing. Left out is what depends on how long things take: readings of the memory curve
 in a report beyond the first and the last (100 bytes each, up to 118), reports of progress beyond the first (200 bytes, every
-10 s), and reminders.
+10 s), and reminders. Limits of size are not minded: `obstacle` tells of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from functools import lru_cache, partial
 import numpy as np
 
 from lwfed.cloud_server.rounds import Rules, State
+from lwfed.cloud_server.sizes import fitting_chunk_bytes
 from lwfed.config import RunConfig
-from lwfed.models.shapes import shapes
+from lwfed.errors import ConfigError
+from lwfed.models.shapes import shapes, size_bytes
 from lwfed.plan import StagePlan
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages as m
@@ -47,6 +49,16 @@ def bytes_of(config: RunConfig, parts: Iterable[str]) -> int:
     match config.transfer.codec:
         case "fp32":
             return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes(config, parts).items()}))
+
+
+def obstacle(config: RunConfig) -> str | None:
+    """Why a server would refuse to lead this run: something is too large to travel."""
+    parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
+    try:
+        fitting_chunk_bytes(config, {part: size_bytes(config, [part]) for part in parts}, packet_limit=None)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def stage_traffic(config: RunConfig) -> list[Traffic]:
@@ -110,9 +122,9 @@ class Packets:
 
     def _announced(self, plan: StagePlan, phase: m.Phase) -> int:
         rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count
-        blob = {part: m.BlobRef(id=DIGEST, size=self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
+        blobs = {part: _blob(self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
-        run = m.Run(run=self._config.run.name, epoch=1, seq=100, **where, config=blob.pop(CONFIG), parts=blob)
+        run = m.Run(run=self._config.run.name, epoch=1, seq=100, **where, config=blobs.pop(CONFIG), parts=blobs)
         return publish_bytes(self._topics.run, m.encode(run), version5=True)
 
     def _size(self, parts: frozenset[str]) -> int:
@@ -122,7 +134,7 @@ class Packets:
 
     def _manifest(self, size: int) -> m.Manifest:
         chunk = self._config.transfer.chunk_bytes
-        return m.Manifest(blob=m.BlobRef(id=DIGEST, size=size), chunk_bytes=chunk, digests=(DIGEST,) * -(-size // chunk))
+        return m.Manifest.model_construct(blob=_blob(size), chunk_bytes=chunk, digests=(DIGEST,) * -(-size // chunk))
 
     def _chunks(self, manifest: m.Manifest, topic: Callable[[int], str]) -> int:
         size, step = manifest.blob.size, manifest.chunk_bytes
@@ -134,6 +146,11 @@ class Packets:
 
     def _says(self, message: m.Message) -> int:
         return publish_bytes(self._topics.from_device(DEVICE, m.KINDS[type(message)]), m.encode(message), version5=True)
+
+
+def _blob(size: int) -> m.BlobRef:
+    """Also of a size that may not travel."""
+    return m.BlobRef.model_construct(id=DIGEST, size=size)
 
 
 def _all(manifest: m.Manifest) -> str:
