@@ -137,6 +137,18 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("name", metavar="NAME|FILE")
+@setting_option
+@json_option
+def cost(name: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Reckon what a configuration costs a device under each strategy: computation, bytes, memory; nothing is trained."""
+    from lwfed.config import load_config
+    from lwfed.tools.cost.report import run_cost
+
+    run_cost(load_config(name, settings), as_json)
+
+
+@main.command()
+@click.argument("name", metavar="NAME|FILE")
 @click.option(
     "--data", metavar="NAME|FILE|FOLDER", help="What devices are given; a folder is shared. Default: the set that the configuration names."
 )

@@ -1,0 +1,133 @@
+"""Counts against real steps, closed forms and the model's own tensors."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lwfed.config import load_config
+from lwfed.models.cost import count, memory_bytes, paper_macs, stage_cost, true_macs
+from lwfed.models.initial import init_parts
+from lwfed.models.local import draw_batch
+from lwfed.models.measure import CONVOLUTION, measure
+from lwfed.models.shapes import size_bytes
+from lwfed.models.step import Terms, backward, prepare
+
+from .conftest import TINY
+
+STRATEGIES = [("end_to_end", 1), ("layer_wise", 1), ("layer_wise", 3), ("progressive", 2)]
+METHODS = ["moco_v3", "simclr", "byol", "mae"]
+EXACT = 1e-9
+
+
+def counted(config, stage, skip=frozenset(), formulas=None):
+    """MACs an image of a real step's forward and backward pass, by torch's formulas and those given in their place.
+
+    In float64, for which no product goes through oneDNN's own operation, and with an attention made of products: the counter
+    knows no others.
+    """
+    plan, size = config.plan(stage), config.model.image_size
+    tensors, previous = (
+        {name: tensor.double() for name, tensor in init_parts(config, parts).items()} for parts in (plan.present, plan.trained)
+    )
+    terms = Terms(config.alignment)
+    made = prepare(config, tensors, plan.trained, terms, previous)
+    images = torch.zeros(config.train.batch_size, config.model.channels, size, size, dtype=torch.uint8)
+    batch = replace(draw_batch(config, 0, 0, images, made.prefix_layers), skip=frozenset(skip))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        backward(made, batch, config, terms)
+    return counter.get_total_flops() / 2 / len(images)
+
+
+@pytest.fixture(scope="module")
+def once():
+    """What is measured of a tiny model; no setting but of model, method and batch changes it."""
+    return cache(lambda method: measure(load_config("base", [*TINY, f"ssl.method={method}", "ssl.decoder_width=32"])))
+
+
+@pytest.fixture(scope="module")
+def paper():
+    config = load_config("paper")
+    return config, measure(config)
+
+
+@pytest.mark.parametrize(("alignment", "micro_batch"), [("off", "null"), ("cosine", 8), ("moon", 3)])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("strategy", "stage"), STRATEGIES)
+def test_true_cost_is_what_a_step_takes(tiny, once, strategy, stage, method, alignment, micro_batch):
+    settings = [f"stages.strategy={strategy}", f"alignment.method={alignment}", f"train.micro_batch={micro_batch}"]
+    config = tiny(f"ssl.method={method}", "ssl.decoder_width=32", *settings)
+    assert true_macs(config, config.plan(stage), once(method)) == pytest.approx(counted(config, stage), rel=EXACT)
+
+
+@pytest.mark.parametrize(("setting", "stage"), [("model.pooling=token", 2), ("stages.overlap=1", 2), ("stages.layers_per_stage=[1, 2]", 2)])
+def test_true_cost_of_other_plans(tiny, setting, stage):
+    config = tiny(setting, "alignment.method=cosine")
+    assert true_macs(config, config.plan(stage), measure(config)) == pytest.approx(counted(config, stage), rel=EXACT)
+
+
+@pytest.mark.parametrize(("backbone", "stages"), [("resnet18", (1, 3)), ("mobilenetv3_small_100", (3,))])
+def test_true_cost_of_convolutions(tiny, backbone, stages):
+    pytest.importorskip("timm")
+    config = tiny(f"model={{backbone: {backbone}, image_size: 16}}", "train.batch_size=4")
+    measured = measure(config)
+    for stage in stages:
+        found = counted(config, stage, formulas=CONVOLUTION if backbone.startswith("mobilenet") else None)
+        assert true_macs(config, config.plan(stage), measured) == pytest.approx(found, rel=EXACT)
+        assert 4 * count(measured, config.plan(stage).present) == size_bytes(config, config.plan(stage).present)
+
+
+@pytest.mark.parametrize(("groups", "taken"), [(1, 2 * 8 * 6 * 9 * 25), (2, 8 * 6 * 9 * 25)])
+def test_gradients_of_a_convolution_cost_what_its_groups_take(groups, taken):
+    layer = torch.nn.Conv2d(6, 8, 3, padding=1, groups=groups, bias=False)
+    out = layer(torch.randn(2, 6, 5, 5, requires_grad=True)).sum()
+    with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as counter:
+        out.backward()
+    assert counter.get_total_flops() / 2 / 2 == taken  # two operations to a MAC, two samples
+
+
+def test_depth_dropout_saves_its_share_of_the_frozen_layers(tiny, once):
+    config, dropping = tiny(), tiny("stages.depth_dropout=0.25")
+    whole, plan = counted(config, 3), config.plan(3)
+    saved = sum(whole - counted(config, 3, {layer}) for layer in (0, 1))
+    assert true_macs(dropping, plan, once("moco_v3")) == pytest.approx(whole - 0.25 * saved, rel=EXACT)
+    assert paper_macs(dropping, plan, once("moco_v3")) < paper_macs(config, plan, once("moco_v3"))
+
+
+@pytest.mark.parametrize(("size", "patch", "width", "heads"), [(32, 4, 192, 3), (64, 8, 96, 6), (28, 4, 64, 1)])
+def test_a_layer_against_the_formula(size, patch, width, heads):
+    """Four products of width x width for attention and eight for the MLP, and each token with each other one, twice."""
+    model = f"model={{image_size: {size}, patch_size: {patch}, width: {width}, heads: {heads}, depth: 1}}"
+    part = measure(load_config("base", [model, "train.batch_size=4"])).parts["layer.1"]
+    tokens = (size // patch) ** 2
+    assert part.forward == tokens * 12 * width**2 + 2 * tokens**2 * width
+    assert part.backward == 2 * part.forward
+    assert part.weights_only == part.backward  # its first norm is trained too
+    assert part.normalised == 2 * tokens * width
+    assert part.numbers == 12 * width**2 + 13 * width
+
+
+@pytest.mark.parametrize(("alignment", "limit"), [("cosine", 1.15), ("moon", 1.25)])
+def test_alignment_is_cheap_on_a_shared_prefix(paper, alignment, limit):
+    config, measured = paper
+    aligned = load_config("paper", [f"alignment.method={alignment}"])
+    costs = [sum(stage_cost(one, stage, measured).gflops_true for stage in range(1, 13)) for one in (config, aligned)]
+    assert 1 < costs[1] / costs[0] < limit
+
+
+def test_a_micro_batch_costs_computation_and_saves_memory(paper):
+    config, measured = paper
+    pieces, plan = load_config("paper", ["train.micro_batch=64"]), config.plan(12)
+    assert 1 < true_macs(pieces, plan, measured) / true_macs(config, plan, measured) < 1.15
+    assert memory_bytes(pieces, plan, measured) < memory_bytes(config, plan, measured) / 3
+
+
+def test_memory_grows_with_the_layers_that_are_trained_and_hardly_with_those_that_are_frozen(paper):
+    config, measured = paper
+    whole = load_config("paper", ["stages.strategy=progressive"])
+    frozen, trained = ([stage_cost(one, stage, measured).memory_mb for stage in (2, 12)] for one in (config, whole))
+    assert frozen[1] / frozen[0] < 1.05
+    assert trained[1] / trained[0] > 4

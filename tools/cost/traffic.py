@@ -1,0 +1,157 @@
+"""Bytes that one device receives and sends over a run, counted as its transport does: in MQTT packets of the messages themselves.
+
+A device holds what it has fetched, by content, so a part travels down when it has changed since. This device is chosen in
+every round, is never away and loses nothing. Left out is what depends on how long things take: readings of the memory curve
+in a report beyond the first and the last (100 bytes each, up to 118), reports of progress beyond the first (200 bytes, every
+10 s), and reminders. Limits of size are not minded: `obstacle` tells of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+
+from lwfed.cloud_server.rounds import Rules, State
+from lwfed.cloud_server.sizes import fitting_chunk_bytes
+from lwfed.config import RunConfig
+from lwfed.errors import ConfigError
+from lwfed.models.shapes import shapes, size_bytes
+from lwfed.plan import StagePlan
+from lwfed.transport.packets import publish_bytes
+from lwfed.wire import messages as m
+from lwfed.wire import tensors
+from lwfed.wire.topics import Topics
+
+CONFIG = "config"  # fetched as parts are
+DIGEST = "0" * 64
+DEVICE, CONTRIBUTION, WORKER = "device-00000000", DIGEST[:32], "w0"
+COUNT, REAL = 1_000_000, 1234.56  # as long, in digits, as what stands there
+LOSS = 1.2345678901234567
+READING = m.Reading(t_s=REAL, rss_mb=REAL, uss_mb=REAL, swap_mb=0.0, available_mb=REAL)
+MEMORY = m.Memory(baseline_mb=REAL, peak_mb=REAL, peak_source="VmHWM", curve=(READING, READING))
+MACHINE = m.Execution(prefix="torch", precision="fp32", threads=1, torch="2.0.0+cpu", machine="x86_64 AVX512")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one device in one stage, in bytes."""
+
+    down: int
+    up: int
+    joining: int  # down: what a device that holds nothing fetches before its first round in this stage
+
+
+def bytes_of(config: RunConfig, parts: Iterable[str]) -> int:
+    """The blob of `parts` as `transfer.codec` writes it."""
+    match config.transfer.codec:
+        case "fp32":
+            return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes(config, parts).items()}))
+
+
+def obstacle(config: RunConfig) -> str | None:
+    """Why a server would refuse to lead this run: something is too large to travel."""
+    parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
+    try:
+        fitting_chunk_bytes(config, {part: size_bytes(config, [part]) for part in parts}, packet_limit=None)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def stage_traffic(config: RunConfig) -> list[Traffic]:
+    """Of every stage of the run."""
+    packets, rules = Packets(config), Rules.of(config)
+    found, lacking = [], frozenset({CONFIG})
+    for stage, rounds in enumerate(config.round_counts, 1):
+        plan = config.plan(stage)
+        lacking |= frozenset(plan.added)
+        down, up = packets.once_a_stage(plan), 0
+        for round in range(1, rounds + 1):
+            calibrated = rules.calibrates(State(stage=stage, round=round))
+            for one in (packets.fetching(lacking), packets.training(plan, calibrated)):
+                down, up = down + one[0], up + one[1]
+            lacking = frozenset((*plan.uploaded, *(plan.calibrated if calibrated else ())))
+        joining, _ = packets.fetching(frozenset((CONFIG, *plan.present)))
+        found.append(Traffic(down, up, joining))
+    return found
+
+
+class Packets:
+    """Sizes of the packets of a run, each as (down, up) where not stated otherwise."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._topics = config, Topics(config.run.fleet)
+        self._sizes: dict[frozenset[str], int] = {frozenset({CONFIG}): len(config.to_bytes())}
+        self.fetching = lru_cache(self._fetching)
+        self.training = lru_cache(self._training)
+
+    def _fetching(self, parts: frozenset[str]) -> tuple[int, int]:
+        """Manifests and chunks of `parts`, a blob each, and the two questions for them."""
+        manifests = [self._manifest(self._size(frozenset({part}))) for part in parts]
+        down = sum(self._told(one) + self._chunks(one, partial(self._topics.blob_chunk, DIGEST)) for one in manifests)
+        for_manifests = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=None) for _ in parts))
+        for_chunks = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=_all(one)) for one in manifests))
+        return down, self._says(for_manifests) + self._says(for_chunks)
+
+    def _training(self, plan: StagePlan, calibrated: bool) -> tuple[int, int]:
+        """A round without its downloads: announcements and task, and the update on its way."""
+        manifest = self._manifest(self._size(frozenset(plan.uploaded)))
+        place = {"run": self._config.run.name, "stage": plan.stage, "round": self._config.round_counts[plan.stage - 1]}
+        task = m.Task(**place, participant=0)
+        grant = m.Grant(contribution=CONTRIBUTION, worker=WORKER, missing=_all(manifest), window=self._config.transfer.window)
+        phases: tuple[m.Phase, ...] = ("training", "aggregating", "calibrating") if calibrated else ("training", "aggregating")
+        down = sum(self._announced(plan, phase) for phase in phases)
+        down += sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
+        beat = m.Beat(**place, epoch=1, epochs=self._config.train.epochs, step=1, steps=100, loss=LOSS, rss_mb=REAL)
+        report = m.Report(
+            images=10_000, skipped=0, steps=100, losses=(LOSS,) * self._config.train.epochs, seconds=REAL, memory=MEMORY, execution=MACHINE
+        )
+        offer = m.Offer(contribution=CONTRIBUTION, **place, participant=0, manifest=manifest, report=report)
+        fin = m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=COUNT, up=COUNT))
+        states = [m.State(state="training", boot=1), m.State(state="ready", boot=1)]
+        up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
+        return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))
+
+    def once_a_stage(self, plan: StagePlan) -> int:
+        """Announcements of its end, down."""
+        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing")
+        return last + (self._announced(plan, "evaluating") if self._config.evaluation.data else 0)
+
+    def _announced(self, plan: StagePlan, phase: m.Phase) -> int:
+        rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count
+        blobs = {part: _blob(self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
+        where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
+        run = m.Run(run=self._config.run.name, epoch=1, seq=100, **where, config=blobs.pop(CONFIG), parts=blobs)
+        return publish_bytes(self._topics.run, m.encode(run), version5=True)
+
+    def _size(self, parts: frozenset[str]) -> int:
+        if parts not in self._sizes:
+            self._sizes[parts] = bytes_of(self._config, parts)
+        return self._sizes[parts]
+
+    def _manifest(self, size: int) -> m.Manifest:
+        chunk = self._config.transfer.chunk_bytes
+        return m.Manifest.model_construct(blob=_blob(size), chunk_bytes=chunk, digests=(DIGEST,) * -(-size // chunk))
+
+    def _chunks(self, manifest: m.Manifest, topic: Callable[[int], str]) -> int:
+        size, step = manifest.blob.size, manifest.chunk_bytes
+        starts = enumerate(range(0, size, step))
+        return sum(publish_bytes(topic(index), bytes(min(step, size - start)), version5=True) for index, start in starts)
+
+    def _told(self, message: m.Message) -> int:
+        return publish_bytes(self._topics.to_device(DEVICE, m.KINDS[type(message)]), m.encode(message), version5=True)
+
+    def _says(self, message: m.Message) -> int:
+        return publish_bytes(self._topics.from_device(DEVICE, m.KINDS[type(message)]), m.encode(message), version5=True)
+
+
+def _blob(size: int) -> m.BlobRef:
+    """Also of a size that may not travel."""
+    return m.BlobRef.model_construct(id=DIGEST, size=size)
+
+
+def _all(manifest: m.Manifest) -> str:
+    return m.ranges(list(range(len(manifest.digests))))
