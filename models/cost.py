@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
+from lwfed.models.fitting import PIECE_BYTES
 from lwfed.models.measure import Measured, Part
 from lwfed.models.ssl import METHODS
 from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
@@ -21,8 +23,8 @@ from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
 NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
+HEADS = {PROJECTOR, PREDICTOR}
 CODE_BYTES = 45e6  # code of torch that only training touches, and what allocators hold: all that a minute model takes
-PIECES_BYTES = 35e6  # what torch imports where a backward pass begins at a given gradient, as that of a micro-batch does
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     """For one image in one epoch, as `lwfed.models.step` computes it; a first round without moon's previous model costs less."""
     method, parts = METHODS[config.ssl.method], measured.parts
     views, trained = method.view_count, set(plan.trained)
-    layers = trained - {PROJECTOR, PREDICTOR}  # and a decoder, which sees one sample at a time as they do
+    layers = trained - HEADS  # and a decoder, which sees one sample at a time as they do
     branch = trained - {PREDICTOR, DECODER}
-    online_passes = views * (2 if _in_pieces(config) else 1)
+    online_passes = views * (2 if piece_size(config, plan, measured) < config.train.batch_size else 1)
     branch_passes = views * method.has_target + FURTHER[config.alignment.method]
 
     def forward(wanted: Iterable[str]) -> float:
@@ -101,25 +103,17 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     backward pass keeps, with two gradients of the widest of it, or what a frozen layer holds while it computes.
     """
     method, parts, batch = METHODS[config.ssl.method], measured.parts, config.train.batch_size
-    trained = [parts[part] for part in plan.trained]
-    piece = min(config.train.micro_batch or batch, batch)
-    views_at_once = 1 if _in_pieces(config) else method.view_count
-
-    def kept(part: str) -> float:
-        given = plan.frozen and part == plan.trained[0]  # what goes in is the prefix's tokens
-        return parts[part].kept_bytes + (0 if given else parts[part].entering_bytes)
-
-    heads = {PROJECTOR, PREDICTOR}
-    per_sample = sum(kept(part) for part in plan.trained if part not in heads)
-    per_image = method.view_count * sum(kept(part) for part in plan.trained if part in heads)
+    piece = piece_size(config, plan, measured)
+    views_at_once = 1 if piece < batch else method.view_count
+    per_sample = _kept_by_layers(plan, measured)
+    per_image = method.view_count * sum(_kept(plan, measured, part) for part in plan.trained if part in HEADS)
     tokens = method.view_count * parts[plan.frozen[-1]].given_bytes if plan.frozen else 0.0
     copies = method.has_target + FURTHER[config.alignment.method]
     branches = copies * count(measured, set(plan.trained) - {PREDICTOR, DECODER})
     weights = 4 * (count(measured, plan.present) + 4 * count(measured, plan.trained) + branches)
-    backward = per_image * batch + views_at_once * piece * per_sample + 2 * piece * _widest(trained)
+    backward = per_image * batch + views_at_once * piece * per_sample + 2 * piece * _widest(parts[part] for part in plan.trained)
     prefix = 3 * piece * _widest(parts[part] for part in plan.frozen)
-    code = CODE_BYTES + (PIECES_BYTES if _in_pieces(config) else 0)
-    return code + weights + tokens * batch + max(backward, prefix)
+    return CODE_BYTES + weights + tokens * batch + max(backward, prefix)
 
 
 def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> float:
@@ -143,8 +137,24 @@ def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> f
     return 4.0 * total
 
 
-def _in_pieces(config: RunConfig) -> bool:
-    return config.train.micro_batch is not None and config.train.micro_batch < config.train.batch_size
+def piece_size(config: RunConfig, plan: StagePlan, measured: Measured) -> int:
+    """Images that go through the layers at a time, where memory is ample."""
+    batch, wanted = config.train.batch_size, config.train.micro_batch
+    if wanted is None or config.model.backbone in CONVOLUTIONAL:
+        return batch
+    if wanted == "auto":
+        wanted = max(1, int(PIECE_BYTES // _kept_by_layers(plan, measured)))
+    return min(wanted, batch)
+
+
+def _kept_by_layers(plan: StagePlan, measured: Measured) -> float:
+    """Bytes that the trained layers keep of one sample, for its backward pass."""
+    return sum(_kept(plan, measured, part) for part in plan.trained if part not in HEADS)
+
+
+def _kept(plan: StagePlan, measured: Measured, part: str) -> float:
+    given = plan.frozen and part == plan.trained[0]  # what goes in is the prefix's tokens
+    return measured.parts[part].kept_bytes + (0 if given else measured.parts[part].entering_bytes)
 
 
 def _share(config: RunConfig, frozen: str) -> float:

@@ -282,7 +282,8 @@ class _Run:
         """Take the gradient [B, ...] of the representations back through the layers, piece by piece."""
         assert gradient is not None
         for rows in self._rows():
-            self._represent(view, rows).backward(gradient[rows])  # type: ignore[no-untyped-call]
+            # Backward from a scalar: from a tensor, given its gradient, torch imports sympy, which takes 35 MB.
+            (self._represent(view, rows) * gradient[rows]).sum().backward()  # type: ignore[no-untyped-call]
         give_back()
 
     def _represent(self, view: View, rows: slice) -> Tensor:

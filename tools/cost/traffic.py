@@ -32,7 +32,7 @@ COUNT, REAL = 1_000_000, 1234.56  # as long, in digits, as what stands there
 LOSS = 1.2345678901234567
 READING = m.Reading(t_s=REAL, rss_mb=REAL, uss_mb=REAL, swap_mb=0.0, available_mb=REAL)
 MEMORY = m.Memory(baseline_mb=REAL, peak_mb=REAL, peak_source="VmHWM", curve=(READING, READING))
-MACHINE = m.Execution(prefix="torch", precision="fp32", threads=1, torch="2.0.0+cpu", machine="x86_64 AVX512")
+MACHINE = m.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2.0.0+cpu", machine="x86_64 AVX512")
 
 
 @dataclass(frozen=True)
