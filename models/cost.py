@@ -90,8 +90,8 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     prefix = sum(parts[part].forward * _share(config, part) for part in plan.frozen)
     backward = sum(parts[part].weights_only if part == plan.trained[0] else parts[part].backward for part in plan.trained)
     once = prefix + forward(trained - layers) + backward
-    # Where nothing is frozen every pass makes its views anew; a method that sees pixels needs them beside the tokens.
-    made = (views if plan.frozen else online_passes + branch_passes) + method.sees_pixels * online_passes
+    # Where nothing is frozen every pass makes its views anew; a method that sees pixels needs them beside the prefix's tokens too.
+    made = views + method.sees_pixels * online_passes if plan.frozen else online_passes + branch_passes
     passes = online_passes * forward(layers) + branch_passes * forward(branch)
     return views * once + passes + made * measured.view_macs + measured.loss_macs
 

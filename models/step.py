@@ -288,8 +288,8 @@ class _Run:
 
     def _represent(self, view: View, rows: slice) -> Tensor:
         with self._mixed():
-            x = self._through(self._online, view, rows)
             pixels = self._pixels(view.number, rows) if self._method.sees_pixels else None
+            x = self._through(self._online, view, rows, pixels)
             found = self._method.represent(self._online, x, pixels, self._keep(rows))
         return found.to(self._dtype)
 
@@ -297,14 +297,14 @@ class _Run:
         """Mixed precision, of everything but heads and loss. A new context each time: one that is entered twice never ends."""
         return torch.autocast(self._online.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def _through(self, network: Encoder, view: View, rows: slice) -> Tensor:
-        """What the last layer gives."""
+    def _through(self, network: Encoder, view: View, rows: slice, pixels: Tensor | None = None) -> Tensor:
+        """What the last layer gives; `pixels` where they have been made already."""
         if view.tokens is None:
-            return network.through(self._stem(network, view.number, rows))
+            return network.through(self._stem(network, view.number, rows, pixels))
         return network.through(view.tokens[rows].to(self._dtype), self._layers)
 
-    def _stem(self, network: Encoder, number: int, rows: slice) -> Tensor:
-        return network.stem(self._pixels(number, rows), self._keep(rows))
+    def _stem(self, network: Encoder, number: int, rows: slice, pixels: Tensor | None = None) -> Tensor:
+        return network.stem(self._pixels(number, rows) if pixels is None else pixels, self._keep(rows))
 
     def _pixels(self, number: int, rows: slice) -> Tensor:
         if self.pieces == 1:
