@@ -128,7 +128,7 @@ class Upload:
             self._retry.at(now + self._pause_s)
             self._pause_s = None
         commands = self._chunks(now, room) if self.state == "sending" else []
-        if self._retry.is_due(now):
+        if self._retry.is_due(now) and not commands:  # the traffic that is told at the end has the last chunks in it
             commands += self._question(now, traffic)
         return commands
 

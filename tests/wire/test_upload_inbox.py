@@ -101,12 +101,14 @@ def test_from_offer_to_done(upload, store):
     assert first[1] == Send(TOPICS.update_chunk("d1", "w0", upload._offer.contribution, 1), CONTENT[1024:2048])
     assert upload.poll(5.2, 0, TRAFFIC) == []
     assert upload.progress() == (4, 6)
-    last = said(upload.poll(5.3, 4, TRAFFIC), UP)
-    assert last == [4, 5, Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)]
+    fin = Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)
+    assert said(upload.poll(5.3, 4, TRAFFIC), UP) == [4, 5]
+    assert upload.next_wakeup(5.3) == 5.3
+    assert said(upload.poll(5.3, 4, TRAFFIC), UP) == [fin], "by itself: what it says of the traffic has the last chunks in it"
     assert upload.state == "finishing"
     upload.on_miss(Miss(contribution=upload._offer.contribution, missing="2"))
-    again = said(upload.poll(5.4, 4, TRAFFIC), UP)
-    assert again == [2, Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)]
+    assert said(upload.poll(5.4, 4, TRAFFIC), UP) == [2]
+    assert said(upload.poll(5.4, 4, TRAFFIC), UP) == [fin]
     upload.on_done(Done(contribution=upload._offer.contribution))
     assert upload.state == "done"
     assert upload.poll(99.0, 4, TRAFFIC) == []
