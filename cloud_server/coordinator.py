@@ -260,7 +260,7 @@ def _end_round(rules: Rules, state: State, now: float) -> Result:
         return _with(reduced, _wait(rules, following, now))
     early = state.round < rules.last_round(state.stage, state.round)
     stalled = [Stalled(state.stage, state.round)] if early else []
-    return _with(stalled, (replace(state, phase="evaluating"), []) if rules.evaluate else _end_stage(rules, state))
+    return _with(stalled, (replace(state, phase="evaluating"), []) if rules.judge else _end_stage(rules, state))
 
 
 def _react(rules: Rules, state: State) -> Result:

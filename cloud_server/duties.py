@@ -5,7 +5,7 @@ Everything here may be done twice with the same result: after a crash the duty o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lwfed.child import Json
@@ -97,13 +97,12 @@ class Duties:
                 parts = self._course.adopt(result["parts"])
                 self._apply(Calibrated(parts), now, lambda step: step.calibrated(stage, round, loss, seconds))
             case Evaluate(stage, baselines), "evaluated":
-                judged = result.get("collapsed")
-                judgement = None if baselines or judged is None else Judgement(judged, result["spread"], result["rank"])
-                self._evaluated(0 if baselines else stage, result["scores"], judgement, now)
+                judgement = Judgement(**result["variety"]) if result["variety"] else None
+                scores = {name: Scores.of(**found) for name, found in result["scores"].items()}
+                self._evaluated(0 if baselines else stage, scores, judgement, now)
 
-    def _evaluated(self, stage: int, found: dict[str, dict[str, float | None]], judgement: Judgement | None, now: float) -> None:
+    def _evaluated(self, stage: int, scores: Mapping[str, Scores], judgement: Judgement | None, now: float) -> None:
         attempt = self._course.state.attempt
-        scores = {name: Scores(knn=one["knn"] or 0.0, probe=one["probe"]) for name, one in found.items()}
         for name, one in scores.items():
             self._news.evaluation(stage, name, one)
         if judgement:

@@ -40,6 +40,10 @@ class News:
         text = {"started": course, "resumed": f"{course}; goes on at {place}"}.get(status, f"{course}; {status}")
         self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
 
+    def unjudged(self) -> None:
+        text = "whether a stage collapses cannot be judged without images on the server: set evaluation.data, or calibrate"
+        self._say("judgement", "server", text)
+
     def doing(self, what: str) -> None:
         self._say("doing", "server", what)
 
@@ -118,7 +122,7 @@ class News:
 
     def evaluation(self, stage: int, name: str, scores: Scores) -> None:
         text = f"{NAMES[name]}: {_scores(scores)}"
-        self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, knn=scores.knn, probe=scores.probe)
+        self._say("evaluation", f"stage {stage}" if stage else "before", text, stage=stage, name=name, **vars(scores))
 
     def judgement(self, stage: int, attempt: int, found: Judgement) -> None:
         self._say("judgement", f"stage {stage}", f"features: {judgement(found)}", stage=stage, attempt=attempt, **vars(found))

@@ -42,7 +42,8 @@ class Rules:
     quorum: float
     deadline_s: float
     calibrate: Literal["round", "stage", "never"] | int
-    evaluate: bool
+    evaluate: bool  # there are labelled images
+    judge: bool  # there are images, labelled or not, to see by whether a stage has collapsed
     patience: int | None  # rounds without a lower loss that end a stage
     plateau_rounds: int | None  # rounds without a lower loss after which the learning rate ...
     plateau_factor: float  # ... is multiplied by this
@@ -62,6 +63,7 @@ class Rules:
             deadline_s=rounds.deadline_s,
             calibrate=config.calibration.every,
             evaluate=config.evaluation.data is not None,
+            judge=config.evaluation.data is not None or config.calibration.every != "never",
             patience=stages.patience if stages.advance == "plateau" else None,
             plateau_rounds=train.plateau_rounds if train.lr_schedule == "plateau" else None,
             plateau_factor=train.plateau_factor,

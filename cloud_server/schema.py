@@ -17,7 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 4  # PRAGMA user_version
+VERSION = 5  # PRAGMA user_version
 
 metadata = MetaData()
 
@@ -93,6 +93,7 @@ evaluations = Table(
     Column("name", String, primary_key=True),  # random | raw_pixels | trained
     Column("knn", Float, nullable=False),
     Column("probe", Float),
+    Column("metrics", JSON, nullable=False),
 )
 
 judgements = Table(

@@ -50,6 +50,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
         news.run(course.rules, status, place(course), root)
+        if not course.rules.judge:
+            news.unjudged()
         for change in course.changed:
             news.doing(f"changed setting {change}")
         if broker is None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Scores:
-    knn: float
+    knn: float  # accuracy
     probe: float | None
+    metrics: Mapping[str, Mapping[str, float] | None] = field(default_factory=dict)  # of kNN and probe: `lwfed.models.evaluation.metrics`
+
+    @classmethod
+    def of(cls, knn: Mapping[str, float], probe: Mapping[str, float] | None) -> Scores:
+        return cls(knn["accuracy"], probe["accuracy"] if probe else None, {"knn": knn, "probe": probe})
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ class Store:
         table = schema.evaluations
         with self._transaction() as connection:
             rows = connection.execute(select(table).order_by(table.c.stage, table.c.name))
-            return {(row.stage, row.name): Scores(row.knn, row.probe) for row in rows}
+            return {(row.stage, row.name): Scores(row.knn, row.probe, row.metrics) for row in rows}
 
     def judgements(self) -> dict[tuple[int, int], Judgement]:
         """(stage, attempt) -> what its features are like."""
@@ -277,7 +282,7 @@ class Step:
         self._update_round(stage, round, calibration_loss=loss, calibration_seconds=seconds)
 
     def evaluated(self, stage: int, name: str, scores: Scores) -> None:
-        values = {"knn": scores.knn, "probe": scores.probe}
+        values = asdict(scores)
         statement = insert(schema.evaluations).values(run=self._run, stage=stage, name=name, **values)
         self._connection.execute(statement.on_conflict_do_update(index_elements=["run", "stage", "name"], set_=values))
 

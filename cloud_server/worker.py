@@ -2,18 +2,20 @@
 
 In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "out": folder}
       {"do": "calibrate", "config", "stage", "round", "lr_scale", "parts", "kept": folder, "out"}
-      {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}
+      {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}     trained: its variety too
 Out:  {"event": "ready"}                                       after the imports, once
       {"event": "prepared", "parts": {part: file},             the parts that the stage adds
                             "sizes": {part: bytes}}            of the tensors of all parts that the run will ever have
       {"event": "calibrated", "parts", "loss", "seconds"}      the parts that were trained; the loss of the last epoch
-      {"event": "evaluated", "scores": {name: {"knn", "probe"}}}
+      {"event": "evaluated", "scores": {name: {"knn", "probe"}},   figures of models.evaluation.metrics, or null; none without labels
+                             "variety": {"spread", "rank", "collapsed"}, or null}
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import auxiliary_images, labelled_images
 from lwfed.models.backbones import load_encoder
-from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
+from lwfed.models.evaluation.classifiers import knn, linear_probe
+from lwfed.models.evaluation.collapse import collapsed, variety
+from lwfed.models.evaluation.features import features, raw_pixels
+from lwfed.models.evaluation.metrics import metrics
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local
 from lwfed.models.placement import choose, move, move_images
@@ -68,9 +73,14 @@ class Worker:
         return {"event": "calibrated", "parts": files, "loss": summary.losses[-1], "seconds": time.monotonic() - started}
 
     def _evaluate(self, config: RunConfig, data: Json, device: torch.device) -> Json:
-        images = self._load_images("labelled", labelled_images, config, data)
-        scores = {name: _scores(config, _represent(config, name, data["parts"], images, device), images) for name in data["names"]}
-        return {"event": "evaluated", "scores": scores}
+        """On the labelled images; without any, only variety is judged, by the auxiliary ones."""
+        labelled = config.evaluation.data is not None
+        role, load = ("labelled", labelled_images) if labelled else ("auxiliary", auxiliary_images)
+        images = self._load_images(role, load, config, data)
+        found = {name: _represent(config, name, data["parts"], images, device) for name in data["names"]}
+        scores = {name: _scores(config, one, images) for name, one in found.items()} if labelled else {}
+        judged = _judge(found["trained"]) if "trained" in found else None
+        return {"event": "evaluated", "scores": scores, "variety": judged}
 
     def _load_images(self, role: str, load: Loader, config: RunConfig, data: Json) -> Images:
         key = role, config.digest
@@ -88,13 +98,18 @@ def _represent(config: RunConfig, name: str, parts: Mapping[str, str], images: I
     return features(load_encoder(config.model, move(tensors, device)), images.pixels)
 
 
-def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, float | None]:
+def _scores(config: RunConfig, found: Tensor, images: Images) -> dict[str, dict[str, float] | None]:
     assert images.labels is not None
     labels = torch.from_numpy(np.array(images.labels))
     bank, queries = (torch.from_numpy(rows) for rows in halves(images.labels, config.run.seed))
-    halved = found[bank], labels[bank], found[queries], labels[queries]
-    probe = probe_accuracy(*halved) if config.evaluation.probe else None
-    return {"knn": knn_accuracy(*halved, config.evaluation.neighbours), "probe": probe}
+    halved = found[bank], labels[bank], found[queries]
+    near = asdict(metrics(knn(*halved, config.evaluation.neighbours), labels[queries]))
+    return {"knn": near, "probe": asdict(metrics(linear_probe(*halved), labels[queries])) if config.evaluation.probe else None}
+
+
+def _judge(found: Tensor) -> dict[str, float | bool]:
+    judged = variety(found)
+    return {**asdict(judged), "collapsed": collapsed(judged)}
 
 
 def _with_stream(config: RunConfig, attempt: int) -> RunConfig:

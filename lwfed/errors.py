@@ -7,6 +7,7 @@
     ├── MissingDependency           72   an optional package is needed for this (EX_OSFILE)
     ├── RunStopped                  65   a stage collapsed, and the run was to stop then (EX_DATAERR)
     ├── WorkerFailed                70   a training process died or raised (EX_SOFTWARE)
+    ├── Unfit                       71   training does not fit into the memory that it may take (EX_OSERR)
     ├── Diverged                    70   training produced a loss or weight that is not finite
     └── WireError                   76   the other side cannot be understood (EX_PROTOCOL)
         ├── ProtocolMismatch        76   it speaks a version that we do not
@@ -19,7 +20,7 @@
 
 A message says what happened, with which value, and what to do next. The command line prints it after
 `error:` and ends with the class's `exit_code`; usage errors of click end with 2. A service must not be
-restarted on 2, 65, 66, 72, 73, 76, 77 and 78: nothing changes until somebody acts.
+restarted on 2, 65, 66, 71, 72, 73, 76, 77 and 78: nothing changes until somebody acts.
 """
 
 from __future__ import annotations

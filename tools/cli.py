@@ -136,6 +136,43 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("encoder", metavar="FILE|STATE", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", required=True, metavar="NAME|FILE|FOLDER", help="Labelled images: a data set, an .npz file, a folder of classes.")
+@click.option(
+    "--protocol",
+    "protocols",
+    default="knn,probe",
+    show_default=True,
+    callback=listed(click.Choice(["knn", "probe", "finetune"])),
+    metavar="A,B",
+    help="What to measure; finetune trains the whole encoder on the labels, as the paper does, and from random weights too.",
+)
+@click.option("--neighbours", type=click.IntRange(min=1), default=5, show_default=True, help="k of kNN.")
+@click.option("--epochs", type=click.IntRange(min=1), default=40, show_default=True, help="Of fine-tuning.")
+@click.option("--limit", type=click.IntRange(min=2), default=10_000, show_default=True, help="At most so many images of each split.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of halves, random weights and fine-tuning.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report, as JSON.")
+@json_option
+def evaluate(
+    encoder: Path,
+    data: str,
+    protocols: tuple[str, ...],
+    neighbours: int,
+    epochs: int,
+    limit: int,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure an encoder (of `cloud-server export`, or of the run in a server's STATE) on labelled images."""
+    from typing import Any, cast
+
+    from lwfed.tools.evaluate.command import Asked, run_evaluate
+
+    run_evaluate(Asked(encoder, data, cast(Any, protocols), neighbours, epochs, limit, seed), as_json, out)
+
+
+@main.command()
 @click.argument("name", metavar="NAME|FILE")
 @setting_option
 @json_option

@@ -242,10 +242,10 @@ class RunConfig(Section):
             )
         if convolutional and (stages.layer_init == "copy" or stages.depth_dropout):
             raise ValueError(f"stages.layer_init copy and stages.depth_dropout need layers of one shape: not {self.model.backbone}")
-        if stages.on_collapse != "warn" and not (self.evaluation.data or self.calibration.data):
+        if stages.on_collapse != "warn" and self.evaluation.data is None and self.calibration.every == "never":
             raise ValueError(
-                f"stages.on_collapse {stages.on_collapse} needs images on the server to judge a stage by: set evaluation.data or "
-                "calibration.data, or on_collapse to warn"
+                f"stages.on_collapse {stages.on_collapse} needs images on the server to judge a stage by: set evaluation.data, or "
+                "calibration.data and calibration.every, or on_collapse to warn"
             )
         if self.rounds.sample is not None and self.rounds.sample > self.rounds.min_devices:
             raise ValueError(

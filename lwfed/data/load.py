@@ -11,7 +11,7 @@ from lwfed.config import RunConfig
 from lwfed.data import cache, folder, images, scan
 from lwfed.data.division import divide_folder, divide_set, fingerprint, reserved
 from lwfed.data.images import Images, Shape
-from lwfed.data.sets import Array, open_set
+from lwfed.data.sets import Array, ImageSet, open_set
 from lwfed.data.source import Progress, Source, open_source
 from lwfed.errors import DataError
 
@@ -72,6 +72,24 @@ def labelled_images(config: RunConfig, kept: Path | None = None, progress: Progr
             f"{source.spec!r} gives no labelled images: put each class (two at least) into its own sub-folder, or raise data.labelled_share"
         )
     return found
+
+
+def labelled_splits(spec: str, shape: Shape, progress: Progress | None = None) -> tuple[Images, Images | None]:
+    """All labelled images that `spec` names: those for training, or all, and those of its test split where it has one.
+
+    Raises DataError and MissingDependency.
+    """
+    source = open_source(spec)
+    source.check_labels()
+    if not source.divided:
+        return folder.read(source.folder, scan.find(source.folder), shape, "labelled", None, progress), None
+    found = open_set(source)
+    return _all(found, shape, progress), _all(open_set(source, "test"), shape, progress) if found.has_test_split else None
+
+
+def _all(found: ImageSet, shape: Shape, progress: Progress | None) -> Images:
+    arrays = _counted(found.read(np.arange(found.count)), found.count, progress)
+    return Images(images.resize_all(arrays, found.count, shape), found.labels, found.classes)
 
 
 def _shape(config: RunConfig) -> Shape:

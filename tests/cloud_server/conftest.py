@@ -97,8 +97,10 @@ class NumpyWorker:
     def _evaluate(self, config, job):
         state, collapses = self._world.course.state, self._world.collapses
         collapsed = None if collapses is None else (state.stage, state.attempt) in collapses
-        scores = {name: {"knn": 0.5, "probe": 0.25} for name in job["names"]}
-        return {"event": "evaluated", "scores": scores, "spread": 0.9, "rank": 5.0, "collapsed": collapsed}
+        names = ("accuracy", "class_accuracy", "precision", "recall", "f1")
+        scores = {name: {"knn": dict.fromkeys(names, 0.5), "probe": dict.fromkeys(names, 0.25)} for name in job["names"]}
+        variety = None if collapsed is None or "trained" not in job["names"] else {"spread": 0.9, "rank": 5.0, "collapsed": collapsed}
+        return {"event": "evaluated", "scores": scores, "variety": variety}
 
     def kill(self):
         pass

@@ -44,8 +44,8 @@ from lwfed.cloud_server.rounds import (
 
 RULES = Rules(
     seed=0, stages=2, rounds=(2, 2), parts=(("stem", "layer.1", "adapter.1"), ("stem", "layer.1", "layer.2")), min_devices=2,
-    sample=None, quorum=0.5, deadline_s=100.0, calibrate="round", evaluate=True, patience=None, plateau_rounds=None, plateau_factor=0.5,
-    on_collapse="warn",
+    sample=None, quorum=0.5, deadline_s=100.0, calibrate="round", evaluate=True, judge=True, patience=None,
+    plateau_rounds=None, plateau_factor=0.5, on_collapse="warn",
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_phases_in_order():
 
 
 def test_without_calibration_and_evaluation_their_phases_are_left_out():
-    rules = replace(RULES, calibrate="never", evaluate=False, rounds=(1,), stages=1)
+    rules = replace(RULES, calibrate="never", evaluate=False, judge=False, rounds=(1,), stages=1)
     state = after(rules, training(rules), Contributed(0, "x"), Contributed(1, "y"), Aggregated({}, 1.0))
     assert state.phase == "finished"
 
@@ -231,7 +231,7 @@ def test_parts_that_the_next_stage_does_not_have_leave_the_model():
     _, _, state = play(RULES)
     assert "adapter.1" not in state.parts
     for evaluate in (False, True):
-        rules = replace(RULES, evaluate=evaluate, rounds=(1, 1), calibrate="never")
+        rules = replace(RULES, evaluate=evaluate, judge=evaluate, rounds=(1, 1), calibrate="never")
         state = after(rules, training(rules), Contributed(0, "x"), Contributed(1, "y"), Aggregated({"layer.1": "l", "adapter.1": "a"}, 1.0))
         if evaluate:
             assert "adapter.1" in state.parts
@@ -380,6 +380,7 @@ RULES_DRAWN = st.builds(
     sample=st.sampled_from([None, 1, 2]),
     calibrate=st.sampled_from(["round", "stage", "never", 2]),
     evaluate=st.booleans(),
+    judge=st.booleans(),
     patience=st.sampled_from([None, 1, 2]),
     plateau_rounds=st.sampled_from([None, 1]),
     on_collapse=st.sampled_from(["warn", "repeat", "stop"]),
@@ -392,7 +393,7 @@ COLLAPSES = st.frozensets(st.tuples(st.integers(1, 2), st.integers(1, MAX_ATTEMP
 def test_neither_order_nor_restarts_change_the_result(order, restarts, rules, collapses):
     result, begun = run_through(rules, order, restarts, collapses)
     assert result == run_through(rules, order, set(), collapses)[0]
-    if rules.patience is None and (not rules.evaluate or rules.on_collapse == "warn"):
+    if rules.patience is None and (not rules.judge or rules.on_collapse == "warn"):
         assert begun == sum(rules.rounds)
 
 

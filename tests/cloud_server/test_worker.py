@@ -44,10 +44,16 @@ def test_jobs_prepare_calibrate_evaluate(job, tiny):
     trained = load_file(calibrated["parts"]["layer.1"])
     assert not np.array_equal(trained["blocks.0.mlp.fc1.weight"], initial["blocks.0.mlp.fc1.weight"])
 
-    scores = do(worker, job("evaluate", names=["random", "raw_pixels", "trained"], parts=calibrated["parts"]))["scores"]
-    assert scores["raw_pixels"]["knn"] > 0.8  # digits of 8x8 pixels are easy
-    assert 0 < scores["trained"]["knn"] < scores["raw_pixels"]["knn"]
-    assert do(Worker(), job("evaluate", names=["random"]))["scores"]["random"] == scores["random"]
+    found = do(worker, job("evaluate", names=["random", "raw_pixels", "trained"], parts=calibrated["parts"]))
+    scores = found["scores"]
+    assert scores["raw_pixels"]["knn"]["accuracy"] > 0.8  # digits of 8x8 pixels are easy
+    assert 0 < scores["trained"]["knn"]["f1"] < scores["raw_pixels"]["knn"]["f1"]
+    assert scores["trained"]["probe"]["class_accuracy"] > 0
+    assert not found["variety"]["collapsed"]
+    assert found["variety"]["rank"] > 1.5
+    again = do(Worker(), job("evaluate", names=["random"]))
+    assert again["scores"]["random"] == scores["random"]
+    assert again["variety"] is None
 
 
 def test_each_attempt_at_a_stage_has_weights_of_its_own(job):

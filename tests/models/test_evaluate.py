@@ -1,10 +1,17 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+from lwfed.config import load_config
+from lwfed.data.load import labelled_images
 from lwfed.errors import DataError
 from lwfed.models.backbones import load_encoder
-from lwfed.models.evaluate import features, knn_accuracy, probe_accuracy, raw_pixels
+from lwfed.models.evaluation.classifiers import TEMPERATURE, knn, linear_probe
+from lwfed.models.evaluation.collapse import collapsed, variety
+from lwfed.models.evaluation.features import features, raw_pixels
+from lwfed.models.evaluation.metrics import metrics
 from lwfed.models.initial import init_parts
 
 
@@ -17,24 +24,39 @@ def digits():
     return inputs[:400], labels[:400], inputs[400:900], labels[400:900]
 
 
+def accuracy(predicted, labels):
+    return (predicted == labels).double().mean().item()
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
 def test_knn_is_that_of_scikit_learn(digits, k):
     from sklearn.neighbors import KNeighborsClassifier
 
-    bank, bank_labels, queries, labels = digits
-    reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: 1 - distance / 2)
-    expected = reference.fit(bank.double(), bank_labels).score(queries.double(), labels)
-    assert knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(expected, abs=0.004)
+    bank, bank_labels, queries, _ = digits
+    reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
+    expected = reference.fit(bank.double(), bank_labels).predict(queries.double())
+    assert accuracy(knn(bank, bank_labels, queries, k), torch.from_numpy(expected)) > 0.99
 
 
-def test_knn_votes():
-    """A majority wins over the nearest; with one vote each, the nearest wins."""
-    bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
-    query, truth = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    assert knn_accuracy(bank, torch.tensor([1, 0, 0]), query, truth, 3) == 1
-    assert knn_accuracy(bank, torch.tensor([0, 1, 2]), query, truth, 3) == 1
-    assert knn_accuracy(bank, torch.tensor([1, 0, 0]), query, truth, 1) == 0
-    assert knn_accuracy(bank, torch.tensor([1, 0, 0]), query, truth, 50) == 1
+def test_knn_is_a_vote_of_the_nearest(digits):
+    bank, bank_labels, queries, _ = (part[:60] for part in digits)
+    for query, found in zip(queries, knn(bank, bank_labels, queries, 7), strict=True):
+        cosines = [(torch.dot(one, query) / (one.norm() * query.norm())).item() for one in bank]
+        votes = [0.0] * 10
+        for place in sorted(range(len(bank)), key=lambda place: -cosines[place])[:7]:
+            votes[bank_labels[place]] += np.exp(cosines[place] / TEMPERATURE)
+        assert found == int(np.argmax(votes))
+
+
+def test_knn_weighs_by_nearness():
+    """Two that are near enough win over one that is nearest; three that are far do not."""
+    bank = torch.tensor([[1.0, 0.0], [0.999, 0.0447], [0.999, -0.0447], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    query, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1, 0, 0, 2, 2, 2])
+    assert knn(bank, labels, query, 3) == 0
+    assert knn(bank, labels, query, 1) == 1
+    assert knn(bank, labels, query, 6) == 0
+    assert knn(bank, labels, query, 50) == 0
+    assert knn(torch.eye(2), torch.tensor([1, 0]), torch.ones(1, 2), 2) == 0, "equal votes go to the smaller label"
 
 
 def test_probe_is_that_of_scikit_learn(digits):
@@ -44,28 +66,72 @@ def test_probe_is_that_of_scikit_learn(digits):
     bank, bank_labels, queries, labels = digits
     scaler = StandardScaler().fit(bank)
     reference = LogisticRegression(max_iter=2000).fit(scaler.transform(bank), bank_labels)
-    measured = probe_accuracy(bank, bank_labels, queries, labels)
-    assert measured == pytest.approx(reference.score(scaler.transform(queries), labels), abs=0.005)
-    assert measured == probe_accuracy(bank, bank_labels, queries, labels)
+    found = linear_probe(bank, bank_labels, queries)
+    assert accuracy(found, labels) == pytest.approx(reference.score(scaler.transform(queries), labels), abs=0.005)
+    assert torch.equal(found, linear_probe(bank, bank_labels, queries))
 
 
 def test_probe_accepts_a_constant_feature():
     inputs, labels = torch.tensor([[0.0, 7.0], [1.0, 7.0]]).repeat(5, 1), torch.tensor([0, 1]).repeat(5)
-    assert probe_accuracy(inputs, labels, inputs, labels) == 1.0
+    assert torch.equal(linear_probe(inputs, labels, inputs), labels)
 
 
-def test_a_class_that_the_bank_lacks_counts_as_wrong():
-    inputs = torch.eye(3)
-    known, labels = torch.tensor([0, 1]), torch.arange(3)
-    assert knn_accuracy(inputs[:2], known, inputs, labels, 1) == pytest.approx(2 / 3)
-    assert probe_accuracy(inputs[:2], known, inputs, labels) == pytest.approx(2 / 3)
+def test_a_class_that_the_bank_lacks_is_never_predicted():
+    inputs, known = torch.eye(3), torch.tensor([0, 1])
+    for found in (knn(inputs[:2], known, inputs, 1), linear_probe(inputs[:2], known, inputs)):
+        assert found[:2].tolist() == [0, 1]
+        assert found[2] < 2
 
 
-@pytest.mark.parametrize("measure", [lambda *args: knn_accuracy(*args, k=5), probe_accuracy])
+@pytest.mark.parametrize("measure", [lambda *given: knn(*given, k=5), linear_probe])
 def test_without_images(measure):
     nothing, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     with pytest.raises(DataError, match="at least one"):
-        measure(nothing, labels, torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))
+        measure(nothing, labels, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_are_those_of_scikit_learn(seed):
+    """Of uneven classes, some of which are never predicted and some of which are not there."""
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
+
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(6, 40, p=[0.5, 0.2, 0.2, 0.1, 0, 0])
+    predicted = np.where(generator.random(40) < 0.6, labels, generator.choice([0, 1, 2, 4], 40))
+    found = metrics(torch.from_numpy(predicted), torch.from_numpy(labels))
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    assert (found.accuracy, found.precision, found.recall, found.f1) == pytest.approx(
+        (accuracy_score(labels, predicted), precision, recall, f1)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are predicted and not there
+        assert found.class_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
+
+
+def test_variety_of_known_distributions():
+    generator = torch.Generator().manual_seed(0)
+    every = torch.randn(4000, 16, generator=generator)
+    assert variety(every).spread == pytest.approx(1, abs=0.01)
+    assert variety(every).rank == pytest.approx(16, abs=0.1)
+    four = torch.cat([every[:, :4], torch.zeros(4000, 12)], dim=1)
+    assert variety(four).rank == pytest.approx(4, abs=0.1)
+
+
+def test_features_that_are_all_alike_have_collapsed():
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.randn(1, 32, generator=generator).expand(200, -1)
+    rounding = constant * (1 + 1e-6 * torch.randn(200, 32, generator=generator))
+    line = torch.randn(200, 1, generator=generator) * torch.randn(1, 32, generator=generator) + 5
+    for features_ in (constant, rounding, line, torch.zeros(200, 32)):
+        assert collapsed(variety(features_))
+
+
+@pytest.mark.parametrize("preset", ["demo", "base", "bloodcells"])
+def test_an_untrained_encoder_has_not_collapsed(preset):
+    config = load_config(preset)
+    images = labelled_images(load_config("demo", [f"model={{image_size: {config.model.image_size}, patch_size: 4}}"])).pixels[:100]
+    tensors = init_parts(config, config.plan(config.stage_count).present)
+    assert not collapsed(variety(features(load_encoder(config.model, tensors), images)))
 
 
 def test_features_do_not_depend_on_the_batch(tiny, images):

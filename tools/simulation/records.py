@@ -75,11 +75,13 @@ def _scores(course: Course, stage: int, name: str) -> Record | None:
 def _stage(course: Course, stage: int, rounds: Iterable[Record]) -> Record:
     mine = [one for one in rounds if one["stage"] == stage]
     scores, figures = _scores(course, stage, "trained"), course.store.figures(stage)
+    judged = {attempt: one for (judged, attempt), one in course.store.judgements().items() if judged == stage}
     assert figures is not None
     return {
         "stage": stage,
         "loss": mine[-1]["loss"],
         **(scores or {"knn": None, "probe": None}),
+        "features": asdict(judged[max(judged)]) if judged else None,
         **asdict(figures),
         "seconds": round(sum(one["seconds"] for one in mine), 3),
     }
