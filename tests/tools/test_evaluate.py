@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from lwfed.data import digits
 from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.models.evaluation import finetune
 from lwfed.tools.cli import main
 from lwfed.tools.simulation.command import Simulation, simulate
 
@@ -80,9 +81,10 @@ def test_folders_of_classes_are_halved(run, tmp_path):
     assert (found["classes"], found["bank"], found["queries"], found["neighbours"]) == (2, 10, 10, 1)
 
 
-def test_fine_tuning_is_repeatable_and_learns(run):
+def test_fine_tuning_is_repeatable_and_learns(run, monkeypatch):
     import_torchvision()
-    words = (run, "--data", "digits", "--protocol", "finetune", "--epochs", 3, "--limit", 300)
+    monkeypatch.setattr(finetune, "BATCH_SIZE", 16)  # more steps out of few images
+    words = (run, "--data", "digits", "--protocol", "finetune", "--epochs", 4, "--limit", 250)
     first, second = report(*words), report(*words)
     rows = [{**row, "seconds": 0} for row in first["rows"]]
     assert rows == [{**row, "seconds": 0} for row in second["rows"]]
