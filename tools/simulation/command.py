@@ -14,8 +14,8 @@ from typing import Any
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.serve import check_sources
 from lwfed.config import RunConfig, load_config
-from lwfed.data import open_source
-from lwfed.errors import ConfigError, StateError
+from lwfed.data import Source, open_source
+from lwfed.errors import ConfigError, DataError, StateError
 from lwfed.locks import locked_state
 from lwfed.tools.machine import machine, needed, versions
 from lwfed.tools.screen import Screen
@@ -69,8 +69,9 @@ def plan(told: Simulation) -> dict[Path, RunConfig]:
             raise ConfigError(f"--set {setting}: for a simulation {key} follows from {OURS[key]}")
     base = load_config(told.config, [*told.settings, "rounds.sample=null"])
     settings = [*told.settings, f"rounds.min_devices={base.data.devices}"]
-    if base.evaluation.data is None and open_source(told.data).named:
-        settings.append(f"evaluation.data={told.data}")
+    source = open_source(told.data)
+    if base.evaluation.data is None and source.divided and _has_labels(source):
+        settings.append(f"evaluation.data={source.path}")
     if told.device is not None:
         settings.append(f"worker.device={told.device}")
     runs = {}
@@ -79,6 +80,14 @@ def plan(told: Simulation) -> dict[Path, RunConfig]:
             folder = told.out.absolute() / (strategy if told.strategies else "") / f"seed-{seed}"
             runs[folder] = load_config(told.config, [*settings, f"stages.strategy={strategy}", f"run.seed={seed}"])
     return runs
+
+
+def _has_labels(source: Source) -> bool:
+    try:
+        source.check_labels()
+    except DataError:
+        return False
+    return True
 
 
 def run_one(config: RunConfig, root: Path, told: Simulation, screen: Screen) -> Record:
@@ -126,7 +135,7 @@ def command_line(told: Simulation) -> str:
 def _accept(root: Path, told: Simulation) -> None:
     """What decides on a run beside its configuration must be as it was."""
     source = open_source(told.data)
-    wanted = {"data": told.data if source.named else str(source.folder.absolute()), "dropout": told.dropout}
+    wanted = {"data": source.path, "dropout": told.dropout}
     file = root / SETTING_FILE
     try:
         stored = json.loads(file.read_text()) if file.exists() else None

@@ -80,7 +80,7 @@ class World:
         self._progress: tuple[object, ...] = ()
         self._progress_at = 0.0
         source, images = check_data(spec)
-        self._data = source.spec if source.named else str(source.folder.absolute())
+        self._data = source.path
         self._hello = make_hello(BOOT, source, images)
         self._drops = partial(drops_out, config.run.seed, probability=dropout)
 
