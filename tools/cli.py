@@ -107,6 +107,35 @@ def simulate(
 
 
 @main.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for runs and table; the same again goes on.",
+)
+@click.option(
+    "--seeds", callback=listed(click.IntRange(min=0)), metavar="0,1,2", help="Default: the table's. All rows get the first one first."
+)
+@click.option("--into", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Page that has a place for the table.")
+@click.option("--workers", type=click.IntRange(min=1), help="As of `lwfed simulate`.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="As of `lwfed simulate`.")
+@click.pass_context
+def table(
+    context: click.Context, name: str, out: Path, seeds: tuple[int, ...] | None, into: Path | None, workers: int | None, device: str | None
+) -> None:
+    """Simulate every row of a table, and compare them.
+
+    Leaves table.md and table.png in --out, renewed after each row. Ctrl-C ends it, and the same command goes on from there.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
+    from lwfed.tools.tables import make_table
+
+    make_table(name, out, seeds, into, workers, device)
+
+
+@main.command()
 @click.argument("name")
 def fetch(name: str) -> None:
     """Download a data set known by name (cifar10, mnist, ...) for --data, or for evaluation and calibration."""
