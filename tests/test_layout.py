@@ -29,7 +29,9 @@ ARROWS = {
 }
 
 TORCH = {"torch", "torchvision", "timm"}
-TRAIN = {"lwfed.edge_agent.trainer", "lwfed.edge_agent.worker", "lwfed.cloud_server.worker"}  # processes of their own
+TRAIN = {  # processes of their own
+    *("lwfed.edge_agent.trainer", "lwfed.edge_agent.worker", "lwfed.edge_agent.profiling.sample", "lwfed.cloud_server.worker"),
+}
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 
 PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in ("coordinator", "plateau", "rounds", "sampling"))}  # and lwfed.wire

@@ -107,6 +107,22 @@ def simulate(
 
 
 @main.command()
+@click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: under 3 minutes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: ratios, and the rows that they are of.")
+@click.pass_context
+def bench(context: click.Context, quick: bool, as_json: bool) -> None:
+    """Measure training layer by layer beside end-to-end training as published code does it: memory, time, FLOPs, bytes.
+
+    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
+    from lwfed.tools.bench.command import run_bench
+
+    run_bench(quick, as_json)
+
+
+@main.command()
 @click.argument("name")
 def fetch(name: str) -> None:
     """Download a data set known by name (cifar10, mnist, ...) for --data, or for evaluation and calibration."""
