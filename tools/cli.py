@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
 from lwfed import __version__
-from lwfed.cli import Program, json_option, setting_option
+from lwfed.cli import Program, json_option, listed, setting_option
 from lwfed.plan import Strategy
 from lwfed.tools.endings import leave, on_endings
 
@@ -38,15 +37,6 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
     from lwfed.tools.demo import run_demo
 
     run_demo(out, seed, quick, settings)
-
-
-def listed(kind: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
-    """For an option of values of the click type `kind`, separated by commas; each of them counts once."""
-
-    def convert(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
-        return None if text is None else tuple(dict.fromkeys(kind.convert(part.strip(), option, context) for part in text.split(",")))
-
-    return convert
 
 
 @main.command()

@@ -14,7 +14,7 @@ from pathlib import Path
 GROUPS = Path("/sys/fs/cgroup")
 PROBE_S = 20
 # The limit that is in force, said on a descriptor that must have come through.
-PROBE = 'cat "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/memory.max" >&{descriptor}'
+PROBE = 'cat "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/memory.max" >/dev/fd/{descriptor}'
 
 
 @dataclass(frozen=True)

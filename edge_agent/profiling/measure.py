@@ -30,6 +30,7 @@ from lwfed.errors import StateError, WorkerFailed
 from lwfed.locks import state_home
 
 WARM_UP = 1  # steps
+EPOCH_IMAGES = 5000  # of a device, where nobody says: a tenth of CIFAR-10
 SAMPLE_S = 0.25
 CONTROL = "lwfed.edge_agent.profiling.control"
 SAMPLE = "lwfed.edge_agent.profiling.sample"
@@ -51,6 +52,10 @@ class Measured:
     @property
     def step_s(self) -> float:
         return statistics.median(self.steps_s)
+
+    def epoch_s(self, images: int, batch_size: int) -> float:
+        """Seconds of a local epoch."""
+        return self.step_s * max(1, images // batch_size)
 
     def record(self) -> dict[str, Any]:
         """For reports."""
@@ -103,11 +108,12 @@ def agent(
     sample: Sample,
     stage: int,
     on_step: OnStep,
-    on_ready: OnReady,
+    on_ready: OnReady = lambda _: None,
     limit: Limit = NO_LIMIT,
     budget_mb: float | None = None,
+    enough_s: float = math.inf,
 ) -> Measured:
-    """The agent of this device, training `stage` on `sample`. Raises DidNotFit and WorkerFailed."""
+    """The agent of this device, training `stage` on `sample`; ends as `published` does. Raises DidNotFit and WorkerFailed."""
     state = sample.folder / "state"
     places = {"data": sample.data, "shared": False, "kept": str(state / "images"), "out": str(state / "update.safetensors")}
     order = {
@@ -124,7 +130,7 @@ def agent(
     }
     told = {"order": order, "threads": config.train.threads, "sample_s": config.worker.sample_s, "state": str(state)}
     state.mkdir()
-    return _Run(CONTROL, {}, limit, state, on_step, on_ready).measure(told, "started")
+    return _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
 
 
 def published(

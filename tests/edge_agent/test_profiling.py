@@ -186,7 +186,7 @@ def systemd_run(tmp_path, monkeypatch):
     return put
 
 
-IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; eval "echo $max >&${4##*>&}"'
+IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; eval "echo $max >${4##*>}"'
 
 
 def test_a_limit_is_used_when_it_is_in_force(systemd_run):

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from lwfed.edge_agent.profiling.measure import WARM_UP
+from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP
 from lwfed.errors import MissingDependency
 from lwfed.tools.bench.report import lines, ratios
-from lwfed.tools.bench.rows import BASELINES, EPOCH_IMAGES, STEPS, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.bench.rows import BASELINES, STEPS, Row, estimate_s, make_rows, measure_row
 from lwfed.tools.machine import machine, versions
 
 NOTES = (

@@ -13,7 +13,7 @@ import torch
 
 from lwfed.config import RunConfig, load_config
 from lwfed.edge_agent.profiling import measure
-from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit, Measured, OnStep
+from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP, DidNotFit, Measured, OnStep
 from lwfed.models import cost
 from lwfed.models.ssl import METHODS
 
@@ -21,7 +21,6 @@ STEPS = 3  # that count; of the baseline fewer where they take longer than ENOUG
 QUICK_STEPS = 2
 ENOUGH_S = 45.0
 ACCUMULATED = 32  # images, of the baseline that accumulates gradients
-EPOCH_IMAGES = 5000  # of a device: a tenth of CIFAR-10
 LIBRARIES_MB = 400.0  # Python, torch, torchvision and timm; for estimates
 START_S = 12.0  # of a program with torch; for estimates
 FUSED = 0.65  # of what the formula says is kept, which includes every attention matrix; for estimates
@@ -68,7 +67,7 @@ class Row:
         if not self.ours:
             return measure.published(self.config, stage, self.steps, on_step, ENOUGH_S, self.accumulated, self.compiled)
         with measure.sampled(self.config, stage, self.steps) as sample:
-            return measure.agent(self.config, sample, stage, on_step, lambda _: None)
+            return measure.agent(self.config, sample, stage, on_step)
 
 
 def whole(config: RunConfig, micro_batch: int | None = None) -> RunConfig:
@@ -132,7 +131,7 @@ def measure_row(row: Row, on_step: Callable[[int, int, int], None]) -> dict[str,
             found = row.measure(stage, lambda step, steps, stage=stage: on_step(stage, step, steps))  # type: ignore[misc]
         except DidNotFit as problem:
             return {**about, "reason": f"it did not fit into memory: {problem}", "stages": records}
-        epoch_s = found.step_s * (EPOCH_IMAGES // row.config.train.batch_size)
+        epoch_s = found.epoch_s(EPOCH_IMAGES, row.config.train.batch_size)
         costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": row.bytes_moved(stage), "epoch_s": round(epoch_s, 1)}
         records.append({"stage": stage, **found.record(), **costs})
     return {**about, "reason": "", "stages": records}
