@@ -58,10 +58,8 @@ def run_profile(told: Profile) -> int:
     budget_mb = told.budget_mb or round(SHARE * psutil.virtual_memory().available / 1e6)
     _make(told.out)
     before = condition()
-    click.echo(
-        f"measures {counted(len(cases), 'case')}: up to {STEPS} steps each after {WARM_UP} to warm up, fewer where they are slow; Ctrl-C ends it",
-        err=True,
-    )
+    some = f"up to {STEPS} steps each after {WARM_UP} to warm up, fewer where they are slow"
+    click.echo(f"measures {counted(len(cases), 'case')}: {some}; Ctrl-C ends it", err=True)
     records = []
     with _progress(cases) as shown:
         for case in cases:

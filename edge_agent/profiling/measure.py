@@ -142,7 +142,11 @@ def published(
         state.mkdir()
         file.write_bytes(config.to_bytes())
         told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch, "compile": compiled}
-        environment = {"OMP_NUM_THREADS": str(config.train.threads), "TORCHINDUCTOR_CACHE_DIR": str(state)}
+        environment = {
+            "OMP_NUM_THREADS": str(config.train.threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
+            "TORCHINDUCTOR_CACHE_DIR": str(state),
+        }
         return _Run(PUBLISHED, environment, NO_LIMIT, state, on_step, lambda _: None, enough_s).measure(told, "ready")
 
 

@@ -23,6 +23,7 @@ ENOUGH_S = 45.0
 ACCUMULATED = 32  # images, of the baseline that accumulates gradients
 LIBRARIES_MB = 400.0  # Python, torch, torchvision and timm; for estimates
 START_S = 12.0  # of a program with torch; for estimates
+COMPILE_S = 300.0  # of torch.compile; for estimates
 FUSED = 0.65  # of what the formula says is kept, which includes every attention matrix; for estimates
 EFFICIENCY = 0.35  # of training, where a matrix product has 1; for estimates
 
@@ -111,7 +112,7 @@ def estimate_s(rows: list[Row]) -> float:
     def one(row: Row, stage: int) -> float:
         step = row.macs(stage) / speed
         counted = row.steps if row.ours else max(1, min(row.steps, ENOUGH_S // step - WARM_UP))
-        return (WARM_UP + counted) * step + START_S
+        return (WARM_UP + counted) * step + START_S + COMPILE_S * row.compiled
 
     return sum(one(row, stage) for row in rows if not row.reason for stage in row.stages)
 
