@@ -14,8 +14,8 @@ import torch
 from lwfed.config import RunConfig, load_config
 from lwfed.edge_agent.profiling import measure
 from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP, DidNotFit, Measured, OnStep
-from lwfed.models import cost
-from lwfed.models.ssl import METHODS
+from lwfed.tools.bench import formulas
+from lwfed.tools.bench.formulas import bytes_moved, whole
 
 STEPS = 3  # that count; of the baseline fewer where they take longer than ENOUGH_S
 QUICK_STEPS = 2
@@ -24,7 +24,6 @@ ACCUMULATED = 32  # images, of the baseline that accumulates gradients
 LIBRARIES_MB = 400.0  # Python, torch, torchvision and timm; for estimates
 START_S = 12.0  # of a program with torch; for estimates
 COMPILE_S = 300.0  # of torch.compile; for estimates
-FUSED = 0.65  # of what the formula says is kept, which includes every attention matrix; for estimates
 EFFICIENCY = 0.35  # of training, where a matrix product has 1; for estimates
 
 BASELINES = ("published", "published_accumulated", "ours_end_to_end")  # ours is compared with the first that was measured
@@ -44,24 +43,11 @@ class Row:
 
     def macs(self, stage: int) -> float:
         """Multiply-accumulates of one optimiser step."""
-        config, plan = self.config, self.config.plan(stage)
-        parts = cost.measure(config, plan.layers)
-        if self.ours:
-            return cost.true_macs(config, plan, parts) * config.train.batch_size
-        views = METHODS[config.ssl.method].view_count
-        again = views * sum(parts[part].macs for part in plan.frozen)  # the target branch runs through them too
-        return (cost.true_macs(whole(config), plan, parts) + again) * config.train.batch_size
-
-    def bytes_moved(self, stage: int) -> int:
-        """Down and up in one round: float32, without headers."""
-        plan = self.config.plan(stage)
-        return 4 * (cost.count(self.config, plan.downloaded) + cost.count(self.config, plan.uploaded))
+        return formulas.macs(self.config, stage) if self.ours else formulas.published_macs(self.config, stage)
 
     def need_mb(self, stage: int) -> float:
         """Estimate of the peak."""
-        config = self.config if self.ours else whole(self.config, self.accumulated)
-        plan = config.plan(stage)
-        return FUSED * cost.memory_bytes(config, plan, cost.measure(config, plan.layers)) / 1e6 + LIBRARIES_MB
+        return formulas.training_mb(self.config if self.ours else whole(self.config, self.accumulated), stage) + LIBRARIES_MB
 
     def measure(self, stage: int, on_step: OnStep) -> Measured:
         """Raises DidNotFit and WorkerFailed."""
@@ -69,10 +55,6 @@ class Row:
             return measure.published(self.config, stage, self.steps, on_step, ENOUGH_S, self.accumulated, self.compiled)
         with measure.sampled(self.config, stage, self.steps) as sample:
             return measure.agent(self.config, sample, stage, on_step)
-
-
-def whole(config: RunConfig, micro_batch: int | None = None) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
 
 
 def make_rows(quick: bool, settings: tuple[str, ...] = ()) -> list[Row]:
@@ -133,6 +115,6 @@ def measure_row(row: Row, on_step: Callable[[int, int, int], None]) -> dict[str,
         except DidNotFit as problem:
             return {**about, "reason": f"it did not fit into memory: {problem}", "stages": records}
         epoch_s = found.epoch_s(EPOCH_IMAGES, row.config.train.batch_size)
-        costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": row.bytes_moved(stage), "epoch_s": round(epoch_s, 1)}
+        costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": bytes_moved(row.config, stage), "epoch_s": round(epoch_s, 1)}
         records.append({"stage": stage, **found.record(), **costs})
     return {**about, "reason": "", "stages": records}
