@@ -97,7 +97,7 @@ def simulate(
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: under 3 minutes.")
+@click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: about 3 minutes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ratios, and the rows that they are of.")
 @click.pass_context
 def bench(context: click.Context, quick: bool, as_json: bool) -> None:

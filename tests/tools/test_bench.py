@@ -108,7 +108,7 @@ class Fake(Row):
 
 
 def fake(stages, **changes):
-    return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, **changes)
+    return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, 1.0, **changes)
 
 
 def test_a_row_is_the_median_of_its_steps_with_the_costs_of_the_model():

@@ -18,8 +18,8 @@ from lwfed.tools.bench import formulas
 from lwfed.tools.bench.formulas import bytes_moved, whole
 
 STEPS = 3  # that count; of the baseline fewer where they take longer than ENOUGH_S
-QUICK_STEPS = 2
 ENOUGH_S = 45.0
+QUICK_STEPS, QUICK_ENOUGH_S = 2, 20.0
 ACCUMULATED = 32  # images, of the baseline that accumulates gradients
 LIBRARIES_MB = 400.0  # Python, torch, torchvision and timm; for estimates
 START_S = 12.0  # of a program with torch; for estimates
@@ -37,6 +37,7 @@ class Row:
     stages: tuple[int, ...]
     ours: bool  # the agent; else lwfed.models.end_to_end
     steps: int  # that count
+    enough_s: float
     accumulated: int | None = None
     compiled: bool = False
     reason: str = ""  # why it is left out
@@ -52,7 +53,7 @@ class Row:
     def measure(self, stage: int, on_step: OnStep) -> Measured:
         """Raises DidNotFit and WorkerFailed."""
         if not self.ours:
-            return measure.published(self.config, stage, self.steps, on_step, ENOUGH_S, self.accumulated, self.compiled)
+            return measure.published(self.config, stage, self.steps, on_step, self.enough_s, self.accumulated, self.compiled)
         with measure.sampled(self.config, stage, self.steps) as sample:
             return measure.agent(self.config, sample, stage, on_step)
 
@@ -70,14 +71,14 @@ def make_rows(quick: bool, settings: tuple[str, ...] = ()) -> list[Row]:
     stages = (last,) if quick else tuple(range(1, last + 1))
     later = "only in the full run" if quick else ""
     compiler = "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler, and there is none"
-    steps = QUICK_STEPS if quick else STEPS
+    pace = (QUICK_STEPS, QUICK_ENOUGH_S) if quick else (STEPS, ENOUGH_S)
     return [
-        Row("published", "end to end as published code does it", whole_model, (1,), False, steps),
-        Row("published_accumulated", f"the same, in pieces of {ACCUMULATED}", whole_model, (1,), False, steps, ACCUMULATED, reason=later),
-        Row("published_compiled", "the same, with torch.compile", whole_model, (1,), False, steps, compiled=True, reason=later or compiler),
-        Row("naive", "layer-wise as published code would do it", staged, stages, False, steps),
-        Row("ours", "ours, layer-wise", staged, stages, True, steps),
-        Row("ours_end_to_end", "ours, end to end", whole_model, (1,), True, steps, reason=later),
+        Row("published", "end to end as published code does it", whole_model, (1,), False, *pace),
+        Row("published_accumulated", f"the same, in pieces of {ACCUMULATED}", whole_model, (1,), False, *pace, ACCUMULATED, reason=later),
+        Row("published_compiled", "the same, with torch.compile", whole_model, (1,), False, *pace, compiled=True, reason=later or compiler),
+        Row("naive", "layer-wise as published code would do it", staged, stages, False, *pace),
+        Row("ours", "ours, layer-wise", staged, stages, True, *pace),
+        Row("ours_end_to_end", "ours, end to end", whole_model, (1,), True, *pace, reason=later),
     ]
 
 
@@ -93,7 +94,7 @@ def estimate_s(rows: list[Row]) -> float:
 
     def one(row: Row, stage: int) -> float:
         step = row.macs(stage) / speed
-        counted = row.steps if row.ours else max(1, min(row.steps, ENOUGH_S // step - WARM_UP))
+        counted = row.steps if row.ours else max(1, min(row.steps, row.enough_s // step - WARM_UP))
         return (WARM_UP + counted) * step + START_S + COMPILE_S * row.compiled
 
     return sum(one(row, stage) for row in rows if not row.reason for stage in row.stages)
