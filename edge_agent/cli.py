@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from lwfed import __version__
-from lwfed.cli import Connection, Program, connection_options, json_option
+from lwfed.cli import Connection, Program, connection_options, json_option, listed, setting_option
+from lwfed.plan import Strategy
 from lwfed.signals import on_signals
 
 
@@ -111,6 +112,51 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
     address = BrokerAddress.parse(url) if url else None
     found = checks.examine(state or default_state("device"), data, address, connection.transport(address) if address else None)
     context.exit(checks.report(found, as_json))
+
+
+@main.command()
+@click.argument("config", default="base", metavar="[NAME|FILE]")
+@click.option(
+    "--budget", "budget_mb", type=click.FloatRange(min=1), metavar="MB", help="For the whole agent. Default: 80 % of what is available."
+)
+@click.option("--stages", callback=listed(click.IntRange(min=1)), metavar="1,6,12", help="Default: the first, the middle and the last.")
+@click.option("--strategies", callback=listed(click.Choice(get_args(Strategy))), metavar="A,B", help="Default: the configuration's.")
+@click.option("--threads", callback=listed(click.IntRange(1, 256)), metavar="1,2,4", help="Default: the configuration's.")
+@click.option(
+    "--limits", "limits", callback=listed(click.IntRange(min=64)), metavar="512,1000,...", help="Each under so many MB, by systemd."
+)
+@click.option(
+    "--images", type=click.IntRange(min=2), default=5000, show_default=True, help="That this device has, for the time of an epoch."
+)
+@click.option(
+    "--out", type=Folder(path_type=Path), default="profile-out", show_default=True, help="Folder for report.json and report.html."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@setting_option
+@click.pass_context
+def profile(
+    context: click.Context,
+    config: str,
+    budget_mb: float | None,
+    stages: tuple[int, ...] | None,
+    strategies: tuple[Strategy, ...] | None,
+    threads: tuple[int, ...] | None,
+    limits: tuple[int, ...] | None,
+    images: int,
+    out: Path,
+    as_json: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Measure what this device can train under a configuration: memory, time and bytes, stage by stage.
+
+    Takes minutes: it makes a few optimiser steps of each case, on images of noise, in processes of its own. Exit code 0, or 1 where the
+    strategy asked for first does not fit.
+    """
+    context.with_resource(on_signals(lambda: sys.exit(130)))
+
+    from lwfed.edge_agent.profiling.command import Profile, run_profile
+
+    context.exit(run_profile(Profile(config, settings, budget_mb, stages, strategies, threads, limits, images, out, as_json)))
 
 
 def default_state(name: str) -> Path:

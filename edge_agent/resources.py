@@ -16,6 +16,7 @@ import psutil
 from lwfed.wire.messages import MAX_CURVE, Memory, Reading
 
 MB = 1e6
+HIGH_WATER = "VmHWM"
 
 
 class Meter:
@@ -50,7 +51,7 @@ class Meter:
         except psutil.Error:
             return  # it has just ended; its end is reported elsewhere
         self.rss_mb = memory.rss / MB
-        self._peak_mb = max(self._peak_mb, self.rss_mb, self._mark_mb() or 0.0)
+        self._peak_mb = max(self._peak_mb, self.rss_mb, status_mb(self._proc, HIGH_WATER) or 0.0)
         self._keep(
             Reading(
                 t_s=round(now - self._start, 2),
@@ -82,16 +83,18 @@ class Meter:
             (self._proc / "clear_refs").write_text("5")
         except OSError:
             return False
-        return self._mark_mb() is not None
+        return status_mb(self._proc, HIGH_WATER) is not None
 
-    def _mark_mb(self) -> float | None:
-        try:
-            for line in (self._proc / "status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024 / MB
-        except OSError:
-            pass
-        return None
+
+def status_mb(proc: Path, field: str) -> float | None:
+    """A `field` of the status of the process whose folder is `proc`; None where the system keeps none."""
+    try:
+        for line in (proc / "status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024 / MB
+    except OSError:
+        pass
+    return None
 
 
 def available_bytes(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,13 +40,16 @@ class Ended:
 class Child:
     """One run of ``python -m MODULE``. Events arrive on a thread of its own; `deliver` only enqueues."""
 
-    def __init__(self, module: str, deliver: Callable[[Said | Ended], None], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, deliver: Callable[[Said | Ended], None], env: Mapping[str, str] | None = None, within: Sequence[str] = ()
+    ) -> None:
+        """`within` is a command that becomes the one that follows it, such as one that limits memory first."""
         self._deliver = deliver
         ours, theirs = os.pipe()
         self._lines = open(ours, "rb")  # noqa: SIM115 - closed by `close`
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [*within, sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=2,
                 pass_fds=[theirs],

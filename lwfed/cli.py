@@ -92,3 +92,12 @@ def setting_option(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """Add ``--json``; the command gets `as_json`: bool."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for other programs.")(command)
+
+
+def listed(kind: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """For an option of values of the click type `kind`, separated by commas; each of them counts once."""
+
+    def convert(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
+        return None if text is None else tuple(dict.fromkeys(kind.convert(part.strip(), option, context) for part in text.split(",")))
+
+    return convert

@@ -1,21 +1,23 @@
 """What is compared with: the training step as published code does it, from timm, torchvision and torch.optim.
 
-`python -m lwfed.models.end_to_end`, in a process of its own, reads one order on stdin and writes one answer:
+``python -m lwfed.models.end_to_end``, a process of its own (`lwfed.child`):
 
-In:   {"config": file, "stage", "steps"}
-Out:  {"step_s": [...], "views_s": [...], "baseline_mb", "peak_mb", "loss"}
+In:   {"config": file, "stage", "steps", "micro_batch": images, or null for whole batches, "compile": true for torch.compile}
+Out:  {"event": "ready", "torch"} after the imports, once
+      {"event": "progress", "step", "steps", "loss", "views_s"}
+      {"event": "done"}
 
 End to end all layers are trained; with a layer-wise configuration the layers below the stage are frozen, and both branches
-run through them all the same. A whole batch goes forward and backward at once; the target branch is a whole copy;
-views are made image by image.
+run through them all the same. The target branch is a whole copy; views are made image by image. A batch goes forward and backward
+at once. With a micro-batch it is what is commonly done instead, accumulation of gradients: each micro-batch has its own
+statistics and negatives, which is another loss than that of the batch.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lwfed.child import Json, serve
 from lwfed.config import RunConfig
 from lwfed.config.schema import ViewsSection
 from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.seeds import derive
 
 
 def encoder(config: RunConfig, layers: int) -> nn.Module:
@@ -108,50 +112,58 @@ class MoCo(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         q1, q2 = self.predictor(self.online(x1)), self.predictor(self.online(x2))
         with torch.no_grad():
-            for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                mine.mul_(self.momentum).add_(theirs, alpha=1 - self.momentum)
             k1, k2 = self.target(x1), self.target(x2)
         return contrast(q1, k2, self.temperature) + contrast(q2, k1, self.temperature)
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            mine.mul_(self.momentum).add_(theirs, alpha=1 - self.momentum)
 
-def run(config: RunConfig, stage: int, steps: int) -> dict[str, Any]:
-    """Train `steps` batches of images of noise and say what it took."""
+
+def train(config: RunConfig, stage: int, steps: int, micro_batch: int | None, compiled: bool, say: Callable[[Json], None]) -> None:
+    """Train `steps` batches of images of noise."""
     from PIL import Image
 
     torch.set_num_threads(config.train.threads)
-    size, channels = config.model.image_size, config.model.channels
-    noise = torch.randint(0, 256, (config.train.batch_size, size, size, channels), dtype=torch.uint8).numpy()
+    torch.manual_seed(derive(config.run.seed, "sample"))
+    size, channels, batch = config.model.image_size, config.model.channels, config.train.batch_size
+    noise = torch.randint(0, 256, (batch, size, size, channels), dtype=torch.uint8).numpy()
     images = [Image.fromarray(one if channels == 3 else one[:, :, 0]) for one in noise]
     transforms = [transform(config.views, view, size) for view in (0, 1)]
-    baseline = memory_mb("VmRSS")
     model = MoCo(config, stage)
+    forward: Any = torch.compile(model) if compiled else model
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay)
-    step_s, views_s, loss = [], [], 0.0
-    for _ in range(steps):
+    pieces = -(-batch // (micro_batch or batch))
+    for step in range(1, steps + 1):
         start = time.perf_counter()
         x1, x2 = (torch.stack([make(image) for image in images]) for make in transforms)
-        middle = time.perf_counter()
-        value = model(x1, x2)
+        views_s = time.perf_counter() - start
         optimiser.zero_grad()
-        value.backward()
+        model.follow()
+        loss = 0.0
+        for one, two in zip(x1.chunk(pieces), x2.chunk(pieces), strict=True):
+            value = forward(one, two) * len(one) / batch
+            value.backward()
+            loss += value.item()
         optimiser.step()
-        loss = value.item()
-        views_s.append(middle - start)
-        step_s.append(time.perf_counter() - start)
-    return {"step_s": step_s, "views_s": views_s, "baseline_mb": baseline, "peak_mb": memory_mb("VmHWM"), "loss": loss}
+        say({"event": "progress", "step": step, "steps": steps, "loss": loss, "views_s": views_s})
 
 
-def memory_mb(which: str) -> float:
-    """VmRSS or VmHWM of this process, MB of 10^6 bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) * 1024 / 1e6
+def handle(data: Json, say: Callable[[Json], None]) -> None:
+    config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
+    train(config, data["stage"], data["steps"], data["micro_batch"], data["compile"], say)
+    say({"event": "done"})
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
-    config = RunConfig.from_bytes(Path(order["config"]).read_bytes())
-    sys.stdout.write(json.dumps(run(config, order["stage"], order["steps"])) + "\n")
+    import_torchvision()
+    import timm.models.vision_transformer  # noqa: F401 - before what is counted as the baseline of the libraries
+    import torchvision.transforms.v2  # noqa: F401
+
+    torch.set_num_interop_threads(1)
+    serve(handle, {"event": "ready", "torch": torch.__version__})
 
 
 if __name__ == "__main__":

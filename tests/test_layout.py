@@ -29,9 +29,10 @@ ARROWS = {
 }
 
 TORCH = {"torch", "torchvision", "timm"}
-TRAIN = {
-    f"lwfed.{name}" for name in ("edge_agent.means", "edge_agent.trainer", "edge_agent.worker", "cloud_server.worker")
-}  # processes of their own
+TRAIN = {  # processes of their own
+    *(f"lwfed.edge_agent.{name}" for name in ("means", "trainer", "worker", "profiling.sample")),
+    "lwfed.cloud_server.worker",
+}
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 
 PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in ("coordinator", "plateau", "rounds", "sampling"))}  # and lwfed.wire

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
 from lwfed import __version__
-from lwfed.cli import Program, json_option, setting_option
+from lwfed.cli import Program, json_option, listed, setting_option
 from lwfed.plan import Strategy
 from lwfed.tools.endings import leave, on_endings
 
@@ -38,15 +37,6 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
     from lwfed.tools.demo import run_demo
 
     run_demo(out, seed, quick, settings)
-
-
-def listed(kind: Any) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
-    """For an option of values of the click type `kind`, separated by commas; each of them counts once."""
-
-    def convert(context: click.Context, option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:
-        return None if text is None else tuple(dict.fromkeys(kind.convert(part.strip(), option, context) for part in text.split(",")))
-
-    return convert
 
 
 @main.command()
@@ -133,6 +123,22 @@ def table(
     from lwfed.tools.tables import make_table
 
     make_table(name, out, seeds, into, workers, device)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: about 3 minutes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: ratios, and the rows that they are of.")
+@click.pass_context
+def bench(context: click.Context, quick: bool, as_json: bool) -> None:
+    """Measure training layer by layer beside end-to-end training as published code does it: memory, time, FLOPs, bytes.
+
+    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
+    from lwfed.tools.bench.command import run_bench
+
+    run_bench(quick, as_json)
 
 
 @main.command()

@@ -1,0 +1,245 @@
+"""A few optimiser steps of one stage in processes of their own, watched from outside.
+
+`agent` measures what ships: a control process and its training process, driven as by a server. `published` measures
+`lwfed.models.end_to_end` the same way. The first step of either is a warm-up and does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import queue
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lwfed.child import Child, Ended, Json, Said
+from lwfed.config import RunConfig
+from lwfed.edge_agent.profiling.limits import NO_LIMIT, Limit
+from lwfed.edge_agent.profiling.memory import Footprint, Watch
+from lwfed.errors import StateError, WorkerFailed
+from lwfed.locks import state_home
+
+WARM_UP = 1  # steps
+EPOCH_IMAGES = 5000  # of a device, where nobody says: a tenth of CIFAR-10
+SAMPLE_S = 0.25
+CONTROL = "lwfed.edge_agent.profiling.control"
+SAMPLE = "lwfed.edge_agent.profiling.sample"
+PUBLISHED = "lwfed.models.end_to_end"
+
+OnStep = Callable[[int, int], None]  # done, of how many
+OnReady = Callable[[float], None]  # MB that the program holds with its imports made
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One stage of one strategy."""
+
+    steps_s: tuple[float, ...]  # without the warm-up
+    views_s: tuple[float, ...]  # of these, making views; empty where they are not timed apart
+    memory: Footprint
+    planned: Mapping[str, Any] = field(default_factory=dict)  # how the training process said it computes
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.steps_s)
+
+    def epoch_s(self, images: int, batch_size: int) -> float:
+        """Seconds of a local epoch."""
+        return self.step_s * max(1, images // batch_size)
+
+    def record(self) -> dict[str, Any]:
+        """For reports."""
+        memory = asdict(self.memory) | {"training_mb": round(self.memory.training_mb, 1)}
+        times = {"step_s": round(self.step_s, 4), "steps_s": [round(one, 4) for one in self.steps_s]}
+        views = {"views_s": round(statistics.median(self.views_s), 4)} if self.views_s else {}
+        return {**times, **views, "memory": memory, "planned": dict(self.planned)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What `lwfed.edge_agent.profiling.sample` has made."""
+
+    folder: Path
+    config: Path
+    parts: Mapping[str, str]
+    data: str
+    bytes_down: int  # of one round
+    bytes_up: int
+    macs: float  # of one optimiser step, multiply-accumulates
+
+
+class DidNotFit(Exception):
+    """The program was ended, or gave up, for want of memory; for who measures, not for the command line."""
+
+
+@contextlib.contextmanager
+def sampled(config: RunConfig, stage: int, steps: int) -> Iterator[Sample]:
+    """Model and images for `steps` steps besides the warm-up, in a folder where agents keep theirs, gone after the block."""
+    with _scratch() as folder:
+        settled = settle(config)
+        file = folder / "config"
+        file.write_bytes(settled.to_bytes())
+        images = settled.train.batch_size * (WARM_UP + steps)
+        yield Sample(folder, file, **_ask({"config": str(file), "stage": stage, "images": images, "folder": str(folder)}))
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """`config` for one device that goes once through all images that there are."""
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"epochs": 1}),
+            "data": config.data.model_copy(update={"devices": 1, "partition": "even", "auxiliary_share": 0.0, "min_images": 2}),
+        }
+    )
+
+
+def agent(
+    config: RunConfig,
+    sample: Sample,
+    stage: int,
+    on_step: OnStep,
+    on_ready: OnReady = lambda _: None,
+    limit: Limit = NO_LIMIT,
+    budget_mb: float | None = None,
+    enough_s: float = math.inf,
+) -> Measured:
+    """The agent of this device, training `stage` on `sample`; ends as `published` does. Raises DidNotFit and WorkerFailed."""
+    state = sample.folder / "state"
+    places = {"data": sample.data, "shared": False, "kept": str(state / "images"), "out": str(state / "update.safetensors")}
+    order = {
+        "do": "train",
+        "config": str(sample.config),
+        "parts": sample.parts,
+        "stage": stage,
+        "round": 1,
+        "participant": 0,
+        "lr_scale": 1.0,
+        "execution": None,
+        "budget_mb": budget_mb,
+        **places,
+    }
+    told = {"order": order, "threads": config.train.threads, "sample_s": config.worker.sample_s, "state": str(state)}
+    state.mkdir()
+    return _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
+
+
+def published(
+    config: RunConfig, stage: int, steps: int, on_step: OnStep, enough_s: float, micro_batch: int | None = None, compiled: bool = False
+) -> Measured:
+    """The plain baseline; after `enough_s` seconds with at least one step that counts. Raises DidNotFit and WorkerFailed."""
+    with _scratch() as folder:
+        file, state = folder / "config", folder / "state"
+        state.mkdir()
+        file.write_bytes(config.to_bytes())
+        told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch, "compile": compiled}
+        environment = {
+            "OMP_NUM_THREADS": str(config.train.threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
+            "TORCHINDUCTOR_CACHE_DIR": str(state),
+        }
+        return _Run(PUBLISHED, environment, NO_LIMIT, state, on_step, lambda _: None, enough_s).measure(told, "ready")
+
+
+class _Run:
+    """One program from its start to its end."""
+
+    def __init__(
+        self,
+        module: str,
+        env: Mapping[str, str],
+        limit: Limit,
+        folder: Path,
+        on_step: OnStep,
+        on_ready: OnReady,
+        enough_s: float = math.inf,
+    ) -> None:
+        self._said: queue.SimpleQueue[Said | Ended] = queue.SimpleQueue()
+        self._child = Child(module, self._said.put, env, limit.command)
+        self._watch = Watch(self._child.pid)
+        self._limit, self._folder, self._on_step, self._on_ready, self._enough_s = limit, folder, on_step, on_ready, enough_s
+        self._started = time.monotonic()
+        self._ends: list[float] = []  # of steps, by time.monotonic
+        self._views_s: list[float] = []
+        self._planned: Json = {}
+
+    def measure(self, told: Json, greeting: str) -> Measured:
+        """Tell it what to do when it has said `greeting`, and watch it until it is done."""
+        try:
+            while not self._enough() and (said := self._next())["event"] != "done":
+                if said["event"] == greeting:
+                    self._child.send(told)
+                self._hear(said)
+            memory = self._watch.finish(self._folder, self._limit.peak_mb(self._child.pid))
+        finally:
+            self._child.kill()
+            self._child.close()
+        steps = [after - before for before, after in pairwise(self._ends)]
+        return Measured(tuple(steps), tuple(self._views_s[WARM_UP:]), memory, self._planned)
+
+    def _enough(self) -> bool:
+        return len(self._ends) > WARM_UP and time.monotonic() - self._started > self._enough_s
+
+    def _next(self) -> Json:
+        """What it says next; memory is read meanwhile."""
+        while True:
+            self._watch.sample()
+            try:
+                said = self._said.get(timeout=SAMPLE_S)
+            except queue.Empty:
+                continue
+            if isinstance(said, Ended):
+                raise _failed("died", said.reason)
+            return said.data
+
+    def _hear(self, said: Json) -> None:
+        match said["event"]:
+            case "ready":
+                self._on_ready(self._watch.ready(said.get("pid", self._child.pid), said.get("before_mb", 0.0)))
+            case "planned":
+                self._planned = {name: value for name, value in said.items() if name != "event"}
+            case "progress":
+                self._ends.append(time.monotonic())
+                self._views_s += [said["views_s"]] if "views_s" in said else []
+                self._on_step(said["step"], said["steps"])
+            case "error":
+                raise _failed(said["kind"], said["message"])
+
+
+def _failed(kind: str, message: str) -> Exception:
+    memory = kind in ("OutOfMemory", "Unfit") or "out of memory" in message
+    return DidNotFit(message) if memory else WorkerFailed(f"the measured process failed: {message}")
+
+
+def _ask(order: Json) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", SAMPLE], input=json.dumps(order), capture_output=True, text=True)
+    if done.returncode != 0:
+        problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise WorkerFailed(f"no model could be made to measure with ({problem}): `edge-agent doctor` checks torch")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    place = state_home() / "edge-agent"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="profile-", dir=place))
+    except OSError as error:
+        raise StateError(
+            f"{place} cannot hold what is measured with ({error.strerror}): check its permissions, or set XDG_STATE_HOME"
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""A profile as one HTML page that needs nothing beside it; its figures are SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from lwfed.edge_agent.profiling.cases import largest, measured
+from lwfed.edge_agent.profiling.condition import Condition
+
+Record = Mapping[str, Any]
+GREEN, ORANGE, GREY = "#1b7f5c", "#c8641b", "#8a8f98"
+WIDTH, LABEL, BAR = 720, 230, 22  # pixels
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Fill page.html with the figures of `report`."""
+    found = measured(report["cases"])
+    memory = [(name(one), (one["memory"]["baseline_mb"], one["memory"]["training_mb"]), one["fits"]) for one in found]
+    times = [(name(one), (0.0, one["step_s"]), True) for one in found]
+    template = Template(resources.files("lwfed.edge_agent.profiling").joinpath("page.html").read_text("utf-8"))
+    machine = report["machine"]
+    return template.substitute(
+        config=escape(report["config"]),
+        batch=report["batch_size"],
+        images=report["images"],
+        steps=report["steps"],
+        advice="\n".join(f"<li>{escape(text)}</li>" for text in report["recommended"]["texts"]),
+        memory=bars(memory, "MB", report["budget_mb"]),
+        times=bars(times, "s"),
+        rows="\n".join(_row(one) for one in report["cases"]),
+        paper="\n".join(_paper(report["paper"], found)),
+        before=escape(Condition(**report["before"]).text),
+        after=escape(Condition(**report["after"]).text),
+        machine=escape("{processor}, {cores} cores, {memory_mb} MB, {system}, Python {python}, torch {torch}".format(**machine)),
+    )
+
+
+def name(record: Record) -> str:
+    limit = "" if record["limit_mb"] is None else f", {record['limit_mb']} MB"
+    return f"{record['strategy']} {record['stage']}, {record['threads']} thr.{limit}"
+
+
+def bars(rows: Sequence[tuple[str, tuple[float, float], bool]], unit: str, mark: float | None = None) -> str:
+    """An SVG of one bar a row, its first part pale and its second coloured, orange where it does not fit; a line at `mark`."""
+    if not rows:
+        return "<p>Nothing was measured.</p>"
+    top = max(sum(parts) for _, parts, _ in rows)
+    scale = (WIDTH - LABEL - 90) / (1.02 * top)
+    height = BAR * len(rows) + 8
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+        + "".join(_bar(index, row, scale, unit) for index, row in enumerate(rows))
+        + (_line(LABEL + mark * scale, height, mark, unit) if mark is not None and mark <= 1.02 * top else "")
+        + "</svg>"
+    )
+
+
+def _bar(index: int, row: tuple[str, tuple[float, float], bool], scale: float, unit: str) -> str:
+    text, (first, second), fits = row
+    y, middle, tall = BAR * index + 4, BAR * index + 4 + BAR * 0.6, BAR - 6
+    value = f"{first + second:.0f} {unit}" if first + second >= 100 else f"{first + second:.2f} {unit}"
+    return (
+        f'<text x="{LABEL - 8}" y="{middle:.1f}" text-anchor="end">{escape(text)}</text>'
+        f'<rect x="{LABEL}" y="{y}" width="{first * scale:.1f}" height="{tall}" fill="{GREY}" fill-opacity="0.4"/>'
+        f'<rect x="{LABEL + first * scale:.1f}" y="{y}" width="{second * scale:.1f}" height="{tall}" fill="{GREEN if fits else ORANGE}"/>'
+        f'<text x="{LABEL + (first + second) * scale + 6:.1f}" y="{middle:.1f}">{value}</text>'
+    )
+
+
+def _line(x: float, height: int, value: float, unit: str) -> str:
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="{ORANGE}" stroke-dasharray="4 3">'
+        f"<title>budget {value:.0f} {unit}</title></line>"
+    )
+
+
+def _row(record: Record) -> str:
+    head = f'<tr><th scope="row">{escape(name(record))}</th>'
+    if "memory" not in record:
+        return f'{head}<td colspan="9" class="reason">{escape(record["reason"])}</td></tr>'
+    memory, group = record["memory"], record["memory"]["group_peak_mb"]
+    cells = [f"{memory[key]:.0f}" for key in ("peak_mb", "baseline_mb", "training_mb", "swap_mb", "files_mb")]
+    cells += ["" if group is None else f"{group:.0f}", f"{record['step_s']:.2f}", f"{record['epoch_s']:.1f}"]
+    cells.append(f"{record['bytes_down'] / 1e6:.1f} / {record['bytes_up'] / 1e6:.1f}")
+    return head + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _paper(paper: Mapping[str, Mapping[str, float]], found: Sequence[Record]) -> Iterator[str]:
+    whole = paper["end_to_end"]
+    for strategy, row in paper.items():
+        cells = [f"{row[key]:g} ({whole[key] / row[key]:.2f}x less)" if row is not whole else f"{row[key]:g}" for key in whole]
+        own = [record for record in found if record["strategy"] == strategy]
+        cells.append(f"{largest(own):.0f}" if own else "not measured")
+        yield f'<tr><th scope="row">{strategy}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -1,0 +1,208 @@
+"""The measuring core, on processes whose memory is known and on a small model."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from lwfed.config import load_config
+from lwfed.edge_agent.profiling import limits, measure, memory
+from lwfed.edge_agent.profiling.limits import limited
+from lwfed.edge_agent.profiling.measure import DidNotFit
+from lwfed.edge_agent.profiling.memory import Watch, filesystem, size_mb
+from lwfed.errors import StateError, WorkerFailed
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", '''
+import sys
+held = []
+print("ready", flush=True)
+for line in sys.stdin:
+    held.append(bytearray(int(line)))
+    if int(line) < 2**24:
+        held.clear()
+    print("done", flush=True)
+'''], stdin=0, stdout=1)
+child.wait()
+"""
+TINY = (
+    *("model.width=32", "model.depth=2", "model.heads=2", "model.image_size=16", "ssl.hidden_dim=32", "ssl.output_dim=16"),
+    *("train.batch_size=8", "train.threads=1", "stages.rounds=2"),
+)
+
+
+@pytest.fixture
+def family():
+    """A process with a child that takes so many bytes; few give all back."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+
+        def take(count):
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+            process.stdout.readline()
+
+        process.take = take
+        (process.below,) = memory.psutil.Process(process.pid).children()
+        yield process
+        process.below.kill()
+
+
+def test_the_peak_is_the_sum_of_all_processes(family, tmp_path):
+    watch = Watch(family.pid)
+    baseline = watch.ready(family.pid, 0.0)
+    family.take(100_000_000)
+    watch.sample()
+    family.take(1)
+    found = watch.finish(tmp_path, None)
+    assert 5 < baseline == pytest.approx(found.baseline_mb, abs=0.1)
+    assert found.others_mb > 95
+    assert found.peak_mb == pytest.approx(found.computing_mb + found.others_mb, abs=0.2)
+    assert found.training_mb > 90
+
+
+def test_of_the_computing_process_the_peak_between_samples_counts(family, tmp_path):
+    watch = Watch(family.pid)
+    watch.ready(family.below.pid, 0.0)
+    family.take(100_000_000)
+    family.take(1)
+    found = watch.finish(tmp_path, None)
+    if found.source == "samples":
+        pytest.skip("this system keeps no high-water mark")
+    assert found.computing_mb > 100 > found.others_mb
+
+
+def test_what_was_held_before_the_imports_were_made_is_part_of_the_peak(family, tmp_path):
+    watch = Watch(family.pid)
+    family.take(100_000_000)
+    watch.sample()
+    family.take(1)
+    watch.ready(family.pid, 0.0)
+    found = watch.finish(tmp_path, None)
+    assert found.others_mb < 50 < 100 < found.peak_mb
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("tmpfs", True), ("ext4", False)])
+def test_files_in_memory_are_memory(family, tmp_path, monkeypatch, kind, counts):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "file").write_bytes(bytes(30_000_000))
+    mounts = [types.SimpleNamespace(mountpoint="/", fstype="ext4"), types.SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(memory.psutil, "disk_partitions", lambda all: mounts)
+    watch = Watch(family.pid)
+    watch.ready(family.pid, 0.0)
+    found = watch.finish(tmp_path, None)
+    assert (found.files_mb, found.files_in_memory) == (30.0, counts)
+    assert found.peak_mb - found.computing_mb - found.others_mb == pytest.approx(30 * counts, abs=0.2)
+    assert (size_mb(tmp_path / "cache"), filesystem(tmp_path / "cache")) == (30.0, kind)
+
+
+def test_without_proc_the_samples_count_and_are_marked(family, tmp_path):
+    watch = Watch(family.pid, proc=tmp_path)
+    watch.ready(family.below.pid, 0.0)
+    family.take(50_000_000)
+    found = watch.finish(tmp_path, None)
+    assert (found.source, found.swap_mb) == ("samples", 0.0)
+    assert found.computing_mb > 50
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "edge-agent"
+
+
+def test_the_agent_of_this_device_is_measured_and_leaves_nothing(state):
+    config, steps, baselines = load_config("base", TINY), [], []
+    with measure.sampled(config, 2, 2) as sample:
+        found = measure.agent(config, sample, 2, lambda *step: steps.append(step), baselines.append)
+        down, up = (config.plan(2).downloaded, config.plan(2).uploaded)
+        assert sample.bytes_down == sum(Path(sample.parts[part]).stat().st_size for part in down)
+        assert (sample.bytes_up, down) == (sample.bytes_down, up)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert len(found.steps_s) == 2
+    assert min(found.steps_s) <= found.step_s <= max(found.steps_s)
+    assert 100 < baselines[0] <= found.memory.peak_mb
+    assert 5 < found.memory.others_mb < found.memory.computing_mb
+    assert found.record()["memory"]["training_mb"] > 0
+    assert list(state.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_the_published_baseline_is_measured_the_same_way(state, micro_batch):
+    config = load_config("base", [*TINY, "stages.strategy=end_to_end"])
+    found = measure.published(config, 1, 3, lambda *_: None, 1000, micro_batch)
+    assert (len(found.steps_s), len(found.views_s)) == (3, 3)
+    assert all(views < step for views, step in zip(found.views_s, found.steps_s, strict=True))
+    assert found.memory.others_mb == 0 < found.memory.training_mb
+    assert len(measure.published(config, 1, 50, lambda *_: None, 0.0, micro_batch).steps_s) == 1
+    assert list(state.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "error"),
+    [
+        ("died", "ended by SIGKILL: probably killed because the device ran out of memory", DidNotFit),
+        ("OutOfMemory", "MemoryError: ", DidNotFit),
+        ("died", "ended by SIGILL", WorkerFailed),
+        ("DataError", "no images", WorkerFailed),
+    ],
+)
+def test_want_of_memory_is_told_from_other_failures(kind, message, error):
+    found = measure._failed(kind, message)
+    assert type(found) is error
+    assert message in str(found)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_made_is_an_error_in_words(tmp_path):
+    with pytest.raises(WorkerFailed, match="edge-agent doctor"):
+        measure._ask({"config": str(tmp_path / "missing")})
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(StateError, match="XDG_STATE_HOME"), measure._scratch():
+        pass
+
+
+@pytest.fixture
+def systemd_run(tmp_path, monkeypatch):
+    """Puts `script` where systemd-run is looked for, on a system with control groups."""
+
+    def put(script):
+        program = tmp_path / "systemd-run"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        (tmp_path / "cgroup.controllers").touch()
+        monkeypatch.setattr(limits, "GROUPS", tmp_path)
+
+    return put
+
+
+IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; eval "echo $max >${4##*>}"'
+
+
+def test_a_limit_is_used_when_it_is_in_force(systemd_run):
+    systemd_run(IN_FORCE)
+    found = limited(512)
+    assert found.problem == ""
+    assert found.command[0] == "systemd-run"
+    assert "--property=MemoryMax=512000000" in found.command
+
+
+@pytest.mark.parametrize(("script", "text"), [("echo no bus >&2; exit 1", "no bus"), ("exit 0", "not in force")])
+def test_a_limit_that_is_not_in_force_is_not_pretended(systemd_run, script, text):
+    systemd_run(script)
+    assert text in limited(512).problem
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "GROUPS", tmp_path)
+    assert "control groups of version 2" in limited(512).problem

@@ -1,0 +1,159 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lwfed.config import load_config
+from lwfed.edge_agent.profiling.measure import DidNotFit, Measured
+from lwfed.edge_agent.profiling.memory import Footprint
+from lwfed.tools.bench import command, rows
+from lwfed.tools.bench.formulas import bytes_moved, whole
+from lwfed.tools.bench.report import lines, ratios, totals
+from lwfed.tools.bench.rows import BASELINES, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.cli import main
+
+
+def stage(number, peak=500.0, step=2.0, moved=10, gmacs=5.0, libraries=300.0):
+    memory = {"peak_mb": peak, "baseline_mb": libraries, "training_mb": peak - libraries}
+    memory |= {"computing_mb": peak - 30, "others_mb": 30.0, "swap_mb": 0.0, "files_mb": 6.0}
+    return {"stage": number, "memory": memory, "step_s": step, "epoch_s": 9 * step, "bytes": moved, "gmacs": gmacs}
+
+
+def row(name, *stages, reason=""):
+    return {"name": name, "title": name, "reason": reason, "stages": list(stages)}
+
+
+OURS = row("ours", stage(1, peak=600, step=1.0), stage(2, peak=500, step=3.0))
+
+
+def test_memory_is_that_of_the_largest_stage_and_time_the_mean():
+    found = totals(OURS["stages"])
+    assert (found["peak_mb"], found["training_mb"], found["step_s"], found["epoch_s"]) == (600, 300, 2.0, 18.0)
+
+
+def test_ratios_are_of_the_first_baseline_that_was_measured():
+    published = row("published", stage(1, peak=6000, step=20.0, moved=50, gmacs=15.0))
+    found = ratios([published, OURS], BASELINES)
+    assert {name: found[name] for name in ("against", "peak_memory", "time", "bytes", "flops", "memory_above_libraries")} == {
+        "against": "published",
+        "peak_memory": 10.0,
+        "time": 10.0,
+        "bytes": 5.0,
+        "flops": 3.0,
+        "memory_above_libraries": 19.0,
+    }
+    assert (found["last_stage"]["peak_memory"], found["last_stage"]["time"]) == (12.0, 6.67)
+    assert "same_chunking" not in found
+
+
+def test_a_baseline_that_was_refused_is_not_compared_with():
+    refused = row("published", reason="it takes about 12000 MB, and 900 MB are available")
+    pieces, same = row("published_accumulated", stage(1, peak=1200)), row("ours_end_to_end", stage(1, peak=660, step=10.0))
+    found = ratios([refused, pieces, OURS, same], BASELINES)
+    assert (found["against"], found["peak_memory"]) == ("published_accumulated", 2.0)
+    assert (found["same_chunking"]["peak_memory"], found["same_chunking"]["time"]) == (1.1, 5.0)
+    broken = row("ours", stage(1), reason="it did not fit into memory")
+    assert ratios([pieces, broken], BASELINES) is None
+    assert ratios([refused, OURS], BASELINES) is None
+
+
+def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
+    refused = row("published", reason="it takes about 12000 MB, and 900 MB are available")
+    pieces = row("published_accumulated", stage(1, peak=1200))
+    found = [refused, pieces, OURS]
+    text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "notes": ["note"]}))
+    assert text.index("2.00x  less peak memory") < text.index("libraries") < text.index("left out: it takes about 12000 MB")
+    assert "against published_accumulated, over 2 stages" in text
+    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "notes": []}))
+    assert "No ratios" in nothing
+
+
+def test_the_rows_are_the_task_of_the_paper():
+    full = {one.name: one for one in make_rows(quick=False)}
+    assert {one.config.train.batch_size for one in full.values()} == {512}
+    assert {one.config.train.threads for one in full.values()} == {1}
+    assert full["ours"].stages == full["naive"].stages == tuple(range(1, 13))
+    assert full["ours"].config.train.micro_batch is not None
+    quick = [one for one in make_rows(quick=True) if not one.reason]
+    assert [(one.name, one.stages) for one in quick] == [("published", (1,)), ("naive", (12,)), ("ours", (12,))]
+    assert {one.config.train.batch_size for one in quick} == {128}
+    assert 10 < estimate_s(quick) < estimate_s(list(full.values()))
+
+
+def test_true_operations_are_those_of_the_paper_account():
+    """In forward passes of a layer: 96 end to end, 30 where both branches run the prefix, 19 where it runs once, and 2 for pieces."""
+    found = {one.name: one for one in make_rows(quick=False)}
+
+    def mean(name):
+        return sum(found[name].macs(number) for number in found[name].stages) / len(found[name].stages)
+
+    assert mean("published") / mean("naive") == pytest.approx(96 / 30, rel=0.05)
+    assert mean("published") / mean("ours") == pytest.approx(96 / 21, rel=0.05)
+    assert bytes_moved(found["published"].config, 1) / bytes_moved(found["ours"].config, 12) == pytest.approx(5.07, rel=0.01)
+
+
+def test_the_estimate_of_memory_is_near_what_was_measured():
+    found = {one.name: one for one in make_rows(quick=True)}
+    assert found["published"].need_mb(1) == pytest.approx(4066, rel=0.1)
+    assert found["published_accumulated"].need_mb(1) < 2000
+
+
+class Fake(Row):
+    def measure(self, stage, on_step):
+        if stage == 2:
+            raise DidNotFit("ended by SIGKILL")
+        on_step(1, 2)
+        memory = Footprint(500.0, 300.0, 470.0, 30.0, 0.0, 6.0, False, "VmHWM", None)
+        return Measured((2.0, 4.0, 3.0), (), memory)
+
+
+def fake(stages, **changes):
+    return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, 1.0, **changes)
+
+
+def test_a_row_is_the_median_of_its_steps_with_the_costs_of_the_model():
+    heard = []
+    (found,) = measure_row(fake((1,)), lambda *step: heard.append(step))["stages"]
+    assert (found["step_s"], found["epoch_s"], found["memory"]["training_mb"]) == (3.0, 30.0, 200.0)
+    assert found["gmacs"] > 0 < found["bytes"]
+    assert heard == [(1, 1, 2)]
+
+
+def test_a_row_that_cannot_be_measured_says_why(monkeypatch):
+    assert measure_row(fake((1,), reason="no compiler"), print)["reason"] == "no compiler"
+    found = measure_row(fake((1, 2)), lambda *_: None)
+    assert (found["reason"], len(found["stages"])) == ("it did not fit into memory: ended by SIGKILL", 1)
+    monkeypatch.setattr(rows.psutil, "virtual_memory", lambda: type("M", (), {"available": 10e6})())
+    found = measure_row(fake((1,)), print)
+    assert "10 MB are available" in found["reason"]
+    assert found["stages"] == []
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_bench_prints_ratios_first(monkeypatch, as_json):
+    def quickly(row, on_step):
+        return {"name": row.name, "title": row.title, "reason": row.reason, "stages": [] if row.reason else [stage(1)]}
+
+    monkeypatch.setattr(command, "measure_row", quickly)
+    done = CliRunner().invoke(main, ["bench", "--quick", *(["--json"] if as_json else [])])
+    assert done.exit_code == 0, done.output
+    assert "takes about" in done.stderr
+    if as_json:
+        report = json.loads(done.stdout)
+        assert next(iter(report)) == "ratios"
+        assert report["ratios"]["against"] == "published"
+    else:
+        assert "1.00x  less peak memory" in done.stdout
+
+
+def test_without_the_libraries_of_the_baseline_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    done = CliRunner().invoke(main, ["bench"])
+    assert done.exit_code == 72
+    assert "lwfed[backbones]" in done.stderr
+
+
+def test_whole_batches_are_what_the_baseline_is_given():
+    config = load_config("base", ["train.micro_batch=16"])
+    assert whole(config).train.micro_batch is None
+    assert whole(config, 4).train.micro_batch == 4

@@ -1,0 +1,108 @@
+"""What the rows of `lwfed bench` come to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+TITLE = 42  # columns
+WORDS = {"peak_memory": "less peak memory", "time": "less time a step", "bytes": "fewer bytes a round", "flops": "fewer true FLOPs"}
+MEMORY = {
+    "peak": "peak_mb",
+    "libraries": "baseline_mb",
+    "training": "training_mb",
+    "others": "others_mb",
+    "swap": "swap_mb",
+    "files": "files_mb",
+}
+REST = {"s/step": "step_s", "s/epoch": "epoch_s", "GMAC/step": "gmacs", "MB/round": "bytes"}
+
+
+def totals(stages: Sequence[Record]) -> dict[str, float]:
+    """Of one row: the largest memory of its stages, since a device must fit them all; means of the rest."""
+    largest = max(stages, key=lambda one: float(one["memory"]["peak_mb"]))["memory"]
+
+    def mean(name: str) -> float:
+        return sum(float(one[name]) for one in stages) / len(stages)
+
+    return {
+        **{name: largest[name] for name in ("peak_mb", "baseline_mb", "training_mb", "computing_mb", "others_mb", "swap_mb", "files_mb")},
+        **{name: mean(name) for name in ("step_s", "epoch_s", "gmacs", "bytes")},
+    }
+
+
+def factors(theirs: Record, ours: Record) -> dict[str, float]:
+    """How many times less ours takes, of two totals."""
+    return {
+        "peak_memory": round(theirs["peak_mb"] / ours["peak_mb"], 2),
+        "time": round(theirs["step_s"] / ours["step_s"], 2),
+        "bytes": round(theirs["bytes"] / ours["bytes"], 2),
+        "flops": round(theirs["gmacs"] / ours["gmacs"], 2),
+        "memory_above_libraries": round(theirs["training_mb"] / ours["training_mb"], 2),
+    }
+
+
+def ratios(rows: Sequence[Record], baselines: Sequence[str]) -> dict[str, Any] | None:
+    """Ours against the first of `baselines` that was measured, and against ours end to end; None where nothing can be compared."""
+    complete = {row["name"]: row["stages"] for row in rows if row["stages"] and not row["reason"]}
+    against = next((name for name in baselines if name in complete), None)
+    if against is None or "ours" not in complete:
+        return None
+    ours = complete["ours"]
+    found = {"against": against, "stages": len(ours), **factors(totals(complete[against]), totals(ours))}
+    found["last_stage"] = factors(totals(complete[against]), totals(ours[-1:]))
+    if "ours_end_to_end" in complete:
+        found["same_chunking"] = factors(totals(complete["ours_end_to_end"]), totals(ours))
+    return found
+
+
+def lines(report: Record) -> Iterator[str]:
+    """For a terminal: ratios first."""
+    yield report["title"]
+    yield ""
+    yield from _ratio_lines(report)
+    yield from _header()
+    for row in report["rows"]:
+        if row["stages"] and not row["reason"]:
+            yield _line(row["title"], totals(row["stages"]), len(row["stages"]))
+            if len(row["stages"]) > 1:
+                yield _line(f"  its stage {row['stages'][-1]['stage']}", totals(row["stages"][-1:]), 1)
+        else:
+            yield f"{row['title']:{TITLE}}  left out: {row['reason']}"
+    yield ""
+    yield from report["notes"]
+
+
+def _ratio_lines(report: Record) -> Iterator[str]:
+    found = report["ratios"]
+    if found is None:
+        yield "No ratios: ours, or everything to compare it with, could not be measured here; the reasons are below."
+        yield ""
+        return
+    titles = {row["name"]: row["title"] for row in report["rows"]}
+    several = found["stages"] > 1
+    yield f"ours, against {titles[found['against']]}" + (f", over {found['stages']} stages (the last one)" if several else "")
+    for name, words in WORDS.items():
+        yield f"{found[name]:8.2f}x  {words}" + (f"  ({found['last_stage'][name]:.2f}x)" if several else "")
+    yield f"{found['memory_above_libraries']:8.2f}x  less memory beside libraries"
+    if "same_chunking" in found:
+        same = found["same_chunking"]
+        yield (
+            f"Against end to end with the same chunking, which is what training layer by layer gains by itself: {same['peak_memory']:.2f}x "
+            f"memory, {same['time']:.2f}x time, {same['bytes']:.2f}x bytes."
+        )
+    yield ""
+
+
+def _header() -> Iterator[str]:
+    yield f"{'':{TITLE}}{'MB of memory':>{sum(len(name) + 2 for name in MEMORY)}}"
+    yield f"{'':{TITLE}}" + "".join(f"{name:>{len(name) + 2}}" for name in (*MEMORY, *REST))
+
+
+def _line(title: str, row: Mapping[str, float], stages: int) -> str:
+    title = f"{title} ({stages} stages)" if stages > 1 else title
+    memory = "".join(f"{row[key]:{len(name) + 2}.0f}" for name, key in MEMORY.items())
+    scaled = {**row, "bytes": row["bytes"] / 1e6}
+    rest = (f"{scaled[key]:{len(name) + 2}.{1 if scaled[key] < 100 else 0}f}" for name, key in REST.items())
+    return f"{title:{TITLE}}{memory}{''.join(rest)}"

@@ -1,0 +1,121 @@
+"""What `lwfed bench` measures: the same task done in several ways, each in processes of its own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from lwfed.config import RunConfig, load_config
+from lwfed.edge_agent.profiling import measure
+from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP, DidNotFit, Measured, OnStep
+from lwfed.tools.bench import formulas
+from lwfed.tools.bench.formulas import bytes_moved, whole
+
+STEPS = 3  # that count; of the baseline fewer where they take longer than ENOUGH_S
+ENOUGH_S = 45.0
+QUICK_STEPS, QUICK_ENOUGH_S = 2, 20.0
+ACCUMULATED = 32  # images, of the baseline that accumulates gradients
+LIBRARIES_MB = 400.0  # Python, torch, torchvision and timm; for estimates
+START_S = 12.0  # of a program with torch; for estimates
+COMPILE_S = 300.0  # of torch.compile; for estimates
+EFFICIENCY = 0.35  # of training, where a matrix product has 1; for estimates
+
+BASELINES = ("published", "published_accumulated", "ours_end_to_end")  # ours is compared with the first that was measured
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    title: str
+    config: RunConfig
+    stages: tuple[int, ...]
+    ours: bool  # the agent; else lwfed.models.end_to_end
+    steps: int  # that count
+    enough_s: float
+    accumulated: int | None = None
+    compiled: bool = False
+    reason: str = ""  # why it is left out
+
+    def macs(self, stage: int) -> float:
+        """Multiply-accumulates of one optimiser step."""
+        return formulas.macs(self.config, stage) if self.ours else formulas.published_macs(self.config, stage)
+
+    def need_mb(self, stage: int) -> float:
+        """Estimate of the peak."""
+        return formulas.training_mb(self.config if self.ours else whole(self.config, self.accumulated), stage) + LIBRARIES_MB
+
+    def measure(self, stage: int, on_step: OnStep) -> Measured:
+        """Raises DidNotFit and WorkerFailed."""
+        if not self.ours:
+            return measure.published(self.config, stage, self.steps, on_step, self.enough_s, self.accumulated, self.compiled)
+        with measure.sampled(self.config, stage, self.steps) as sample:
+            return measure.agent(self.config, sample, stage, on_step)
+
+
+def make_rows(quick: bool, settings: tuple[str, ...] = ()) -> list[Row]:
+    """ViT-Tiny on 32x32 images as in the paper, in one thread."""
+
+    def configured(*more: str) -> RunConfig:
+        return load_config("base", [f"train.batch_size={128 if quick else 512}", "train.threads=1", "worker.device=cpu", *settings, *more])
+
+    staged, whole_model = configured(), configured("stages.strategy=end_to_end")
+    if staged.train.micro_batch is None:  # nobody who is short of memory would leave it so
+        staged, whole_model = whole(staged, ACCUMULATED), whole(whole_model, ACCUMULATED)
+    last = staged.stage_count
+    stages = (last,) if quick else tuple(range(1, last + 1))
+    later = "only in the full run" if quick else ""
+    compiler = "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler, and there is none"
+    pace = (QUICK_STEPS, QUICK_ENOUGH_S) if quick else (STEPS, ENOUGH_S)
+    return [
+        Row("published", "end to end as published code does it", whole_model, (1,), False, *pace),
+        Row("published_accumulated", f"the same, in pieces of {ACCUMULATED}", whole_model, (1,), False, *pace, ACCUMULATED, reason=later),
+        Row("published_compiled", "the same, with torch.compile", whole_model, (1,), False, *pace, compiled=True, reason=later or compiler),
+        Row("naive", "layer-wise as published code would do it", staged, stages, False, *pace),
+        Row("ours", "ours, layer-wise", staged, stages, True, *pace),
+        Row("ours_end_to_end", "ours, end to end", whole_model, (1,), True, *pace, reason=later),
+    ]
+
+
+def estimate_s(rows: list[Row]) -> float:
+    """Seconds for all of them, by the speed of a matrix product on one thread."""
+    torch.set_num_threads(1)
+    a, b = torch.ones(512, 192), torch.ones(192, 768)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < 0.3:
+        a @ b
+        count += 1
+    speed = EFFICIENCY * count * 512 * 192 * 768 / passed
+
+    def one(row: Row, stage: int) -> float:
+        step = row.macs(stage) / speed
+        counted = row.steps if row.ours else max(1, min(row.steps, row.enough_s // step - WARM_UP))
+        return (WARM_UP + counted) * step + START_S + COMPILE_S * row.compiled
+
+    return sum(one(row, stage) for row in rows if not row.reason for stage in row.stages)
+
+
+def measure_row(row: Row, on_step: Callable[[int, int, int], None]) -> dict[str, Any]:
+    """The record of `row`; with a `reason` instead of figures where it is left out. `on_step` hears stage, step, steps."""
+    about = {"name": row.name, "title": row.title, "strategy": row.config.stages.strategy, "batch_size": row.config.train.batch_size}
+    if row.reason:
+        return {**about, "reason": row.reason, "stages": []}
+    records: list[dict[str, Any]] = []
+    for stage in row.stages:
+        available = psutil.virtual_memory().available / 1e6
+        if (need := row.need_mb(stage)) > available:
+            reason = f"it takes about {need:.0f} MB, and {available:.0f} MB are available"
+            return {**about, "reason": reason, "stages": records}
+        try:
+            found = row.measure(stage, lambda step, steps, stage=stage: on_step(stage, step, steps))  # type: ignore[misc]
+        except DidNotFit as problem:
+            return {**about, "reason": f"it did not fit into memory: {problem}", "stages": records}
+        epoch_s = found.epoch_s(EPOCH_IMAGES, row.config.train.batch_size)
+        costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": bytes_moved(row.config, stage), "epoch_s": round(epoch_s, 1)}
+        records.append({"stage": stage, **found.record(), **costs})
+    return {**about, "reason": "", "stages": records}
