@@ -10,7 +10,7 @@ import torch
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.errors import ConfigError, MissingDependency
 from lwfed.models.backbones import build_encoder, load_encoder
-from lwfed.models.evaluate import features
+from lwfed.models.evaluation.features import features
 from lwfed.models.heads import load_network
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, device_task, train_local
