@@ -171,7 +171,7 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("encoder", metavar="FILE|STATE", type=click.Path(path_type=Path, exists=True))
+@click.argument("encoder", metavar="FILE|STATE", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="NAME|FILE|FOLDER", help="Labelled images: a data set, an .npz file, a folder of classes.")
 @click.option(
     "--protocol",

@@ -110,5 +110,5 @@ def test_images_without_classes_are_refused(run, tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     assert "there is no run in" in evaluate(tmp_path, "--data", "digits", code=73).output
-    evaluate(tmp_path / "missing", "--data", "digits", code=2)
+    assert "cannot be read" in evaluate(tmp_path / "missing", "--data", "digits", code=73).output
     evaluate(tmp_path, "--data", "digits", "--protocol", "knn,guess", code=2)
