@@ -36,8 +36,8 @@ def choose(checkpoints: Checkpoints, stage: int | None) -> tuple[int, Mapping[st
 def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callable[[str], Path], out: Path) -> None:
     """Write the encoder (stem, layers, adapter, norm) as one safetensors file with timm's names; the same model gives the same bytes.
 
-    Its metadata holds under ``lwfed`` (JSON): run, stage, ``config_sha256``, ``model`` as in the configuration, how timm makes
-    the model and how pixels are normalised. timm's model is ``timm.create_model(**about["timm"])``, in which the modules
+    Its metadata holds under ``lwfed`` (JSON): run, stage, ``config_sha256``, ``model`` and ``seed`` as in the configuration, how
+    timm makes the model and how pixels are normalised. timm's model is ``timm.create_model(**about["timm"])``, in which the modules
     ``about["without"]`` give way to torch.nn.Identity: what the encoder does not have. An adapter is nothing of timm's.
     `find` gives the file of a blob. Raises StateError when `out` cannot be written.
     """
@@ -55,6 +55,7 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
         "stage": stage,
         "config_sha256": config.digest,
         "model": config.model.model_dump(mode="json"),
+        "seed": config.run.seed,
         "timm": timm_arguments(config.model, layers),
         "without": without(config.model, layers),
         "input": {"mean": 0.5, "std": 0.5},  # of pixels in [0, 1], in every channel

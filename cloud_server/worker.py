@@ -30,7 +30,7 @@ from lwfed.data.images import Images
 from lwfed.data.load import auxiliary_images, labelled_images
 from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluation.classifiers import knn, linear_probe
-from lwfed.models.evaluation.collapse import collapsed, variety
+from lwfed.models.evaluation.collapse import FEWEST, collapsed, variety
 from lwfed.models.evaluation.features import features, raw_pixels
 from lwfed.models.evaluation.metrics import metrics
 from lwfed.models.initial import grow, init_parts
@@ -79,7 +79,7 @@ class Worker:
         images = self._load_images(role, load, config, data)
         found = {name: _represent(config, name, data["parts"], images, device) for name in data["names"]}
         scores = {name: _scores(config, one, images) for name, one in found.items()} if labelled else {}
-        judged = _judge(found["trained"]) if "trained" in found else None
+        judged = _judge(found["trained"]) if "trained" in found and len(images) >= FEWEST else None
         return {"event": "evaluated", "scores": scores, "variety": judged}
 
     def _load_images(self, role: str, load: Loader, config: RunConfig, data: Json) -> Images:

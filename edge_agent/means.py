@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lwfed.models.step import Means, Terms
 from lwfed.plan import STEM, PrefixEngine, StagePlan, part_of
 
 SHARE = 0.8  # of what is available, where no budget is given
+ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ def find_means(
     room = _room(budget_mb)
     if not layers_of(plan):
         return Found(Means(None, fit(None, room)), "no layer is frozen")
+    if config.train.prefix == "torch" or not _fits(fit, room - ONNX_BYTES):
+        return Found(
+            Means(None, fit(None, room)), "as configured" if config.train.prefix == "torch" else "too little memory for ONNX Runtime"
+        )
     trial = _tokens(config, tensors, images, fit(None, math.inf))
     chosen = make_prefix(load_encoder(config.model, tensors), len(layers_of(plan)), config.model, config.train.prefix, graphs, trial)
     if chosen.prefix.engine != "torch":
@@ -85,6 +90,13 @@ def find_means(
             return Found(Means(chosen.prefix, fit(chosen.prefix, _room(budget_mb) + weights)), chosen.reason)
         return Found(Means(None, fit(None, room)), f"{chosen.prefix.engine} leaves too little memory")
     return Found(Means(None, fit(None, room)), chosen.reason)
+
+
+def _fits(fit: Callable[[Prefix | None, float], int], room: float) -> bool:
+    try:
+        return fit(None, room) > 0
+    except Unfit:
+        return False
 
 
 def layers_of(plan: StagePlan) -> list[str]:

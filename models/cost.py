@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.models.fitting import PIECE_BYTES
+from lwfed.models.fitting import CODE_BYTES, PIECE_BYTES
 from lwfed.models.measure import Measured, Part
 from lwfed.models.ssl import METHODS
 from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
@@ -24,7 +24,6 @@ NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
 HEADS = {PROJECTOR, PREDICTOR}
-CODE_BYTES = 45e6  # code of torch that only training touches, and what allocators hold: all that a minute model takes
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lwfed.models.step import AT_ONCE, Means, Terms, draw_batch, kept_for_backwa
 PIECE_BYTES = 16e6  # for the layers of one micro-batch: larger ones are hardly faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
 SPARE = 1.1  # allocators leave gaps
+CODE_BYTES = 45e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def measure(
     copies = 5 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
     views = METHODS[config.ssl.method].view_count
     return Need(
-        fixed=copies * weights + batch_size * views * (kept.tokens * token_bytes + kept.heads),
+        fixed=CODE_BYTES + copies * weights + batch_size * views * (kept.tokens * token_bytes + kept.heads),
         per_image=kept.layers,
     )
 

@@ -185,7 +185,8 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 @click.option("--neighbours", type=click.IntRange(min=1), default=5, show_default=True, help="k of kNN.")
 @click.option("--epochs", type=click.IntRange(min=1), default=40, show_default=True, help="Of fine-tuning.")
 @click.option("--limit", type=click.IntRange(min=2), default=10_000, show_default=True, help="At most so many images of each split.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of halves, random weights and fine-tuning.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of halves, random weights and fine-tuning. Default: the run's.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of torch.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report, as JSON.")
 @json_option
 def evaluate(
@@ -195,7 +196,8 @@ def evaluate(
     neighbours: int,
     epochs: int,
     limit: int,
-    seed: int,
+    seed: int | None,
+    threads: int,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -204,7 +206,7 @@ def evaluate(
 
     from lwfed.tools.evaluate.command import Asked, run_evaluate
 
-    run_evaluate(Asked(encoder, data, cast(Any, protocols), neighbours, epochs, limit, seed), as_json, out)
+    run_evaluate(Asked(encoder, data, cast(Any, protocols), neighbours, epochs, limit, seed, threads), as_json, out)
 
 
 @main.command()

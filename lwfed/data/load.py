@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,16 @@ def labelled_splits(spec: str, shape: Shape, progress: Progress | None = None) -
     if not source.divided:
         return folder.read(source.folder, scan.find(source.folder), shape, "labelled", None, progress), None
     found = open_set(source)
-    return _all(found, shape, progress), _all(open_set(source, "test"), shape, progress) if found.has_test_split else None
+    whole = _all(found, shape, progress)
+    return whole, _renumbered(_all(open_set(source, "test"), shape, progress), whole.classes) if found.has_test_split else None
+
+
+def _renumbered(images: Images, classes: tuple[str, ...]) -> Images:
+    """With the numbers that `classes` has in another split, and further ones for what is not there."""
+    assert images.labels is not None
+    every = (*classes, *(name for name in images.classes if name not in classes))
+    numbers = np.array([every.index(name) for name in images.classes])
+    return replace(images, labels=numbers[images.labels], classes=every)
 
 
 def _all(found: ImageSet, shape: Shape, progress: Progress | None) -> Images:

@@ -122,11 +122,11 @@ def test_features_that_are_all_alike_have_collapsed():
     constant = torch.randn(1, 32, generator=generator).expand(200, -1)
     rounding = constant * (1 + 1e-6 * torch.randn(200, 32, generator=generator))
     line = torch.randn(200, 1, generator=generator) * torch.randn(1, 32, generator=generator) + 5
-    for features_ in (constant, rounding, line, torch.zeros(200, 32)):
+    for features_ in (constant, rounding, line, torch.zeros(200, 32), torch.full((200, 32), torch.nan)):
         assert collapsed(variety(features_))
 
 
-@pytest.mark.parametrize("preset", ["demo", "base", "bloodcells"])
+@pytest.mark.parametrize("preset", ["demo", "base", "bloodcells", "mobilenet"])
 def test_an_untrained_encoder_has_not_collapsed(preset):
     config = load_config(preset)
     images = labelled_images(load_config("demo", [f"model={{image_size: {config.model.image_size}, patch_size: 4}}"])).pixels[:100]

@@ -71,6 +71,17 @@ def test_a_test_split_is_tested_on_and_all_else_is_learnt_from(run, tmp_path):
     assert (found["bank"], found["queries"]) == (300, 100)
 
 
+def test_classes_of_both_splits_are_the_same_by_name(run, tmp_path):
+    """Nearest neighbours find the very images again, also where the splits have different classes."""
+    images, labels = digits.read()
+    train, test = labels < 8, (labels > 2) & (labels < 8)
+    np.savez(
+        tmp_path / "scans.npz", train_images=images[train], train_labels=labels[train], test_images=images[test], test_labels=labels[test]
+    )
+    found = report(run, "--data", tmp_path / "scans.npz", "--protocol", "knn", "--neighbours", 1)
+    assert [row["accuracy"] for row in found["rows"] if row["name"] == "raw_pixels"] == [1.0]
+
+
 def test_folders_of_classes_are_halved(run, tmp_path):
     images, labels = digits.read()
     for kind in (3, 8):

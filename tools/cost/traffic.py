@@ -118,7 +118,7 @@ class Packets:
     def once_a_stage(self, plan: StagePlan) -> int:
         """Announcements of its end, down."""
         last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing")
-        return last + (self._announced(plan, "evaluating") if self._config.evaluation.data else 0)
+        return last + (self._announced(plan, "evaluating") if Rules.of(self._config).judge else 0)
 
     def _announced(self, plan: StagePlan, phase: m.Phase) -> int:
         rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count

@@ -53,7 +53,8 @@ class Asked:
     neighbours: int
     epochs: int  # of fine-tuning
     limit: int  # images of each split
-    seed: int
+    seed: int | None  # None: that of the run
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def run_evaluate(asked: Asked, as_json: bool, out: Path | None) -> None:
 
 def make_report(asked: Asked) -> Record:
     """Raises DataError, MissingDependency and StateError."""
+    torch.set_num_threads(asked.threads)
     subject = read_encoder(asked.encoder)
-    bank, queries = _images(asked, Shape(subject.model.image_size, subject.model.channels))
+    seed = subject.about["seed"] if asked.seed is None else asked.seed
+    bank, queries = _images(asked, seed, Shape(subject.model.image_size, subject.model.channels))
     named: dict[str, Mapping[str, Tensor] | None] = {
-        "random": init_parts(_config(subject.model, asked.seed), by_part(subject.tensors)),
+        "random": init_parts(_config(subject.model, seed), by_part(subject.tensors)),
         "raw_pixels": None,
         "encoder": subject.tensors,
     }
@@ -90,7 +93,7 @@ def make_report(asked: Asked) -> Record:
         if tensors is not None:
             found = variety(asked_about)
             judged[name] = {**asdict(found), "collapsed": collapsed(found)}
-        for protocol, predict in _predictions(asked, subject.model, tensors, bank, queries, seen, asked_about).items():
+        for protocol, predict in _predictions(asked, seed, subject.model, tensors, bank, queries, seen, asked_about).items():
             rows.append({"name": name, "protocol": protocol, **_measure(f"{NAMES[name]}: {TITLES[protocol]}", predict, queries)})
     return {
         "encoder": {name: subject.about.get(name) for name in ("run", "strategy", "stage", "config_sha256", "version")},
@@ -100,7 +103,7 @@ def make_report(asked: Asked) -> Record:
         "queries": len(queries),
         "neighbours": asked.neighbours,
         "epochs": asked.epochs,
-        "seed": asked.seed,
+        "seed": seed,
         "features": judged,
         "rows": rows,
     }
@@ -108,6 +111,7 @@ def make_report(asked: Asked) -> Record:
 
 def _predictions(
     asked: Asked,
+    seed: int,
     model: ModelSection,
     tensors: Mapping[str, Tensor] | None,
     bank: Images,
@@ -127,7 +131,7 @@ def _predictions(
     }
     if tensors is not None:
         given = Labelled(bank.pixels, labels)
-        found["finetune"] = lambda: finetune(model, tensors, given, queries.pixels, asked.seed, asked.epochs, tell)
+        found["finetune"] = lambda: finetune(model, tensors, given, queries.pixels, seed, asked.epochs, tell)
     return {protocol: found[protocol] for protocol in asked.protocols if protocol in found}
 
 
@@ -168,31 +172,33 @@ def read_encoder(path: Path) -> Subject:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         model = ModelSection.model_validate_json(json.dumps(about["model"]))
         load_encoder(model, tensors)
+        int(about["seed"])
     except (OSError, SafetensorError) as error:
         raise StateError(f"{path} cannot be read ({error}): {remedy}") from None
     except (KeyError, TypeError, ValueError, ValidationError, RuntimeError):
         raise StateError(f"{path} is no encoder of lwfed, or of another version of it: {remedy}") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise StateError(f"{path} holds weights that are not finite: export an earlier stage")
     return Subject(model, tensors, about)
 
 
-def _images(asked: Asked, shape: Shape) -> tuple[Images, Images]:
+def _images(asked: Asked, seed: int, shape: Shape) -> tuple[Images, Images]:
     """Bank and queries: training and test split, or halves of each class. Raises DataError."""
     found, test = labelled_splits(asked.data, shape)
     if found.labels is None or len(found.classes) < 2:
         raise DataError(f"{asked.data!r} gives no labelled images of two classes or more: put each class into its own sub-folder")
     if test is None:
-        bank, queries = halves(found.labels, asked.seed)
+        bank, queries = halves(found.labels, seed)
         found, test = _chosen(found, bank), _chosen(found, queries)
     if test.labels is None or not len(test):
         raise DataError(f"{asked.data!r} has no labelled images to test with: two of each class are needed at least")
-    return _fewer(found, asked, "bank"), _fewer(test, asked, "queries")
+    return _fewer(found, asked.limit, derive(seed, "evaluate", "bank")), _fewer(test, asked.limit, derive(seed, "evaluate", "queries"))
 
 
-def _fewer(images: Images, asked: Asked, purpose: str) -> Images:
-    if len(images) <= asked.limit:
+def _fewer(images: Images, limit: int, seed: int) -> Images:
+    if len(images) <= limit:
         return images
-    random = np.random.default_rng(derive(asked.seed, "evaluate", purpose))
-    return _chosen(images, np.sort(random.permutation(len(images))[: asked.limit]))
+    return _chosen(images, np.sort(np.random.default_rng(seed).permutation(len(images))[:limit]))
 
 
 def _chosen(images: Images, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Images:
