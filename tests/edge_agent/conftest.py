@@ -137,8 +137,7 @@ class Device:
                 case events.StartWorker() | events.Train() | events.EndWorker():
                     self.worker.append(effect)
                     if isinstance(effect, events.Train):
-                        fixed = effect.order["execution"] or {"prefix": "torch", "micro_batch": 16}
-                        self.queue.append(events.WorkerPlanned(**fixed, reason="as configured"))
+                        self.planned(effect.order)
                 case events.Exit():
                     self.exit = effect
                 case events.Show():
@@ -159,6 +158,10 @@ class Device:
 
     def ready(self, torch="2.9"):
         self.queue.append(events.WorkerReady(torch=torch, machine="x86"))
+
+    def planned(self, order):
+        fixed = order["execution"] or {"prefix": "torch", "micro_batch": 16}
+        self.queue.append(events.WorkerPlanned(**fixed, reason="as configured"))
 
     def finish(self, content=b"update" * 1000):
         self.places.out.write_bytes(content)

@@ -6,8 +6,10 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.data.load import labelled_images
+from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import DataError
 from lwfed.models.backbones import load_encoder
+from lwfed.models.evaluation import finetune
 from lwfed.models.evaluation.classifiers import TEMPERATURE, knn, linear_probe
 from lwfed.models.evaluation.collapse import collapsed, variety
 from lwfed.models.evaluation.features import features, raw_pixels
@@ -145,3 +147,23 @@ def test_features_do_not_depend_on_the_batch(tiny, images):
 
 def test_raw_pixels(images):
     assert np.array_equal(raw_pixels(images).numpy(), images.reshape(20, -1) / np.float32(255))
+
+
+def test_fine_tuning_learns_and_leaves_the_encoder_alone(tiny, monkeypatch):
+    """Which half of an image is bright, the left one or the upper one."""
+    import_torchvision()
+    monkeypatch.setattr(finetune, "BATCH_SIZE", 16)
+    labels = torch.arange(96) % 2
+    shown = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (96, 3, 8, 8), dtype=np.uint8))
+    shown[labels == 0, :, :, :4] += 150
+    shown[labels == 1, :, :4] += 150
+    config = tiny("stages.strategy=end_to_end")
+    tensors = init_parts(config, ["stem", "layer.1", "layer.2", "layer.3", "norm"])
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    losses = []
+    found = finetune.finetune(
+        config.model, tensors, finetune.Labelled(shown[:64], labels[:64]), shown[64:], 0, 40, lambda _, loss: losses.append(loss)
+    )
+    assert accuracy(found, labels[64:]) > 0.75
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())

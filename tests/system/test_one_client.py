@@ -69,7 +69,12 @@ class Device(agent_side.Device):
                     self.announced[order["stage"], order["round"]] = blobs
                     self._process.handle(dict(order), self._say)
 
+    def planned(self, order):
+        """The worker says that itself."""
+
     def _say(self, said):
+        if said["event"] == "planned":
+            self.queue.append(events.WorkerPlanned(**{name: value for name, value in said.items() if name != "event"}))
         if said["event"] == "done":
             memory = Memory(baseline_mb=200, peak_mb=300, peak_source="VmHWM", curve=())
             told = {name: value for name, value in said.items() if name != "event"}

@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from lwfed.data import digits
 from lwfed.data.torchvision_sets import import_torchvision
-from lwfed.models.evaluation import finetune
 from lwfed.tools.cli import main
 from lwfed.tools.simulation.command import Simulation, simulate
 
@@ -92,15 +91,12 @@ def test_folders_of_classes_are_halved(run, tmp_path):
     assert (found["classes"], found["bank"], found["queries"], found["neighbours"]) == (2, 10, 10, 1)
 
 
-def test_fine_tuning_is_repeatable_and_learns(run, monkeypatch):
+def test_fine_tuning_begins_from_the_encoder_and_from_scratch(run):
     import_torchvision()
-    monkeypatch.setattr(finetune, "BATCH_SIZE", 16)  # more steps out of few images
-    words = (run, "--data", "digits", "--protocol", "finetune", "--epochs", 4, "--limit", 250)
-    first, second = report(*words), report(*words)
-    rows = [{**row, "seconds": 0} for row in first["rows"]]
-    assert rows == [{**row, "seconds": 0} for row in second["rows"]]
-    assert [(row["name"], row["protocol"]) for row in rows] == [("random", "finetune"), ("encoder", "finetune")]
-    assert rows[1]["accuracy"] > 0.25
+    words = (run, "--data", "digits", "--protocol", "finetune", "--epochs", 1, "--limit", 60)
+    first, second = ([{**row, "seconds": 0} for row in report(*words)["rows"]] for _ in range(2))
+    assert first == second
+    assert [(row["name"], row["protocol"]) for row in first] == [("random", "finetune"), ("encoder", "finetune")]
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"\0" * 100])
