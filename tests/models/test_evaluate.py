@@ -153,6 +153,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone(tiny, monkeypatch):
     """Which half of an image is bright, the left one or the upper one."""
     import_torchvision()
     monkeypatch.setattr(finetune, "BATCH_SIZE", 16)
+    monkeypatch.setattr(finetune, "LR", 5e-3)
     labels = torch.arange(96) % 2
     shown = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (96, 3, 8, 8), dtype=np.uint8))
     shown[labels == 0, :, :, :4] += 150
@@ -162,7 +163,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone(tiny, monkeypatch):
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     losses = []
     found = finetune.finetune(
-        config.model, tensors, finetune.Labelled(shown[:64], labels[:64]), shown[64:], 0, 40, lambda _, loss: losses.append(loss)
+        config.model, tensors, finetune.Labelled(shown[:64], labels[:64]), shown[64:], 0, 25, lambda _, loss: losses.append(loss)
     )
     assert accuracy(found, labels[64:]) > 0.75
     assert losses[-1] < losses[0] / 2
