@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lwfed.config import ModelSection
+from lwfed.models.allocator import give_back
 from lwfed.models.encoder import Encoder
 from lwfed.models.onnx_layer import INPUT, MATRICES, NORMS, OUTPUT
 from lwfed.models.vit import EPS, VisionTransformer
@@ -90,26 +91,32 @@ def make_prefix(
     plain = TorchPrefix(encoder, layers)
     if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
         return Chosen(plain, "as configured" if wanted == "torch" else "nothing to gain")
-    reference, seconds = plain(trial, ()), {}
-    found: dict[str, Prefix] = {}
+    reference = plain(trial, ())
+    seconds: dict[str, float] = {}
     refused: list[str] = []
     for engine in (wanted,) if wanted != "auto" else ("onnx", "onnx_int8"):
-        made = _attempt(encoder, layers, model, engine, folder)
+        made = _attempt(encoder, layers, model, engine, folder)  # the one before has gone: memory holds one at a time
         if isinstance(made, str):
             refused.append(f"{engine}: {made}")
             continue
         error = relative_error(made(trial, ()), reference)
-        if error <= TOLERANCE[engine]:  # a NaN is not
-            found[engine] = made
-        else:
+        if not error <= TOLERANCE[engine]:  # nor is a NaN
             refused.append(f"{engine}: off by {error:.2%} of torch's tokens, more than {TOLERANCE[engine]:.2%}")
+        elif wanted != "auto":
+            return Chosen(made, "as configured")
+        else:
+            seconds[engine] = _time(made, trial)
+        del made
+        give_back()
     if wanted != "auto":
-        return Chosen(found[wanted], "as configured") if wanted in found else Chosen(plain, "; ".join(refused))
-    found["torch"] = plain
-    seconds = {engine: _time(prefix, trial) for engine, prefix in found.items()}
+        return Chosen(plain, "; ".join(refused))
+    seconds["torch"] = _time(plain, trial)
     best = min(seconds, key=lambda engine: seconds[engine])
+    chosen = plain if best == "torch" else _attempt(encoder, layers, model, best, folder)
     speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
-    return Chosen(found[best], "; ".join([speeds, *refused]))
+    if isinstance(chosen, str):  # it could be had a moment ago
+        return Chosen(plain, chosen)
+    return Chosen(chosen, "; ".join([speeds, *refused]))
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

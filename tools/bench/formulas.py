@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lwfed.config import RunConfig
 from lwfed.models import cost
 from lwfed.models.measure import measure
@@ -10,30 +12,33 @@ from lwfed.models.ssl import METHODS
 FUSED = 1.4  # of what the formula says ours keeps: published code keeps more; for estimates
 
 
+measured = lru_cache(maxsize=8)(measure)
+
+
 def macs(config: RunConfig, stage: int) -> float:
     """Multiply-accumulates of one optimiser step of ours."""
     plan = config.plan(stage)
-    return cost.true_macs(config, plan, measure(config)) * config.train.batch_size
+    return cost.true_macs(config, plan, measured(config)) * config.train.batch_size
 
 
 def published_macs(config: RunConfig, stage: int) -> float:
     """The same of the baseline: no second forward pass, and the target branch runs through frozen layers too."""
     plan = config.plan(stage)
-    parts = measure(config).parts
+    parts = measured(config).parts
     again = METHODS[config.ssl.method].view_count * sum(parts[part].forward for part in plan.frozen)
     return macs(whole(config), stage) + again * config.train.batch_size
 
 
 def bytes_moved(config: RunConfig, stage: int) -> int:
     """Down and up in one round: float32, without headers."""
-    plan, measured = config.plan(stage), measure(config)
-    return 4 * (cost.count(measured, plan.downloaded) + cost.count(measured, plan.uploaded))
+    plan, found = config.plan(stage), measured(config)
+    return 4 * (cost.count(found, plan.downloaded) + cost.count(found, plan.uploaded))
 
 
 def training_mb(config: RunConfig, stage: int) -> float:
     """Estimate of what training takes beside libraries."""
     plan = config.plan(stage)
-    return FUSED * cost.memory_bytes(config, plan, measure(config)) / 1e6
+    return FUSED * cost.memory_bytes(config, plan, measured(config)) / 1e6
 
 
 def whole(config: RunConfig, micro_batch: int | None = None) -> RunConfig:
