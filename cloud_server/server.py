@@ -20,7 +20,7 @@ from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import Event
-from lwfed.cloud_server.sizes import fitting_chunk_bytes
+from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
 from lwfed.errors import Refused, TransportError, Unreachable
@@ -169,7 +169,7 @@ class Server:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
         if not (sizes := self._course.sizes):
             return  # until there are weights
-        fitting = fitting_chunk_bytes(self._course.config, sizes, self._transport.packet_limit)
+        fitting = run_chunk_bytes(self._course.config, sizes, self._transport.packet_limit)
         if fitting != self._chunk_bytes:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)

@@ -116,9 +116,7 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
 
 @main.command()
 @click.argument("config", default="base", metavar="[NAME|FILE]")
-@click.option(
-    "--budget", "budget_mb", type=click.FloatRange(min=1), metavar="MB", help="For the whole agent. Default: 80 % of what is available."
-)
+@click.option("--budget", "budget_mb", type=megabytes, metavar="MB", help="For all of the agent; default: 80 % of what is available.")
 @click.option("--stages", callback=listed(click.IntRange(min=1)), metavar="1,6,12", help="Default: the first, the middle and the last.")
 @click.option("--strategies", callback=listed(click.Choice(get_args(Strategy))), metavar="A,B", help="Default: the configuration's.")
 @click.option("--threads", callback=listed(click.IntRange(1, 256)), metavar="1,2,4", help="Default: the configuration's.")

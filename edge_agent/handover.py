@@ -53,7 +53,10 @@ class Handover:
 
     def fitting(self, size: int, chunk_bytes: int, epochs: int) -> int:
         """In what pieces an update of `size` bytes can travel, at most `chunk_bytes`. Raises ConfigError when it cannot."""
-        return fitting_chunk_bytes(size, chunk_bytes, epochs, self._link.packet_limit)
+        try:
+            return fitting_chunk_bytes(size, chunk_bytes, epochs, self._link.packet_limit)
+        except ConfigError as error:
+            raise ConfigError(f"the update cannot be handed over: {error}") from None
 
     def begin(self, task: Task, file: Path, report: Report, chunk_bytes: int) -> list[Effect]:
         """Take the worker's `file` over. Raises StateError when the disk does not, and ConfigError when it cannot travel."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.edge_agent.resources import MB, available_bytes
+from lwfed.edge_agent.resources import MB, own_share_bytes
 from lwfed.errors import Unfit
 from lwfed.models import fitting
 from lwfed.models.allocator import give_back
@@ -29,7 +29,6 @@ from lwfed.models.prefix import Prefix, make_prefix
 from lwfed.models.step import Means, Terms
 from lwfed.plan import STEM, PrefixEngine, StagePlan, part_of
 
-SHARE = 0.8  # of what is available, where no budget is given
 ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
 
 
@@ -108,7 +107,7 @@ def _room(budget_mb: float | None) -> float:
     """Bytes that this process may take beside those that it has."""
     give_back()
     if budget_mb is None:
-        return SHARE * available_bytes()
+        return own_share_bytes()
     return budget_mb * MB - psutil.Process().memory_info().rss
 
 

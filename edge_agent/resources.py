@@ -17,6 +17,7 @@ from lwfed.wire.messages import MAX_CURVE, Memory, Reading
 
 MB = 1e6
 HIGH_WATER = "VmHWM"
+SHARE = 0.8  # of what is available, where no budget is given
 
 
 class Meter:
@@ -95,6 +96,11 @@ def status_mb(proc: Path, field: str) -> float | None:
     except OSError:
         pass
     return None
+
+
+def own_share_bytes() -> float:
+    """What training takes at most where nobody said a budget."""
+    return SHARE * available_bytes()
 
 
 def available_bytes(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:

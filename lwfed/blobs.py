@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,18 +26,43 @@ from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, Blo
 _READ_BYTES = 1 << 20
 
 
-class Arrival(Protocol):
-    """What is used of a PartFile."""
+class Arrival(ABC):
+    """A blob whose chunks arrive in any order."""
 
-    manifest: Manifest
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._missing = set(range(len(manifest.digests)))
 
     @property
-    def complete(self) -> bool: ...
+    def complete(self) -> bool:
+        return not self._missing
+
     @property
-    def have_bytes(self) -> int: ...
-    def missing(self) -> list[int]: ...
-    def write(self, index: int, data: bytes) -> bool: ...
-    def commit(self) -> Path: ...
+    def have_bytes(self) -> int:
+        return self.manifest.blob.size - sum(chunk_length(self.manifest, index) for index in self._missing)
+
+    def missing(self) -> list[int]:
+        return sorted(self._missing)
+
+    def write(self, index: int, data: bytes) -> bool:
+        """Keep a chunk; False when it was there. Raises InvalidPayload for bytes that are not this chunk."""
+        check_chunk(self.manifest, index, data)
+        if index not in self._missing:
+            return False
+        self._keep(index, data)
+        self._missing.discard(index)
+        return True
+
+    def commit(self) -> Path:
+        """The finished blob in its store, durable. Raises InvalidPayload when it is not whole."""
+        if self._missing:
+            raise InvalidPayload(f"blob {self.manifest.blob.id[:12]} still lacks {len(self._missing)} chunks")
+        return self._install()
+
+    @abstractmethod
+    def _keep(self, index: int, data: bytes) -> None: ...
+    @abstractmethod
+    def _install(self) -> Path: ...
 
 
 class Holdings(Protocol):
@@ -164,64 +190,47 @@ class BlobStore:
         self._sizes[ref.id] = ref.size
 
 
-class PartFile:
-    """A blob whose chunks arrive in any order. Made by `BlobStore.part`."""
+class PartFile(Arrival):
+    """Chunks in a file of the blob's length, where they are found again. Made by `BlobStore.part`."""
 
     def __init__(self, store: BlobStore, path: Path, manifest: Manifest) -> None:
-        self.manifest = manifest
+        super().__init__(manifest)
         self._store = store
         self._path = path
         with _explained(path):
-            self._missing = set(range(len(manifest.digests)))
             if path.exists():
                 self._missing -= set(self._found())
             else:
                 self._create()
 
-    @property
-    def complete(self) -> bool:
-        return not self._missing
+    def commit(self) -> Path:
+        """Starts from nothing when the whole differs from what its name promises."""
+        if self._store.has(self.manifest.blob.id):
+            self._path.unlink(missing_ok=True)
+            return self._store.path(self.manifest.blob.id)
+        return super().commit()
 
-    @property
-    def have_bytes(self) -> int:
-        return self.manifest.blob.size - sum(chunk_length(self.manifest, index) for index in self._missing)
+    def discard(self) -> None:
+        """Delete what has arrived; the next chunk begins anew."""
+        self._path.unlink(missing_ok=True)
+        self._missing = set(range(len(self.manifest.digests)))
 
-    def missing(self) -> list[int]:
-        return sorted(self._missing)
-
-    def write(self, index: int, data: bytes) -> bool:
-        """Keep a chunk; False when it was there. Raises InvalidPayload for bytes that are not this chunk."""
-        check_chunk(self.manifest, index, data)
-        if index not in self._missing:
-            return False
+    def _keep(self, index: int, data: bytes) -> None:
         with _explained(self._path):
             if not self._path.exists():  # discarded by a commit that failed
                 self._create()
             with self._path.open("r+b") as file:
                 file.seek(index * self.manifest.chunk_bytes)
                 file.write(data)
-        self._missing.discard(index)
-        return True
 
-    def commit(self) -> Path:
-        """The finished blob in its store, durable. Raises InvalidPayload, and starts from nothing, when the whole differs."""
+    def _install(self) -> Path:
         blob = self.manifest.blob
         with _explained(self._path):
-            if self._store.has(blob.id):
-                self._path.unlink(missing_ok=True)
-            elif self._missing:
-                raise InvalidPayload(f"blob {blob.id[:12]} still lacks {len(self._missing)} chunks")
-            elif _digest(self._path) != blob.id:
+            if _digest(self._path) != blob.id:
                 self.discard()
                 raise InvalidPayload(f"the chunks of blob {blob.id[:12]} do not make up what its name promises")
-            else:
-                self._store._install(self._path, blob)
+            self._store._install(self._path, blob)
         return self._store.path(blob.id)
-
-    def discard(self) -> None:
-        """Delete what has arrived; the next chunk begins anew."""
-        self._path.unlink(missing_ok=True)
-        self._missing = set(range(len(self.manifest.digests)))
 
     def _create(self) -> None:
         self._path.touch()

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.models.fitting import CODE_BYTES, PIECE_BYTES
+from lwfed.models.fitting import CODE_BYTES, piece_size
 from lwfed.models.measure import Measured, Part
 from lwfed.models.ssl import METHODS
 from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
@@ -80,7 +79,8 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     views, trained = method.view_count, set(plan.trained)
     layers = trained - HEADS  # and a decoder, which sees one sample at a time as they do
     branch = trained - {PREDICTOR, DECODER}
-    online_passes = views * (2 if piece_size(config, plan, measured) < config.train.batch_size else 1)
+    chunked = piece_size(config, config.train.batch_size, _kept_by_layers(plan, measured)) < config.train.batch_size
+    online_passes = views * (1 + chunked)
     branch_passes = views * method.has_target + FURTHER[config.alignment.method]
 
     def forward(wanted: Iterable[str]) -> float:
@@ -102,9 +102,9 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     backward pass keeps, with two gradients of the widest of it, or what a frozen layer holds while it computes.
     """
     method, parts, batch = METHODS[config.ssl.method], measured.parts, config.train.batch_size
-    piece = piece_size(config, plan, measured)
-    views_at_once = 1 if piece < batch else method.view_count
     per_sample = _kept_by_layers(plan, measured)
+    piece = piece_size(config, batch, per_sample)
+    views_at_once = 1 if piece < batch else method.view_count
     per_image = method.view_count * sum(_kept(plan, measured, part) for part in plan.trained if part in HEADS)
     tokens = method.view_count * parts[plan.frozen[-1]].given_bytes if plan.frozen else 0.0
     copies = method.has_target + FURTHER[config.alignment.method]
@@ -134,16 +134,6 @@ def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> f
         elif every != "never":
             total += rounds // (1 if every == "round" else every) * count(measured, plan.frozen)
     return 4.0 * total
-
-
-def piece_size(config: RunConfig, plan: StagePlan, measured: Measured) -> int:
-    """Images that go through the layers at a time, where memory is ample."""
-    batch, wanted = config.train.batch_size, config.train.micro_batch
-    if wanted is None or config.model.backbone in CONVOLUTIONAL:
-        return batch
-    if wanted == "auto":
-        wanted = max(1, int(PIECE_BYTES // _kept_by_layers(plan, measured)))
-    return min(wanted, batch)
 
 
 def _kept_by_layers(plan: StagePlan, measured: Measured) -> float:

@@ -22,6 +22,7 @@ from lwfed.models.step import AT_ONCE, Means, Terms, draw_batch, kept_for_backwa
 
 PIECE_BYTES = 16e6  # for the layers of one micro-batch: larger ones are hardly faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
+LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
 CODE_BYTES = 45e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
 
@@ -60,14 +61,17 @@ def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.de
 
     Raises Unfit when not even one fits, or not as many as are prescribed.
     """
-    wanted = config.train.micro_batch
-    if wanted is None or config.model.backbone in CONVOLUTIONAL:
-        size = least = batch_size
-    elif wanted == "auto":
-        size, least = int((PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES) // need.per_image), 1
-    else:
-        size = least = min(wanted, batch_size)
+    size = piece_size(config, batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
+    least = 1 if config.train.micro_batch == "auto" and config.model.backbone not in CONVOLUTIONAL else size
     fitting = (room / SPARE - need.fixed) / need.per_image
     if fitting < least:
         raise Unfit(f"training in this stage takes {need.of(least) / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
-    return max(1, int(min(size, fitting, batch_size)))
+    return int(min(size, fitting))
+
+
+def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes: float = PIECE_BYTES) -> int:
+    """The same where memory is ample; `per_image` bytes of an image are kept by the layers."""
+    wanted = config.train.micro_batch
+    if wanted is None or config.model.backbone in CONVOLUTIONAL:
+        return batch_size
+    return min(batch_size, max(LEAST_PIECE, int(piece_bytes // per_image)) if wanted == "auto" else wanted)

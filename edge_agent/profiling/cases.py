@@ -98,7 +98,8 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
         return {"strategy": None, "texts": [*texts, *_advice(config)]}
     times = {count: _time([record for record in best if record["threads"] == count]) for count in {record["threads"] for record in best}}
     threads = min(times, key=lambda count: (times[count], count))
-    allow = math.ceil(MARGIN * largest([record for record in best if record["threads"] == threads]) / 10) * 10
+    wished = math.ceil(MARGIN * largest([record for record in best if record["threads"] == threads]) / 10) * 10
+    allow = min(wished, math.floor(best[0]["limit_mb"] or budget_mb))
     strategy = best[0]["strategy"]
     texts.append(f"Recommended: {strategy} with train.threads {threads}; allow the agent {allow} MB.")
     return {"strategy": strategy, "threads": threads, "memory_mb": allow, "texts": texts}

@@ -24,12 +24,12 @@ from lwfed.edge_agent.profiling.condition import condition
 from lwfed.edge_agent.profiling.limits import NO_LIMIT, limited
 from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit
 from lwfed.edge_agent.profiling.page import page
+from lwfed.edge_agent.resources import MB, own_share_bytes
 from lwfed.errors import ConfigError, MissingDependency, StateError
 from lwfed.plan import Strategy
 
 STEPS = 5  # that count, at most
 ENOUGH_S = 30.0  # for a case; then one step is enough
-SHARE = 0.8  # of the memory that is available, where no budget is given
 LIMITS = cache(limited)
 
 
@@ -55,7 +55,7 @@ def run_profile(told: Profile) -> int:
         raise MissingDependency("measuring needs torch: `edge-agent doctor` says which")
     config = load_config(told.config, told.settings)
     cases = make_cases(config, told.strategies, told.stages, told.threads, told.limits)
-    budget_mb = told.budget_mb or round(SHARE * psutil.virtual_memory().available / 1e6)
+    budget_mb = told.budget_mb or round(own_share_bytes() / MB)
     _make(told.out)
     before = condition()
     some = f"up to {STEPS} steps each after {WARM_UP} to warm up, fewer where they are slow"

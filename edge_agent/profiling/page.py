@@ -14,11 +14,13 @@ from lwfed.edge_agent.profiling.condition import Condition
 Record = Mapping[str, Any]
 GREEN, ORANGE, GREY = "#1b7f5c", "#c8641b", "#8a8f98"
 WIDTH, LABEL, BAR = 720, 230, 22  # pixels
+FAR = 2  # times the longest bar: a mark further off is not drawn, for it would make the bars short
 
 
 def page(report: Mapping[str, Any]) -> str:
     """Fill page.html with the figures of `report`."""
     found = measured(report["cases"])
+    budget_mb = report["budget_mb"]
     memory = [(name(one), (one["memory"]["baseline_mb"], one["memory"]["training_mb"]), one["fits"]) for one in found]
     times = [(name(one), (0.0, one["step_s"]), True) for one in found]
     template = Template(resources.files("lwfed.edge_agent.profiling").joinpath("page.html").read_text("utf-8"))
@@ -29,7 +31,9 @@ def page(report: Mapping[str, Any]) -> str:
         images=report["images"],
         steps=report["steps"],
         advice="\n".join(f"<li>{escape(text)}</li>" for text in report["recommended"]["texts"]),
-        memory=bars(memory, "MB", report["budget_mb"]),
+        memory=bars(memory, "MB", budget_mb),
+        budget=f"{budget_mb:.0f} MB"
+        + (", further to the right" if memory and budget_mb > FAR * max(sum(one[1]) for one in memory) else ""),
         times=bars(times, "s"),
         rows="\n".join(_row(one) for one in report["cases"]),
         paper="\n".join(_paper(report["paper"], found)),
@@ -49,12 +53,14 @@ def bars(rows: Sequence[tuple[str, tuple[float, float], bool]], unit: str, mark:
     if not rows:
         return "<p>Nothing was measured.</p>"
     top = max(sum(parts) for _, parts, _ in rows)
+    if mark is not None and mark <= FAR * top:
+        top = max(top, mark)
     scale = (WIDTH - LABEL - 90) / (1.02 * top)
     height = BAR * len(rows) + 8
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
         + "".join(_bar(index, row, scale, unit) for index, row in enumerate(rows))
-        + (_line(LABEL + mark * scale, height, mark, unit) if mark is not None and mark <= 1.02 * top else "")
+        + (_line(LABEL + mark * scale, height, mark, unit) if mark is not None and mark <= top else "")
         + "</svg>"
     )
 

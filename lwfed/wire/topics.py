@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 ROOT = "lwfed"
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
@@ -59,7 +58,6 @@ class ToDevice:
 
 
 Topic = ServerState | RunTopic | BlobChunk | FromDevice | UpdateChunk | ToDevice
-Direction = Literal["up", "dn"]
 
 
 def is_name(text: str) -> bool:

@@ -40,7 +40,7 @@ def contribution_id(run: str, stage: int, round: int, device: str, digest: str) 
 def fitting_chunk_bytes(size: int, chunk_bytes: int, epochs: int, packet_limit: int | None) -> int:
     """`chunk_bytes`, or less where the broker takes no larger packets than `packet_limit` (None: any).
 
-    Raises ConfigError where an update of `size` bytes, made in `epochs`, cannot travel then.
+    Raises ConfigError where a blob of `size` bytes cannot travel then, with the report of so many `epochs`.
     """
 
     def packet_bytes(chunk_bytes: int) -> int:
@@ -54,14 +54,11 @@ def fitting_chunk_bytes(size: int, chunk_bytes: int, epochs: int, packet_limit: 
         check_cut(size, fitting)
     except InvalidPayload as error:
         if fitting == chunk_bytes:
-            raise ConfigError(f"the update cannot be handed over: {error}") from None
+            raise ConfigError(str(error)) from None
     else:
         if packet_bytes(fitting) <= limit:
             return fitting
-    raise ConfigError(
-        f"the update cannot be handed over: the broker takes packets of {limit} bytes at most; "
-        f"raise its limit (mosquitto: max_packet_size) to {needed}"
-    )
+    raise ConfigError(f"the broker takes packets of {limit} bytes at most; raise its limit (mosquitto: max_packet_size) to {needed}")
 
 
 class Upload:

@@ -6,6 +6,7 @@ then for a projection of it and for the loss, both over the full batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from lwfed.models.heads import project
 from lwfed.models.views import ViewParams, draw
 
 
-class Method:
+class Method(ABC):
     """A method of two views whose representation is the encoder's features. Methods override what is different."""
 
     view_count = 2
@@ -46,8 +47,8 @@ class Method:
         """Features [B, width] of another branch -> its z [B, D]."""
         return project(network, features)
 
+    @abstractmethod
     def loss(
         self, network: Encoder, found: Sequence[Tensor], projected: Sequence[Tensor], keys: Sequence[Tensor], ssl: SslSection
     ) -> Tensor:
         """Scalar loss of a batch, from representations and projections of its views and the target branch's projections."""
-        raise NotImplementedError

@@ -2,11 +2,10 @@ import pytest
 from PIL import Image
 
 from lwfed.cloud_server.serve import check_sources
-from lwfed.cloud_server.sizes import fitting_chunk_bytes, report_bytes
+from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.worker import part_sizes
 from lwfed.config import load_config
 from lwfed.errors import ConfigError, DataError
-from lwfed.wire.messages import MAX_CURVE, Reading
 
 WIDE = ["model.width=1024", "model.heads=16", "model.depth=12"]
 
@@ -22,14 +21,14 @@ WIDE = ["model.width=1024", "model.heads=16", "model.depth=12"]
 def test_what_cannot_travel_is_found_with_the_first_weights(settings, names):
     config = load_config("paper", settings)
     with pytest.raises(ConfigError, match=r"cannot travel in pieces of \d+: .* fewer layers per stage") as caught:
-        fitting_chunk_bytes(config, part_sizes(config), None)
+        run_chunk_bytes(config, part_sizes(config), None)
     assert names in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [[], ["stages.strategy=end_to_end"], ["stages.strategy=progressive"], WIDE])
 def test_the_paper_s_models_and_wide_ones_layer_by_layer_can_travel(settings):
     config = load_config("paper", settings)
-    assert fitting_chunk_bytes(config, part_sizes(config), None) == config.transfer.chunk_bytes
+    assert run_chunk_bytes(config, part_sizes(config), None) == config.transfer.chunk_bytes
 
 
 @pytest.mark.parametrize("name", ["demo", "paper", "cifar10"])
@@ -37,27 +36,19 @@ def test_the_limit_that_is_asked_for_is_enough(name):
     config = load_config(name)
     sizes = part_sizes(config)
     with pytest.raises(ConfigError) as caught:
-        fitting_chunk_bytes(config, sizes, 2000)
+        run_chunk_bytes(config, sizes, 2000)
     enough = int(str(caught.value).rsplit(" ", 1)[1])
     for limit in (enough, 20_000_000, None):
-        assert fitting_chunk_bytes(config, sizes, limit) == config.transfer.chunk_bytes
+        assert run_chunk_bytes(config, sizes, limit) == config.transfer.chunk_bytes
 
 
 def test_of_a_run_that_goes_on_the_stage_at_hand_is_looked_at():
     config = load_config("paper", [*WIDE, "stages.strategy=progressive"])
     sizes = part_sizes(config)
     with pytest.raises(ConfigError, match=r"layer\.12"):
-        fitting_chunk_bytes(config, sizes, None)
+        run_chunk_bytes(config, sizes, None)
     known = {part: sizes[part] for part in config.plan(1).present}
-    assert fitting_chunk_bytes(config, known, None) == config.transfer.chunk_bytes
-
-
-def test_the_largest_report_is_within_what_is_counted_for_it(make_report):
-    reading = Reading(t_s=12345.67, rss_mb=12345.67, uss_mb=12345.67, swap_mb=12345.67, available_mb=123456.78)
-    report = make_report(images=10**9)
-    memory = report.memory.model_copy(update={"curve": (reading,) * MAX_CURVE})
-    report = report.model_copy(update={"memory": memory, "losses": (-1.2345678901234567,) * 100, "seconds": 1234.5678901234567})
-    assert len(report.model_dump_json()) < report_bytes(load_config("demo", ["train.epochs=100"])) - 500  # the rest of an offer
+    assert run_chunk_bytes(config, known, None) == config.transfer.chunk_bytes
 
 
 def test_a_data_set_by_name_must_be_there(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from lwfed.edge_agent.profiling.condition import Condition
 from lwfed.edge_agent.profiling.limits import Limit
 from lwfed.edge_agent.profiling.measure import DidNotFit, Measured, Sample
 from lwfed.edge_agent.profiling.memory import Footprint
-from lwfed.edge_agent.profiling.page import bars
+from lwfed.edge_agent.profiling.page import WIDTH, bars
 from lwfed.errors import ConfigError
 
 
@@ -75,6 +75,7 @@ def test_the_first_strategy_that_fits_is_recommended_with_its_fastest_threads():
     assert (found["strategy"], found["threads"], found["memory_mb"]) == ("layer_wise", 2, 570)
     assert found["texts"][0] == "end_to_end does not fit into 600 MB: it takes 900 MB."
     assert "allow the agent 570 MB" in found["texts"][-1]
+    assert advise(record(peak=590))["memory_mb"] == 600  # no more than there is
 
 
 def test_one_stage_that_does_not_fit_is_too_many():
@@ -146,6 +147,8 @@ def test_bars_are_svg_with_the_budget_where_it_is_in_sight():
     widths = [float(one.get("width")) for one in drawn.iter(f"{space}rect")]
     assert widths[3] == pytest.approx(6 * widths[1], rel=0.01)
     assert len(list(drawn.iter(f"{space}line"))) == 1
+    (line,) = ElementTree.fromstring(bars(rows, "MB", 1500.0)).iter(f"{space}line")
+    assert float(line.get("x1")) < WIDTH - 80
     assert not list(ElementTree.fromstring(bars(rows, "MB", 5000.0)).iter(f"{space}line"))
 
 

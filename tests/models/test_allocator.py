@@ -1,3 +1,4 @@
+import ctypes
 import subprocess
 import sys
 
@@ -48,6 +49,25 @@ print(before, after, x.grad.sum().item())
     assert float(out[2]) == 2 * 64**3
 
 
-def test_elsewhere_nothing_happens(tmp_path):
+class System:
+    """Of which a function that it has says what it was called with."""
+
+    def __init__(self, name):
+        self.calls = []
+        setattr(self, name, lambda *given: self.calls.append([value if isinstance(value, int) else value.value for value in given]))
+
+
+def test_the_system_is_asked_for_exactly_these_ranges(tmp_path, monkeypatch):
+    system = System("madvise")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: system)
+    (tmp_path / "smaps").write_text(SMAPS)
+    let_code_go(tmp_path / "smaps")
+    assert system.calls == [[0x55D0C0A00000, 0x1000, 4], [0x55D0C0A01000, 0x2000, 4]]
+    give_back()  # this system has nothing for it
+
+
+def test_where_the_system_lists_no_memory_nothing_is_let_go(tmp_path, monkeypatch):
+    system = System("madvise")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: system)
     let_code_go(tmp_path / "missing")
-    give_back()
+    assert not system.calls

@@ -3,7 +3,7 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.errors import Unfit
-from lwfed.models.fitting import PIECE_BYTES, Need, measure, micro_batch
+from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, Need, measure, micro_batch
 from lwfed.models.initial import init_parts
 from lwfed.models.prefix import TorchPrefix
 from lwfed.models.step import AT_ONCE, METHOD_ALONE, Means, Terms
@@ -76,6 +76,12 @@ def test_what_does_not_fit_is_said_in_megabytes(tiny, wanted, least):
     with pytest.raises(Unfit, match=rf"takes {takes.of(least) / 1e6:.0f} MB more, and there is room for {room / 1e6:.0f} MB"):
         micro_batch(config, takes, 100, CPU, room)
     assert micro_batch(config, takes, 100, CPU, takes.of(least) + 1) >= least
+
+
+def test_where_memory_is_ample_products_are_not_made_too_small_to_be_fast(tiny):
+    assert micro_batch(tiny(), Need(1e6, PIECE_BYTES), 100, CPU) == LEAST_PIECE
+    assert micro_batch(tiny(), Need(1e6, PIECE_BYTES), 100, CPU, Need(1e6, PIECE_BYTES).of(2) + 1) == 2
+    assert micro_batch(tiny(), Need(1e6, PIECE_BYTES), 3, CPU) == 3
 
 
 def test_batch_statistics_need_the_whole_batch():

@@ -28,7 +28,7 @@ from lwfed.wire.messages import (
     encode,
 )
 from lwfed.wire.topics import FromDevice, ToDevice, Topics, UpdateChunk
-from lwfed.wire.upload import REPORT_BYTES, Upload, contribution_id, fitting_chunk_bytes
+from lwfed.wire.upload import LOSS_BYTES, REPORT_BYTES, Upload, contribution_id, fitting_chunk_bytes
 
 from .samples import REPORT
 
@@ -392,5 +392,8 @@ def test_an_update_that_no_broker_could_carry_is_not_blamed_on_it():
 def test_the_largest_offer_is_as_large_as_is_reckoned(store):
     reading = Reading(t_s=12345.678, rss_mb=1234.56, uss_mb=1234.56, swap_mb=1234.56, available_mb=12345.67)
     small = make_offer(store)
-    report = small.report.model_copy(update={"memory": small.report.memory.model_copy(update={"curve": (reading,) * MAX_CURVE})})
-    assert REPORT_BYTES * 0.8 < len(encode(small.model_copy(update={"report": report}))) < REPORT_BYTES
+    memory = small.report.memory.model_copy(update={"curve": (reading,) * MAX_CURVE})
+    for losses in ((), (-1.2345678901234567,) * 100):
+        report = small.report.model_copy(update={"memory": memory, "losses": losses})
+        reckoned = REPORT_BYTES + LOSS_BYTES * len(losses)
+        assert reckoned * 0.8 < len(encode(small.model_copy(update={"report": report}))) < reckoned

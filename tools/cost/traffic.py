@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from lwfed.cloud_server.rounds import Rules, State
-from lwfed.cloud_server.sizes import fitting_chunk_bytes
+from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
 from lwfed.models.shapes import shapes, size_bytes
@@ -55,7 +55,7 @@ def obstacle(config: RunConfig) -> str | None:
     """Why a server would refuse to lead this run: something is too large to travel."""
     parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
     try:
-        fitting_chunk_bytes(config, {part: size_bytes(config, [part]) for part in parts}, packet_limit=None)
+        run_chunk_bytes(config, {part: size_bytes(config, [part]) for part in parts}, packet_limit=None)
     except ConfigError as error:
         return str(error)
     return None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -34,7 +34,6 @@ from lwfed.plan import by_part
 from lwfed.seeds import derive
 
 Protocol = Literal["knn", "probe", "finetune"]
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 NAMES = {"random": "random weights", "raw_pixels": "raw pixels", "encoder": "encoder"}
 TITLES = {"knn": "kNN", "probe": "linear probe", "finetune": "fine-tuned"}
 COLUMNS = {"accuracy": "accuracy", "class_accuracy": "per class", "precision": "precision", "recall": "recall", "f1": "F1"}

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from lwfed.blobs import BlobStore, check_chunk, chunk_length
-from lwfed.errors import InvalidPayload, StateError
+from lwfed.blobs import Arrival, BlobStore
+from lwfed.errors import StateError
 from lwfed.wire.messages import Manifest
 
 
@@ -38,34 +38,17 @@ class BorrowedBlobs:
         self.held &= set(keep)
 
 
-class BorrowedPart:
-    """A blob whose chunks arrive, and are not kept."""
+class BorrowedPart(Arrival):
+    """Chunks that are not kept."""
 
     def __init__(self, holdings: BorrowedBlobs, manifest: Manifest) -> None:
-        self.manifest = manifest
+        super().__init__(manifest)
         self._holdings = holdings
-        self._missing = set(range(len(manifest.digests)))
 
-    @property
-    def complete(self) -> bool:
-        return not self._missing
+    def _keep(self, index: int, data: bytes) -> None:
+        pass
 
-    @property
-    def have_bytes(self) -> int:
-        return self.manifest.blob.size - sum(chunk_length(self.manifest, index) for index in self._missing)
-
-    def missing(self) -> list[int]:
-        return sorted(self._missing)
-
-    def write(self, index: int, data: bytes) -> bool:
-        check_chunk(self.manifest, index, data)
-        new = index in self._missing
-        self._missing.discard(index)
-        return new
-
-    def commit(self) -> Path:
+    def _install(self) -> Path:
         blob = self.manifest.blob.id
-        if self._missing:
-            raise InvalidPayload(f"blob {blob[:12]} still lacks {len(self._missing)} chunks")
         self._holdings.held.add(blob)
         return self._holdings.path(blob)

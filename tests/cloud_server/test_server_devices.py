@@ -1,0 +1,339 @@
+"""The server and devices that lie, fail, leave, come back, or are two."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lwfed.cloud_server.overview import overview
+from lwfed.wire import messages
+
+from .fleets import of, undisturbed
+
+HELLO = messages.Hello(boot=1, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100, images=10, source="folder")
+
+
+def test_an_update_that_does_not_fit_is_refused_and_harms_nobody(world, said):
+    def poisoned(update):
+        return {name: np.full_like(value, np.nan) for name, value in update.items()}
+
+    expected = None
+    for spoil in (poisoned, lambda update: {**update, "extra": np.zeros(1, np.float32)}, lambda update: dict(list(update.items())[1:])):
+        fleet = world("rounds.quorum=0.5", "rounds.min_devices=2")
+        fleet.start()
+        fleet.join("honest")
+        liar = fleet.join("liar", spoil=spoil)
+        result = fleet.finish()
+        assert expected in (None, result)
+        expected = result
+        assert set(liar.refusals) <= {"content", "not_finite"}
+        assert len(liar.refusals) == 4
+        assert liar.tasks == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert {one.participant for one in fleet.course.store.contributions()} == {0}
+        assert not list((fleet.root / "server" / "updates").glob("*-*"))
+    assert of(said, "warning")
+
+
+def test_an_update_larger_than_the_plan_allows_is_not_even_received(world):
+    fleet = world()
+    fleet.start()
+    fleet.join("honest")
+    big = fleet.join("big", spoil=lambda update: {**update, "extra": np.zeros(100_000, np.float32)})
+    fleet.settle(until=lambda: big.refusals != [])
+    assert big.refusals == ["too_large"]
+
+
+def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("odd")
+    for payload in (b"\xff", b"{}", b"[" * 5000, b'{"v": 1, "blobs": 3}'):
+        for kind in ("need", "offer", "fin", "beat", "fail", "nonsense"):
+            device.transport.publish(fleet.server._topics.from_device("odd", kind), payload)
+    fleet.quiet()
+    assert len(of(said, "warning")) == 5
+    fleet.join("even")
+    fleet.finish()
+
+
+def test_a_device_of_another_version_is_told_so(world, said):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("old")
+    device.transport.publish(fleet.server._topics.from_device("old", "hello"), json.dumps({"v": 2}).encode())
+    fleet.quiet()
+    assert device.refusals == ["version"]
+    assert "protocol version 2" in of(said, "warning")[0]["text"]
+
+
+def test_an_agent_that_starts_again_is_no_second_one(world, said):
+    fleet = undisturbed(world)
+    device = fleet.devices[0]
+    fleet.broker.cut(device.name)
+    fleet.quiet()
+    device.restart()
+    fleet.quiet()
+    device.tell("state", messages.State(state="lost", boot=1))
+    fleet.kill()
+    fleet.broker.retained["lwfed/default/d/a/up/state"] = messages.encode(messages.State(state="ready", boot=1))  # from before a power cut
+    fleet.start()
+    fleet.finish()
+    assert of(said, "warning") == []
+    assert {device.doubled_s for device in fleet.course.store.devices()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hello", HELLO.model_copy(update={"boot": 1})),
+        ("hello", HELLO.model_copy(update={"boot": 2, "machine": "aarch64"})),
+        ("state", messages.State(state="training", boot=1)),
+    ],
+)
+def test_two_agents_with_one_identity_are_told_apart_and_told(world, said, kind, message):
+    fleet = world()
+    fleet.start()
+    device = fleet.join("copied")
+    device.restart()
+    fleet.quiet()
+    for _ in range(3):  # a broker that does not throw one of them out lets both speak
+        device.tell(kind, message)
+    fleet.quiet()
+    (warning,) = of(said, "warning")
+    assert "two agents are device 0 (copied)" in warning["text"]
+    assert "delete its --state" in warning["text"]
+    assert fleet.course.store.devices()[0].doubled_s is not None
+    assert "device 0 " in overview(fleet.root / "server")
+    assert "two agents were this device at " in overview(fleet.root / "server")
+
+
+def test_a_device_with_too_few_images_is_not_asked(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    poor = fleet.join("poor", images=3)
+    assert fleet.course.state.phase == "waiting"
+    fleet.join("rich")
+    fleet.finish()
+    assert poor.tasks == []
+    assert "data.min_images is 8" in of(said, "warning")[0]["text"]
+
+
+@pytest.mark.parametrize("code", ["data", "unfit"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(world, said, restarted, code):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code=code)
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert f"device 1 cannot train in this round ({code}): out of {code}; it is not asked again" in of(said, "warning")[0]["text"]
+    if restarted:
+        poor.restart()
+    fleet.finish()
+    assert poor.tasks[-1] == ((2, 2) if restarted else (1, 1))
+    assert fleet.now < 30
+    assert len(of(said, "warning")) == 1
+
+
+def test_a_device_without_images_holds_no_round_open_and_stays_one_when_it_connects_again(world, said):
+    fleet = world("rounds.quorum=1")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="data")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert fleet.now < 30
+    fleet.broker.cut("poor")
+    fleet.join("another")
+    fleet.finish()
+    assert poor.tasks == [(1, 1)]
+
+
+def test_an_acknowledged_update_offered_again_is_acknowledged_again(world):
+    fleet = world("rounds.quorum=1")
+    fleet.start()
+    first, _ = fleet.join("first"), fleet.join("second")
+    fleet.settle(until=lambda: first.upload is not None and first.upload.state == "done")
+    before = fleet.course.store.contributions()
+    first.upload = type(first.upload)(first.topics, "first", first.upload._offer, first.spool, 3)
+    fleet.settle(until=lambda: first.upload.state == "done")
+    assert [one.id for one in fleet.course.store.contributions()][: len(before)] == [one.id for one in before]
+    fleet.finish()
+    assert len(fleet.course.store.contributions()) == 8
+
+
+def test_a_device_that_goes_for_good_is_not_waited_for_in_any_round(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("stays")
+    goes = fleet.join("goes", spoil=lambda update: goes.tell("state", goes.state("stopped"), retain=True) or update)
+    fleet.settle(until=lambda: of(said, "device", participant=1, status="has left") != [])
+    fleet.devices.remove(goes)
+    goes.transport.close()
+    fleet.finish()
+    assert [one["devices"] for one in of(said, "round", status="closed")] == [1] * 4
+    assert fleet.now < 30  # neither a deadline nor the patience for those who may return
+
+
+def test_a_lost_device_costs_its_round_until_the_deadline_only(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("stays")
+    lost = fleet.join("lost")
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.devices.remove(lost)
+    fleet.broker.cut("lost", reconnect=False)
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    assert 100 <= fleet.now < 110
+    fleet.finish()
+    assert "has not come back" in " ".join(one["text"] for one in of(said, "warning"))
+
+
+def test_a_device_that_failed_is_asked_again_after_the_deadline(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("moody", fails=1)
+    fleet.settle(until=lambda: len(device.tasks) >= 2)
+    assert fleet.now >= 100
+    assert "out of memory" in of(said, "warning")[0]["text"]
+    fleet.finish()
+
+
+def test_a_device_that_was_mended_and_started_again_is_asked_at_once(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("mended", fails=1)
+    fleet.settle(until=lambda: len(device.tasks) == 1 and device.task is None)
+    fleet.quiet()
+    text = "no device can train in this round: device 0 failed; mend one and start it again"
+    assert [one["text"].split("warning")[1].strip() for one in of(said, "warning")][1:] == [text]
+    device.restart()
+    fleet.finish()
+    assert fleet.now < 30
+    assert len(device.tasks) == 5
+
+
+def test_a_device_whose_update_was_refused_is_asked_again_when_it_was_started_again(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    wrong = fleet.join("wrong", spoil=lambda update: {**update, "extra": np.zeros(1, np.float32)})
+    fleet.settle(until=lambda: wrong.refusals != [])
+    assert "device 0 was refused" in of(said, "warning")[-1]["text"]
+    wrong.spoil = lambda update: update
+    wrong.restart()
+    fleet.finish()
+    assert fleet.now < 30
+
+
+def test_a_complaint_is_told_once_in_each_round(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("good")
+    device = fleet.join("odd")
+    for round in (1, 2):
+        fleet.settle(until=lambda round=round: fleet.course.state.round == round and fleet.course.state.phase == "training")
+        for _ in range(3):
+            device.transport.publish(fleet.server._topics.from_device("odd", "beat"), b"{}")
+    fleet.finish()
+    assert len(of(said, "warning")) == 2
+
+
+def test_a_finished_run_that_is_served_again_says_nothing_of_devices_that_left_long_ago(world, said):
+    fleet = undisturbed(world)
+    fleet.finish()
+    for device in fleet.devices:
+        fleet.broker.cut(device.name, reconnect=False)
+    fleet.devices.clear()
+    fleet.kill()
+    said.clear()
+    fleet.start()
+    fleet.quiet()
+    assert of(said, "device") == []
+
+
+def test_a_run_that_goes_on_says_which_of_its_devices_is_lost(world, said):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.kill()
+    fleet.broker.cut("b", reconnect=False)
+    del fleet.devices[1]
+    said.clear()
+    fleet.start()
+    fleet.quiet()
+    assert of(said, "device", participant=1, status="not seen again yet") != []
+
+
+@pytest.mark.parametrize(
+    ("images", "source", "says"),
+    [
+        (10, "folder", "100 MB, 10 images)"),
+        (1797, "digits", "100 MB, 1797 images of digits before the split)"),
+        (0, "cifar10", "100 MB, images of cifar10)"),
+    ],
+)
+def test_the_images_of_a_set_that_is_split_are_not_said_to_be_the_device_s(world, said, images, source, says):
+    fleet = world()
+    fleet.start()
+    device = fleet.bring("a")
+    device.tell("hello", HELLO.model_copy(update={"images": images, "source": source}))
+    fleet.quiet()
+    assert of(said, "device", status="joined")[0]["text"].endswith(says)
+
+
+def test_a_chunk_that_was_damaged_on_the_way_is_said_once(world, said):
+    fleet = world()
+    fleet.start()
+    fleet.join("good")
+    device = fleet.join("garbled")
+    garbled = []
+
+    def interfere(client, topic, payload):
+        if "/w0/" in topic and "/garbled/" in topic and len(garbled) < 3:
+            garbled.append(topic)
+            device.transport.publish(topic, b"junk")
+            return 0
+        return 1
+
+    fleet.broker.interfere = interfere
+    fleet.finish()
+    (warning,) = of(said, "warning")
+    assert "device garbled sent a chunk that does not fit its digest; it is asked for again" in warning["text"]
+
+
+def test_a_device_that_falls_silent_is_said_to_be_lost(world, said):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.broker.cut("b", reconnect=False)
+    fleet.quiet()
+    assert of(said, "device", participant=1, status="is lost; it may return") != []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_last_will_after_the_goodbye_does_not_bring_a_device_back(world, said, restarted):
+    fleet = world()
+    fleet.start()
+    leaver = fleet.join("leaver")
+    leaver.tell("state", leaver.state("stopped"), retain=True)
+    fleet.quiet()
+    if restarted:
+        fleet.kill()
+    leaver.tell("state", leaver.state("lost"), retain=True)
+    leaver.transport.close()
+    fleet.devices.clear()
+    if restarted:
+        fleet.start()
+    fleet.quiet()
+    assert fleet.course.state.devices == {0: "gone"}
+    assert of(said, "device")[-1]["status"] == "has left"
+
+
+def test_a_task_is_repeated_until_it_is_begun(world):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    lost = []
+    fleet.broker.interfere = lambda client, topic, payload: 0 if topic.endswith("dn/task") and not lost.append(topic) else 1
+    device = fleet.join("deaf")
+    fleet.settle(until=lambda: len(lost) == 3)
+    assert 30 <= fleet.now < 31
+    assert device.tasks == []
+    fleet.broker.interfere = None
+    fleet.finish()
