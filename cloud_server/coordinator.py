@@ -12,7 +12,7 @@ loads the last one, hands over `Started` and does that duty again: every duty is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from lwfed.cloud_server.rounds import (
     Extended,
     GivenUp,
     IllegalEvent,
+    Joined,
     Notice,
     Presence,
     Reaction,
@@ -33,6 +34,7 @@ from lwfed.cloud_server.rounds import (
     Stalled,
     State,
     assign_more,
+    free,
     with_presence,
 )
 from lwfed.cloud_server.sampling import sample
@@ -92,9 +94,10 @@ class CannotTrain(Event):
 
 @dataclass(frozen=True)
 class Unfit(Event):
-    """A chosen device turned out to be none that can train, in this round or a later one: the round goes on as if without it."""
+    """A chosen device turned out to be none that can train, in this round or a later one: the round goes on with another in its place."""
 
     participant: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,10 @@ def _absent(rules: Rules, state: State, event: Absent, now: float) -> Result:
 
 
 def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Result:
-    failed = {participant: how for participant, how in state.failed.items() if participant != event.participant}
-    return _proceed(rules, replace(state, failed=failed), now)
+    def others(known: Mapping[int, str]) -> dict[int, str]:
+        return {participant: text for participant, text in known.items() if participant != event.participant}
+
+    return _proceed(rules, replace(state, failed=others(state.failed), unfit=others(state.unfit)), now)
 
 
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
@@ -169,9 +174,11 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
 def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
     if event.participant not in state.owing:
         raise IllegalEvent(event, state)
-    chosen = tuple(one for one in state.chosen if one != event.participant)
-    needed = min(state.needed, rules.quorum_of(len(chosen)))
-    return _proceed(rules, replace(with_presence(state, event.participant, "gone"), chosen=chosen, needed=needed), now)
+    left = with_presence(replace(state, unfit={**state.unfit, event.participant: event.reason}), event.participant, "gone")
+    substitute = tuple(free(rules, left)[:1])
+    chosen = tuple(sorted({*state.chosen, *substitute} - {event.participant}))
+    joined: list[Notice] = [Joined(substitute)] if substitute else []
+    return _with(joined, _proceed(rules, replace(left, chosen=chosen, needed=min(state.needed, rules.quorum_of(len(chosen)))), now))
 
 
 def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:

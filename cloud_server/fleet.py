@@ -6,7 +6,7 @@ there; a last will that comes late, after the goodbye or of an earlier boot, say
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lwfed.cloud_server.store import Store
@@ -44,7 +44,7 @@ class Member:
 
 
 class Fleet:
-    def __init__(self, topics: Topics, store: Store, min_images: int) -> None:
+    def __init__(self, topics: Topics, store: Store, min_images: int, unfit: Mapping[int, str]) -> None:
         self.members: dict[str, Member] = {}
         self._topics = topics
         self._store = store
@@ -54,7 +54,9 @@ class Fleet:
         self.reminded = False  # the last tasks included some that had been sent before
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
         for device in store.devices():
-            self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
+            self.members[device.id] = Member(
+                device.id, device.participant, device.hello, device.hello.boot, unfit=unfit.get(device.participant, "")
+            )
 
     def objection(self, member: Member) -> str:
         """Why it is not asked to train; empty when it may be. A device that cannot count its images beforehand says 0."""

@@ -134,7 +134,8 @@ class Reception:
         self._complain(known.id, "double", text)
 
     def _restarted(self, member: Member, now: float) -> None:
-        if member.participant in self._course.state.failed:
+        state = self._course.state
+        if member.participant in state.failed or member.participant in state.unfit:
             self._apply(Restarted(member.participant), now, None)
 
     # Updates
@@ -152,7 +153,9 @@ class Reception:
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
             if unfit:
                 member.unfit = fail.reason or "it cannot train"
-            self._apply(Unfit(member.participant) if unfit else CannotTrain(member.participant, refused=False), now, None)
+                self._apply(Unfit(member.participant, member.unfit), now, None)
+            else:
+                self._apply(CannotTrain(member.participant, refused=False), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
         if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one

@@ -121,6 +121,7 @@ class State:
     needed: int = 0  # contributions that make the round valid
     contributed: dict[int, str] = field(default_factory=dict)  # participant -> contribution
     failed: dict[int, str] = field(default_factory=dict)  # participant -> "failed" | "refused"
+    unfit: dict[int, str] = field(default_factory=dict)  # participant -> why it is not asked until it begins anew
     due: float | None = None  # when waiting or training has lasted long enough, by the caller's clock
 
     @property
@@ -163,7 +164,7 @@ class State:
     @classmethod
     def from_json(cls, text: str) -> State:
         data = json.loads(text)
-        for key in ("devices", "contributed", "failed", "losses"):
+        for key in ("devices", "contributed", "failed", "unfit", "losses"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         return cls(**{**data, "chosen": tuple(data["chosen"])})
 
@@ -292,12 +293,16 @@ def with_presence(state: State, participant: int, presence: Presence) -> State:
     return replace(state, devices={**state.devices, participant: presence})
 
 
+def free(rules: Rules, state: State) -> list[int]:
+    """Devices that are there and not chosen, those to ask first in front."""
+    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in state.chosen]
+
+
 def assign_more(rules: Rules, state: State, ignore_away: bool = False) -> tuple[State, list[Notice]]:
     """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
     hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
     lacking = state.needed - len(state.contributed) - len(hopeful)
-    free = [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in state.chosen]
-    extra = tuple(free[: max(0, lacking)])
+    extra = tuple(free(rules, state)[: max(0, lacking)])
     if not extra:
         return state, []
     return replace(state, chosen=tuple(sorted((*state.chosen, *extra)))), [Joined(extra)]

@@ -27,8 +27,9 @@ class WorkerReady:
 
 @dataclass(frozen=True)
 class WorkerLoading:
-    """It decodes images, which it does once."""
+    """It makes what it will use more than once."""
 
+    what: str  # for people
     done: int
     total: int
 

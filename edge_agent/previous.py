@@ -20,10 +20,12 @@ class Previous:
 
     def __init__(self, folder: Path, config: RunConfig, stage: int, participant: int) -> None:
         self._folder, self._name = folder, f"{NAME}-{config.digest[:16]}-{participant}-{stage}"
+        self._planned = config.round_counts[stage - 1]
 
     def before(self, round: int) -> Path | None:
-        """The file of the newest update of an earlier round."""
-        rounds = [number for number in self._rounds() if number < round]
+        """The file of the newest update of an earlier round; of this attempt, where the stage collapsed and is repeated."""
+        first = (round - 1) // self._planned * self._planned + 1
+        rounds = [number for number in self._rounds() if first <= number < round]
         return self._path(max(rounds)) if rounds else None
 
     def keep(self, round: int, update: bytes) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lwfed.config import RunConfig
 from lwfed.errors import InvalidPayload
 from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
+from lwfed.models.reuse import FeatureCache, Progress, reuse
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.models.step import Means
 from lwfed.plan import part_of
@@ -64,12 +65,15 @@ def train(
     lr_scale: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
     means: Means | None = None,
+    cache: FeatureCache | None = None,
+    on_rows: Progress | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
     """The tensors of `plan.uploaded` after the local call on the device of `tensors`, and its summary. Raises DataError and Diverged.
 
-    `previous` are those of an earlier round of the stage, for alignment by moon. Without `means` torch runs all layers.
+    `previous` are those of an earlier round of the stage, for alignment by moon; `means`, `cache` and `on_rows` are as of `train_local`.
     """
     plan, place = config.plan(stage), config.place(stage, round, lr_scale)
     seed = derive(config.run.seed, "local", participant, stage, round)
-    trained, summary = train_local(config, device_task(config, plan, seed, place), tensors, images, on_step, previous, means)
+    task = device_task(config, plan, seed, place, reuse(config, plan, participant, round))
+    trained, summary = train_local(config, task, tensors, images, on_step, previous, means, cache, on_rows)
     return {name: tensor.cpu().numpy() for name, tensor in trained.items() if part_of(name) in plan.uploaded}, summary

@@ -162,8 +162,8 @@ class Work:
             case events.WorkerReady():
                 self._ready = event
                 return self._train(self._job, event) if self._job is not None else []
-            case events.WorkerLoading(done, total):
-                return [Show("reading images", done, total)]
+            case events.WorkerLoading(what, done, total):
+                return [Show(what, done, total)]
             case events.WorkerPlanned():
                 return self._fix_execution(event)
             case events.WorkerProgress():

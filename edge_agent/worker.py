@@ -4,7 +4,7 @@ In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "partic
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
-      {"event": "loading", "done", "total"}                 while it decodes images for the first time
+      {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
@@ -16,6 +16,7 @@ beyond torch, numpy and Pillow is loaded.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import accelerator, choose, move, move_images
+from lwfed.models.reuse import FeatureCache
+from lwfed.models.reuse import forget as forget_features
 from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
@@ -65,6 +68,11 @@ class Worker:
         own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
+        cache = self._cache(data, config)
+
+        def on_rows(done: int, total: int) -> None:
+            say({"event": "loading", "what": "computing views that are used again", "done": done, "total": total})
+
         update, summary = trainer.train(
             config,
             *place,
@@ -74,6 +82,8 @@ class Worker:
             data["lr_scale"],
             before and move(before, device),
             found.means,
+            cache,
+            on_rows,
         )
         give_back()
         let_code_go()
@@ -106,6 +116,15 @@ class Worker:
             return move(parts, device), known
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
 
+    def _cache(self, data: Json, config: RunConfig) -> FeatureCache | None:
+        """For views that are used again; what another run or stage left goes if there are none."""
+        folder, frozen = Path(data["kept"]) / "features", config.plan(data["stage"]).frozen
+        if config.train.views_per_round == "fresh" or not frozen:
+            forget_features(folder)
+            return None
+        digests = tuple(hashlib.sha256(Path(data["parts"][part]).read_bytes()).hexdigest() for part in frozen)
+        return FeatureCache(folder, digests, config.train.features_mb * 1e6)
+
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
         """The device's images: read again only when another run or participant number asks."""
         key = (config.digest, data["participant"], data["data"])
@@ -114,7 +133,7 @@ class Worker:
 
             def show(done: int, total: int) -> None:
                 if done % SHOWN_EVERY == 0 or done == total:
-                    say({"event": "loading", "done": done, "total": total})
+                    say({"event": "loading", "what": "reading images", "done": done, "total": total})
 
             found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
             self._images = key, found

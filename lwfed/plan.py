@@ -85,6 +85,11 @@ class StagePlan:
     downloaded: tuple[str, ...]  # changed by every round, hence sent to the device in every round
 
     @property
+    def prefix_moves(self) -> bool:
+        """Whether calibration changes frozen parts from one round to the next."""
+        return not set(self.frozen).isdisjoint(self.downloaded)
+
+    @property
     def present(self) -> tuple[str, ...]:
         """All parts of F_s with its heads: what a device that joins at this stage must hold."""
         return in_model_order({*self.frozen, *self.trained})

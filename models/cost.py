@@ -22,7 +22,7 @@ from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
 NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
-HEADS = {PROJECTOR, PREDICTOR}
+WHOLE_BATCH = {PROJECTOR, PREDICTOR}  # heads that need all of a batch at once
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     """For one image in one epoch, as `lwfed.models.step` computes it; a first round without moon's previous model costs less."""
     method, parts = METHODS[config.ssl.method], measured.parts
     views, trained = method.view_count, set(plan.trained)
-    layers = trained - HEADS  # and a decoder, which sees one sample at a time as they do
+    layers = trained - WHOLE_BATCH  # and a decoder, which sees one sample at a time as they do
     branch = trained - {PREDICTOR, DECODER}
     chunked = piece_size(config, config.train.batch_size, _kept_by_layers(plan, measured)) < config.train.batch_size
     online_passes = views * (1 + chunked)
@@ -105,7 +105,7 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     per_sample = _kept_by_layers(plan, measured)
     piece = piece_size(config, batch, per_sample)
     views_at_once = 1 if piece < batch else method.view_count
-    per_image = method.view_count * sum(_kept(plan, measured, part) for part in plan.trained if part in HEADS)
+    per_image = method.view_count * sum(_kept(plan, measured, part) for part in plan.trained if part in WHOLE_BATCH)
     tokens = method.view_count * parts[plan.frozen[-1]].given_bytes if plan.frozen else 0.0
     copies = method.has_target + FURTHER[config.alignment.method]
     branches = copies * count(measured, set(plan.trained) - {PREDICTOR, DECODER})
@@ -138,7 +138,7 @@ def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> f
 
 def _kept_by_layers(plan: StagePlan, measured: Measured) -> float:
     """Bytes that the trained layers keep of one sample, for its backward pass."""
-    return sum(_kept(plan, measured, part) for part in plan.trained if part not in HEADS)
+    return sum(_kept(plan, measured, part) for part in plan.trained if part not in WHOLE_BATCH)
 
 
 def _kept(plan: StagePlan, measured: Measured, part: str) -> float:

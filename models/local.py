@@ -7,9 +7,11 @@ with one number of threads.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from torch import Tensor
 from lwfed.config import RunConfig
 from lwfed.errors import DataError, Diverged
 from lwfed.models import fitting
+from lwfed.models.reuse import FeatureCache, Progress, Reuse, Views
 from lwfed.models.schedules import learning_rate
-from lwfed.models.step import METHOD_ALONE, Branches, Means, Terms, draw_batch, prepare, train_step
+from lwfed.models.step import METHOD_ALONE, Batch, Branches, Means, Terms, draw_batch, prepare, train_step
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
 
@@ -36,6 +39,7 @@ class LocalTask:
     seed: int  # of order, views and every other draw
     place: Place  # of the round in the run; the schedule reads it
     terms: Terms = METHOD_ALONE
+    reuse: Reuse | None = None  # None: new views in each step
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,17 @@ class LocalSummary:
     losses: tuple[float, ...]  # mean of each epoch
 
 
-def device_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
+def device_task(config: RunConfig, plan: StagePlan, seed: int, place: Place, reuse: Reuse | None = None) -> LocalTask:
     """What a device does in one round."""
     train = config.train
-    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, place, Terms(config.alignment, train.proximal))
+    return LocalTask(plan.trained, train.epochs, train.batch_size, train.lr, seed, place, Terms(config.alignment, train.proximal), reuse)
 
 
 def calibration_task(config: RunConfig, plan: StagePlan, seed: int, place: Place) -> LocalTask:
     """What the server does after aggregation, when it calibrates (v1-v3 of the paper)."""
     calibration = config.calibration
+    if calibration.every == "stage":  # a training of its own: at the stage's place little of the rate would be left
+        place = Place(0, 1, 0, 1, place.lr_scale)
     return LocalTask(plan.calibrated, calibration.epochs, calibration.batch_size, calibration.lr, seed, place)
 
 
@@ -75,11 +81,14 @@ def train_local(
     on_step: Callable[[StepReport], None] | None = None,
     previous: Mapping[str, Tensor] | None = None,
     means: Means | None = None,
+    cache: FeatureCache | None = None,
+    on_rows: Progress | None = None,
 ) -> tuple[dict[str, Tensor], LocalSummary]:
     """Train the parts `task.trained` of the model `tensors` (all parts present, left unchanged) on uint8 images [N, C, H, W].
 
     `previous` is what this place's last local call of the stage returned; without `means` torch runs all layers, with
-    as many images at a time as `train.micro_batch` says. Returns the trained tensors, without gradients, and a summary.
+    as many images at a time as `train.micro_batch` says. Tokens of views that are used again are kept in `cache`, if any, and
+    `on_rows` follows how they are made. Returns the trained tensors, without gradients, and a summary.
     Runs on the device where `tensors` are; images may be there or in main memory.
     Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
     ValueError when the parts cannot be trained.
@@ -91,9 +100,10 @@ def train_local(
     per_epoch = len(images) // batch_size  # the incomplete last batch is dropped
     steps = task.epochs * per_epoch
     sums = [0.0] * task.epochs
+    draw = _draws(config, task, images, branches, cache, on_rows)
     for done, (epoch, indices) in enumerate(_batches(task, len(images), batch_size)):
         lr = learning_rate(task.lr, batch_size, config.train, task.place, done / steps)
-        batch = draw_batch(config, task.seed, done, _choose(images, indices, branches.online.device), branches.prefix_layers)
+        batch = draw(done, indices)
         loss = train_step(branches, batch, lr, config, task.terms)
         if not math.isfinite(loss):
             raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))
@@ -125,6 +135,23 @@ def _batches(task: LocalTask, count: int, batch: int) -> Iterator[tuple[int, Ten
         order = torch.randperm(count, generator=generator)
         for first in range(0, count - batch + 1, batch):
             yield epoch, order[first : first + batch]
+
+
+def _draws(
+    config: RunConfig, task: LocalTask, images: Images, branches: Branches, cache: FeatureCache | None, on_rows: Progress | None
+) -> Callable[[int, Tensor], Batch]:
+    """What makes the batch of a step number (0-based) and its indices."""
+
+    def choose(indices: Tensor) -> Tensor:
+        return _choose(images, indices, branches.online.device)
+
+    if task.reuse is None or branches.prefix is None:
+        return lambda step, indices: draw_batch(config, task.seed, step, choose(indices), branches.prefix_layers)
+    views = Views(config, task.reuse, branches, len(images), choose)
+    if cache is not None:
+        pixels = images.cpu().numpy() if isinstance(images, Tensor) else images
+        views.keep(cache, hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest(), on_rows)
+    return partial(views.batch, task.seed)
 
 
 def _choose(images: Images, indices: Tensor, device: torch.device) -> Tensor:

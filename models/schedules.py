@@ -21,15 +21,15 @@ def learning_rate(base: float, batch_size: int, train: TrainSection, place: Plac
     scaled = base * batch_size / REFERENCE_BATCH if train.lr_scaling == "linear" else base
     per_stage = train.lr_schedule == "cosine_per_stage"
     done, of = (place.stage_round + part, place.stage_rounds) if per_stage else (place.round + part, place.rounds)
-    if done < train.warmup_rounds:
-        return scaled * done / train.warmup_rounds
-    rest = max(of - train.warmup_rounds, 1e-9)
-    progress = min((done - train.warmup_rounds) / rest, 1.0)
+    warmup = train.warmup_rounds if train.warmup_rounds < of else 0  # the calibration of a stage is shorter
+    if done < warmup:
+        return scaled * done / warmup
+    progress = min((done - warmup) / (of - warmup), 1.0)
     match train.lr_schedule:
         case "cosine" | "cosine_per_stage":
             return scaled * 0.5 * (1 + math.cos(math.pi * progress))
         case "cyclical":  # triangular (Smith, arXiv 1506.01186), from its peak so that a warm-up leads into it
-            cycle = (done - train.warmup_rounds) / train.cycle_rounds % 1
+            cycle = (done - warmup) / train.cycle_rounds % 1
             return scaled * abs(1 - 2 * cycle)
         case "plateau":
             return scaled * place.lr_scale

@@ -13,8 +13,8 @@ piece are all that is held: the price is one more forward pass of the trained la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,7 +67,9 @@ class Batch:
     images: Tensor  # uint8 [B, C, H, W], B >= 2
     views: tuple[ViewParams, ...]
     keep: Tensor | None = None  # int64 [B, visible]: patches that the encoder sees; None: all
-    skip: frozenset[int] = field(default_factory=frozenset)  # frozen layers (0-based) that this step does without
+    skip: Collection[int] = frozenset()  # frozen layers (0-based) that this step does without
+    tokens: tuple[Tensor, ...] | None = None  # of each view, what the first `passed` frozen layers give; None: to be made
+    passed: int = 0
 
     def view(self, number: int, rows: slice) -> Tensor:
         """View `number` of some images: float32 [rows, C, H, W] in [0, 1]."""
@@ -180,6 +182,14 @@ def backward(branches: Branches, batch: Batch, config: RunConfig, terms: Terms =
     return value
 
 
+def frozen_tokens(branches: Branches, batch: Batch, config: RunConfig, number: int) -> Tensor:
+    """What the frozen prefix gives for view `number` of `batch` [B, ...]. Raises ValueError where nothing is frozen."""
+    found = _Run(branches, batch, config).frozen(number)
+    if found is None:
+        raise ValueError("nothing is frozen")
+    return found
+
+
 @dataclass(frozen=True)
 class Kept:
     """Of one view of one image, until it has been taken back."""
@@ -252,11 +262,16 @@ class _Run:
     @torch.no_grad()
     def frozen(self, number: int) -> Tensor | None:
         """What the prefix gives for view `number`; None where nothing is frozen."""
-        if (prefix := self._prefix) is None:
+        prefix, known, passed = self._prefix, self._batch.tokens, self._batch.passed
+        if prefix is None:
             return None
+        if known is not None and passed == self._layers:
+            return known[number]
 
         def tokens(rows: slice) -> Tensor:
             with self._mixed():
+                if known is not None:
+                    return prefix(known[number][rows].to(self._dtype), range(passed))
                 return prefix(self._stem(self._online, number, rows), self._batch.skip)
 
         return self._cat(tokens, prefix.kept_as or self._dtype)

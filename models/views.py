@@ -37,7 +37,7 @@ class ViewParams:
     def to(self, device: torch.device) -> ViewParams:
         return ViewParams(**{one.name: getattr(self, one.name).to(device) for one in fields(self)})
 
-    def __getitem__(self, rows: slice) -> ViewParams:
+    def __getitem__(self, rows: slice | Tensor) -> ViewParams:
         return ViewParams(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -47,21 +47,36 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """All problems of configuration `name`, a line each."""
     known = keys(model)
-    lines = [_line(problem, known) for problem in error.errors()]
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in error.errors():
+        found.setdefault(_path(problem["loc"], known), []).append(problem)
+    lines = [_line(path, problems, known) for path, problems in found.items()]
     return f"{name}: {counted(len(lines), 'problem')}\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _line(problem: Mapping[str, Any], known: Iterable[str]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+def _path(loc: Sequence[int | str], known: Collection[str]) -> str:
+    """The key; without what pydantic adds to it for each kind of value that the key may have."""
+    paths = [".".join(map(str, loc[: count + 1])) for count in range(len(loc))]
+    return next((path for path in paths if path in known), paths[-1] if paths else "")
+
+
+def _line(path: str, problems: Sequence[Mapping[str, Any]], known: Collection[str]) -> str:
+    """What is wrong with one key: several problems where it may have values of several kinds and is of none."""
+    problem = problems[0]
     if problem["type"] == "extra_forbidden":
         return f"{path}: no such key{_nearest(path, list(known))}"
     if problem["type"] == "missing":
         return f"{path}: missing"
-    words = WORDS.get(problem["type"])
-    message = words.format(**problem.get("ctx", {})) if words else problem["msg"].removeprefix("Value error, ")
+    first, *others = dict.fromkeys(map(_message, problems))
+    message = ", or ".join([first, *(other.removeprefix("must be ") for other in others)])
     value = problem["input"]
     shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
     return f"{path}: {message}{shown}" if path else message
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    words = WORDS.get(problem["type"])
+    return words.format(**problem.get("ctx", {})) if words else str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _nearest(path: str, known: list[str]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from lwfed.backbones import CONVOLUTIONAL, known
 from lwfed.config.explain import explain
@@ -29,10 +29,10 @@ from lwfed.plan import (
 )
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 MAX_WAIT_S = 1e6  # eleven days: what operating systems can wait for at once
-Positive = Annotated[int, Field(ge=1)]
-Rounds = Annotated[int, Field(ge=1, le=10_000)]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+Rounds = Annotated[int, Strict(), Field(ge=1, le=10_000)]
 
 
 def _word(value: Any) -> Any:
@@ -47,18 +47,18 @@ class Section(BaseModel):
 class RunSection(Section):
     name: Identifier
     fleet: Identifier
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 
 
 class ModelSection(Section):
     backbone: Annotated[str, AfterValidator(known)]
-    image_size: Annotated[int, Field(ge=4, le=1024)]
+    image_size: Annotated[int, Strict(), Field(ge=4, le=1024)]
     patch_size: Positive
     channels: Literal[1, 3]
-    width: Annotated[int, Field(ge=4, le=4096)]
-    depth: Annotated[int, Field(ge=1, le=64)]
+    width: Annotated[int, Strict(), Field(ge=4, le=4096)]
+    depth: Annotated[int, Strict(), Field(ge=1, le=64)]
     heads: Positive
-    mlp_ratio: Annotated[float, Field(gt=0, le=16)]
+    mlp_ratio: Annotated[float, Strict(), Field(gt=0, le=16)]
     pooling: Literal["mean", "token"]
 
     @model_validator(mode="after")
@@ -79,10 +79,10 @@ class SslSection(Section):
     method: SslMethod
     hidden_dim: Positive
     output_dim: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    temperature: Annotated[float, Field(ge=1e-3)]
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
-    decoder_width: Annotated[int, Field(ge=32, multiple_of=32)]
+    momentum: Annotated[float, Strict(), Field(ge=0, lt=1)]
+    temperature: Annotated[float, Strict(), Field(ge=1e-3)]
+    mask_ratio: Annotated[float, Strict(), Field(gt=0, lt=1)]
+    decoder_width: Annotated[int, Strict(), Field(ge=32, multiple_of=32)]
     decoder_depth: Positive
 
 
@@ -92,35 +92,37 @@ class StagesSection(Section):
     rounds: Rounds
     rounds_per_stage: Rounds | tuple[Rounds, ...] | None
     layer_init: Literal["random", "copy"]
-    overlap: Annotated[int, Field(ge=0)]
-    depth_dropout: Annotated[float, Field(ge=0, lt=1)]
+    overlap: Annotated[int, Strict(), Field(ge=0)]
+    depth_dropout: Annotated[float, Strict(), Field(ge=0, lt=1)]
     advance: Literal["rounds", "plateau"]
     patience: Positive
     on_collapse: Literal["warn", "repeat", "stop"]
 
 
 class TrainSection(Section):
-    epochs: Annotated[int, Field(ge=1, le=1000)]  # a report lists the loss of each
-    batch_size: Annotated[int, Field(ge=2)]
-    lr: Annotated[float, Field(gt=0)]
+    epochs: Annotated[int, Strict(), Field(ge=1, le=1000)]  # a report lists the loss of each
+    batch_size: Annotated[int, Strict(), Field(ge=2)]
+    lr: Annotated[float, Strict(), Field(gt=0)]
     lr_scaling: Literal["linear", "none"]
     lr_schedule: Literal["fixed", "cosine", "cosine_per_stage", "cyclical", "plateau"]
-    warmup_rounds: Annotated[float, Field(ge=0)]
-    cycle_rounds: Annotated[float, Field(gt=0)]
+    warmup_rounds: Annotated[float, Strict(), Field(ge=0)]
+    cycle_rounds: Annotated[float, Strict(), Field(gt=0)]
     plateau_rounds: Positive
-    plateau_factor: Annotated[float, Field(gt=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    proximal: Annotated[float, Field(ge=0)]
+    plateau_factor: Annotated[float, Strict(), Field(gt=0, lt=1)]
+    weight_decay: Annotated[float, Strict(), Field(ge=0)]
+    proximal: Annotated[float, Strict(), Field(ge=0)]
     prefix: PrefixEngine | Literal["auto"]
     micro_batch: Positive | Literal["auto"] | None
+    views_per_round: Positive | Literal["fresh"]
+    features_mb: Annotated[int, Strict(), Field(ge=0)]
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, Field(ge=1, le=256)]
+    threads: Annotated[int, Strict(), Field(ge=1, le=256)]
 
 
 class AlignmentSection(Section):
     method: Annotated[Literal["off", "cosine", "moon"], BeforeValidator(_word)]
-    alpha: Annotated[float, Field(gt=0)]
-    temperature: Annotated[float, Field(ge=1e-3)]
+    alpha: Annotated[float, Strict(), Field(gt=0)]
+    temperature: Annotated[float, Strict(), Field(ge=1e-3)]
 
 
 class AggregationSection(Section):
@@ -131,13 +133,13 @@ class ViewsSection(Section):
     crop_scale: tuple[Share, Share]
     flip: Share
     jitter: Share
-    brightness: Annotated[float, Field(ge=0, le=1)]
-    contrast: Annotated[float, Field(ge=0, le=1)]
-    saturation: Annotated[float, Field(ge=0, le=1)]
-    hue: Annotated[float, Field(ge=0, le=0.5)]
+    brightness: Annotated[float, Strict(), Field(ge=0, le=1)]
+    contrast: Annotated[float, Strict(), Field(ge=0, le=1)]
+    saturation: Annotated[float, Strict(), Field(ge=0, le=1)]
+    hue: Annotated[float, Strict(), Field(ge=0, le=0.5)]
     grayscale: Share
     blur: tuple[Share, Share]
-    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    blur_sigma: tuple[Annotated[float, Strict(), Field(gt=0)], Annotated[float, Strict(), Field(gt=0)]]
     solarise: tuple[Share, Share]
 
     @model_validator(mode="after")
@@ -152,8 +154,8 @@ class ViewsSection(Section):
 class RoundsSection(Section):
     min_devices: Positive
     sample: Positive | None
-    quorum: Annotated[float, Field(gt=0, le=1)]
-    deadline_s: Annotated[float, Field(gt=0, le=MAX_WAIT_S)]
+    quorum: Annotated[float, Strict(), Field(gt=0, le=1)]
+    deadline_s: Annotated[float, Strict(), Field(gt=0, le=MAX_WAIT_S)]
 
 
 class CalibrationSection(Section):
@@ -161,8 +163,8 @@ class CalibrationSection(Section):
     scope: CalibrationScope
     data: str | None
     epochs: Positive
-    batch_size: Annotated[int, Field(ge=2)]
-    lr: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Strict(), Field(ge=2)]
+    lr: Annotated[float, Strict(), Field(gt=0)]
 
     @model_validator(mode="after")
     def _has_images(self) -> CalibrationSection:
@@ -174,12 +176,12 @@ class CalibrationSection(Section):
 class DataSection(Section):
     partition: Literal["even", "dirichlet", "classes", "quantity", "folders"]
     devices: Positive
-    dirichlet_beta: Annotated[float, Field(gt=0)]
+    dirichlet_beta: Annotated[float, Strict(), Field(gt=0)]
     classes_per_device: Positive
-    quantity_beta: Annotated[float, Field(gt=0)]
+    quantity_beta: Annotated[float, Strict(), Field(gt=0)]
     auxiliary_share: Share
     labelled_share: Share
-    min_images: Annotated[int, Field(ge=2)]
+    min_images: Annotated[int, Strict(), Field(ge=2)]
 
     @model_validator(mode="after")
     def _leaves_images(self) -> DataSection:
@@ -196,15 +198,15 @@ class EvaluationSection(Section):
 
 class TransferSection(Section):
     codec: Literal["fp32"]
-    chunk_bytes: Annotated[int, Field(ge=1024, le=1_000_000)]
-    window: Annotated[int, Field(ge=1, le=64)]
-    upload_slots: Annotated[int, Field(ge=1, le=1000)]
+    chunk_bytes: Annotated[int, Strict(), Field(ge=1024, le=1_000_000)]
+    window: Annotated[int, Strict(), Field(ge=1, le=64)]
+    upload_slots: Annotated[int, Strict(), Field(ge=1, le=1000)]
 
 
 class WorkerSection(Section):
     device: Literal["auto", "cpu", "cuda"]
-    linger_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
-    sample_s: Annotated[float, Field(ge=0.05, le=60)]
+    linger_s: Annotated[float, Strict(), Field(ge=0, le=MAX_WAIT_S)]
+    sample_s: Annotated[float, Strict(), Field(ge=0.05, le=60)]
 
 
 class RunConfig(Section):
@@ -231,6 +233,7 @@ class RunConfig(Section):
         if isinstance(stages.layers_per_stage, int) and stages.layers_per_stage > self.model.depth:
             raise ValueError(f"stages.layers_per_stage {stages.layers_per_stage} exceeds model.depth {self.model.depth}")
         round_counts(stages.strategy, self.model.depth, stages.layers_per_stage, stages.rounds_per_stage, stages.rounds)
+        self._check_lengths()
         if self.ssl.method == "mae" and self.model.image_size == self.model.patch_size:
             raise ValueError(f"ssl.method mae hides some of several patches: lower model.patch_size {self.model.patch_size}")
         if convolutional and self.ssl.method == "mae":
@@ -242,6 +245,7 @@ class RunConfig(Section):
             )
         if convolutional and (stages.layer_init == "copy" or stages.depth_dropout):
             raise ValueError(f"stages.layer_init copy and stages.depth_dropout need layers of one shape: not {self.model.backbone}")
+        self._check_reuse()
         if stages.on_collapse != "warn" and self.evaluation.data is None and self.calibration.every == "never":
             raise ValueError(
                 f"stages.on_collapse {stages.on_collapse} needs images on the server to judge a stage by: set evaluation.data, or "
@@ -253,6 +257,29 @@ class RunConfig(Section):
                 "the first round could not choose so many"
             )
         return self
+
+    def _check_lengths(self) -> None:
+        counts, train, every = self.round_counts, self.train, self.calibration.every
+        if self.stages.overlap >= self.model.depth:
+            raise ValueError(f"stages.overlap {self.stages.overlap} is no fewer than the {self.model.depth} layers of the model: lower it")
+        if isinstance(every, int) and every > max(counts):
+            raise ValueError(f"calibration.every {every} would never come: it counts the rounds of a stage, at most {max(counts)}")
+        whole = min(counts) if train.lr_schedule == "cosine_per_stage" else sum(counts)
+        if train.warmup_rounds >= whole:
+            what = "a stage" if train.lr_schedule == "cosine_per_stage" else "the run"
+            raise ValueError(f"train.warmup_rounds {train.warmup_rounds:g} leaves nothing of the {whole} rounds of {what}: lower it")
+
+    def _check_reuse(self) -> None:
+        pairs, epochs = self.train.views_per_round, self.train.epochs
+        if pairs == "fresh":
+            return
+        if self.stages.depth_dropout:
+            raise ValueError(f"train.views_per_round {pairs} needs a prefix that is the same in all steps: set stages.depth_dropout to 0")
+        if pairs > epochs and any(self.plan(stage).prefix_moves for stage in range(1, self.stage_count + 1)):
+            raise ValueError(
+                f"train.views_per_round {pairs} exceeds train.epochs {epochs}, and calibration changes the frozen layers from round to "
+                "round: some of the views would never be used; lower it, or set it to fresh"
+            )
 
     @property
     def stage_count(self) -> int:

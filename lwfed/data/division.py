@@ -53,9 +53,9 @@ def divide_folder(folder: Path, files: list[Path], config: RunConfig) -> Divisio
     """
     calibration = None if config.calibration.every == "never" else config.calibration.data
     for key, spec in (("calibration.data", calibration), ("evaluation.data", config.evaluation.data)):
-        if spec is not None and not Source(spec).divided and Path(spec).expanduser().resolve() == folder.resolve():
+        if spec is not None and not Source(spec).divided and _overlap(Path(spec).expanduser().resolve(), folder.resolve()):
             raise DataError(
-                f"{key} is the folder {str(folder)!r} that the devices share, and the server would use all of it: give it another one"
+                f"{key} {spec!r} and the folder {str(folder)!r} that the devices share have images in common: give the server others"
             )
     kinds = scan.classes(folder, files)
     if config.data.partition in BY_CLASS and not kinds:
@@ -65,6 +65,10 @@ def divide_folder(folder: Path, files: list[Path], config: RunConfig) -> Divisio
     labels = np.array(scan.class_numbers(folder, files, kinds), dtype=np.int64) if kinds else None
     nothing_kept = config.data.model_copy(update={"auxiliary_share": 0.0, "labelled_share": 0.0})
     return Division(labels, kinds, shares.split(len(files), labels, nothing_kept, config.run.seed, has_test_split=False))
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def reserved(found: ImageSet, source: Source, config: RunConfig) -> Reserve:

@@ -55,7 +55,7 @@ def even(rows: Rows, devices: int) -> list[Rows]:
 
 
 def dirichlet(rows: Rows, labels: Labels, devices: int, beta: float, random: Random) -> list[Rows]:
-    """Each class is cut in proportions drawn from Dir(beta) (Hsu et al., arXiv 1909.06335); a device may end up with very few."""
+    """Each class is cut in proportions drawn from Dir(beta) (Yurochkin et al., arXiv 1905.12022); a device may end up with very few."""
     parts: list[list[Rows]] = [[] for _ in range(devices)]
     for kind in np.unique(labels[rows]):
         members = random.permutation(rows[labels[rows] == kind])

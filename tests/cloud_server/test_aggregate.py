@@ -85,6 +85,8 @@ def test_the_order_of_arrival_does_not_change_a_bit(write, merge, rule, seed):
     shares = [Share(number, int(random.integers(1, 999)), write(number, w=random.normal(size=300) * 10.0**number)) for number in range(4)]
     before = random.normal(size=300)
     assert len({merge(rule, order, before).tobytes() for order in itertools.permutations(shares)}) == 1
+    cancelling = [Share(number, 1, write(f"c{number}", w=[value])) for number, value in enumerate((1e30, -1e30, 1.0))]
+    assert len({merge(rule, order, [1.0]).tobytes() for order in itertools.permutations(cancelling)}) == 1
 
 
 def test_running_statistics_are_averaged_by_images_under_every_rule(write):

@@ -240,7 +240,7 @@ def test_parts_that_the_next_stage_does_not_have_leave_the_model():
 
 
 @pytest.mark.parametrize(
-    "event", [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), CannotTrain(7, True), Unfit(7)]
+    "event", [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), CannotTrain(7, True), Unfit(7, "no")]
 )
 def test_an_illegal_event_names_event_and_place(event):
     with pytest.raises(IllegalEvent, match=rf"{type(event).__name__}.* in phase training of stage 1, round 1"):
@@ -399,12 +399,24 @@ def test_neither_order_nor_restarts_change_the_result(order, restarts, rules, co
 
 def test_an_unfit_device_counts_no_longer():
     rules = replace(RULES, quorum=1.0, min_devices=3)
-    state = after(rules, training(rules, devices=3), Unfit(0))
+    state = after(rules, training(rules, devices=3), Unfit(0, "no images"))
     assert (state.chosen, state.needed, state.devices[0]) == ((1, 2), 2, "gone")
     assert after(rules, state, Contributed(1, "x"), Contributed(2, "y")).phase == "aggregating"
-    assert after(rules, training(rules, devices=3), Contributed(1, "x"), Contributed(2, "y"), Unfit(0)).phase == "aggregating"
-    alone = after(RULES, training(), Unfit(0), Unfit(1))
+    assert after(rules, training(rules, devices=3), Contributed(1, "x"), Contributed(2, "y"), Unfit(0, "no images")).phase == "aggregating"
+    alone = after(RULES, training(), Unfit(0, "no images"), Unfit(1, "no images"))
     assert (alone.phase, alone.needed, alone.stuck) == ("training", 1, True)
+
+
+def test_another_device_trains_in_the_place_of_an_unfit_one_which_stays_so_until_it_begins_anew():
+    rules = replace(RULES, sample=2, min_devices=4)
+    before = training(rules, devices=4)
+    assert len(before.chosen) == 2
+    state, notices = advance(rules, before, Unfit(before.chosen[0], "no memory"), 0.0)
+    (joined,) = notices
+    assert set(state.chosen) == {before.chosen[1], *joined.participants}
+    assert state.needed == before.needed
+    assert State.from_json(state.to_json()).unfit == {before.chosen[0]: "no memory"}
+    assert after(rules, state, Restarted(before.chosen[0])).unfit == {}
 
 
 EVENTS = st.one_of(
@@ -412,7 +424,7 @@ EVENTS = st.one_of(
     st.builds(Absent, st.integers(0, 3), st.booleans()),
     st.builds(Restarted, st.integers(0, 3)),
     st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
-    st.builds(Unfit, st.integers(0, 3)),
+    st.builds(Unfit, st.integers(0, 3), st.just("no images")),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),
     st.just(Started()),

@@ -135,6 +135,19 @@ def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(worl
     assert len(of(said, "warning")) == 1
 
 
+def test_a_server_that_was_killed_knows_which_devices_are_unfit(world, said):
+    fleet = world("rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("rich")
+    poor = fleet.join("poor", fails=1, code="unfit")
+    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    fleet.kill()
+    fleet.start()
+    fleet.finish()
+    assert poor.tasks == [(1, 1)]
+    assert "device 1 is not asked to train: out of unfit" in of(said, "warning")[-1]["text"]
+
+
 def test_a_device_without_images_holds_no_round_open_and_stays_one_when_it_connects_again(world, said):
     fleet = world("rounds.quorum=1")
     fleet.start()

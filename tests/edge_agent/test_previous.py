@@ -91,6 +91,16 @@ def test_what_two_rounds_need_is_kept_and_no_more(tmp_path):
     assert (device.kept / "another.npy").exists()
 
 
+def test_a_stage_that_is_repeated_compares_with_nothing_of_the_attempt_that_collapsed(tmp_path):
+    device = Device(tmp_path / "one")
+    planned = device.config.round_counts[0]
+    device.train(planned)
+    kept = Previous(device.kept, device.config, 1, 0)
+    assert kept.before(planned + 1) is None
+    device.train(planned + 1)
+    assert kept.before(planned + 2) is not None
+
+
 def test_a_spoilt_file_is_as_none(tmp_path):
     device = Device(tmp_path / "one")
     first = device.train(2)

@@ -90,6 +90,10 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key():
         ("stages: {rounds_per_stage: 2000000}", "stages.rounds_per_stage"),
         ("rounds: {deadline_s: 1e10}", "rounds.deadline_s"),
         ("views: {crop_scale: [1.0, 0.2]}", "no range"),
+        ("stages: {overlap: 12}", "overlap 12 is no fewer than the 12 layers"),
+        ("calibration: {every: 16, data: digits}", "would never come: it counts the rounds of a stage, at most 15"),
+        ("train: {warmup_rounds: 180}", "nothing of the 180 rounds of the run"),
+        ("train: {warmup_rounds: 15, lr_schedule: cosine_per_stage}", "nothing of the 15 rounds of a stage"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, message):
@@ -116,6 +120,12 @@ def test_bad_files_are_explained(tmp_path, text, message):
         ("evaluation.probe=maybe", "evaluation.probe: must be true or false (got 'maybe')"),
         ("model.channels=2", "model.channels: must be 1 or 3 (got 2)"),
         ("views.blur=3", "views.blur: must be a list (got 3)"),
+        ("calibration.every=rounds", "calibration.every: must be 'round', 'stage' or 'never', or a whole number (got 'rounds')"),
+        ("calibration.every=true", "calibration.every: must be 'round', 'stage' or 'never', or a whole number (got True)"),
+        ("stages.rounds_per_stage=0", "stages.rounds_per_stage: must be at least 1, or a list (got 0)"),
+        ("stages.layers_per_stage=[2, x]", "stages.layers_per_stage: must be a whole number (got [2, 'x'])"),
+        ("train.micro_batch=yes", "train.micro_batch: must be a whole number, or 'auto' (got True)"),
+        ("train.lr=true", "train.lr: must be a number (got True)"),
         ("views.blur=[1, 2, 3]", "views.blur: must have at most 2 values (got [1, 2, 3])"),
     ],
 )
@@ -142,3 +152,11 @@ def test_junk_from_the_network_is_a_config_error():
         RunConfig.from_bytes(b"{}")
     with pytest.raises(ConfigError):
         RunConfig.from_bytes(b"\xff\x00")
+
+
+def test_a_stage_that_is_repeated_goes_through_its_part_of_the_schedule_once_more():
+    config = load_config("demo")
+    rounds = config.round_counts[1]
+    assert config.place(2, rounds + 1) == config.place(2, 1)
+    assert config.place(2, 2 * rounds) == config.place(2, rounds)
+    assert config.place(2, rounds) != config.place(2, 1)

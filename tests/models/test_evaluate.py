@@ -10,7 +10,7 @@ from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.errors import DataError
 from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluation import finetune
-from lwfed.models.evaluation.classifiers import TEMPERATURE, knn, linear_probe
+from lwfed.models.evaluation.classifiers import knn, linear_probe
 from lwfed.models.evaluation.collapse import collapsed, variety
 from lwfed.models.evaluation.features import features, raw_pixels
 from lwfed.models.evaluation.metrics import metrics
@@ -35,7 +35,7 @@ def test_knn_is_that_of_scikit_learn(digits, k):
     from sklearn.neighbors import KNeighborsClassifier
 
     bank, bank_labels, queries, _ = digits
-    reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
+    reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = reference.fit(bank.double(), bank_labels).predict(queries.double())
     assert accuracy(knn(bank, bank_labels, queries, k), torch.from_numpy(expected)) > 0.99
 
@@ -46,7 +46,7 @@ def test_knn_is_a_vote_of_the_nearest(digits):
         cosines = [(torch.dot(one, query) / (one.norm() * query.norm())).item() for one in bank]
         votes = [0.0] * 10
         for place in sorted(range(len(bank)), key=lambda place: -cosines[place])[:7]:
-            votes[bank_labels[place]] += np.exp(cosines[place] / TEMPERATURE)
+            votes[bank_labels[place]] += np.exp(cosines[place] / 0.07)
         assert found == int(np.argmax(votes))
 
 
@@ -65,11 +65,11 @@ def test_probe_is_that_of_scikit_learn(digits):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    bank, bank_labels, queries, labels = digits
+    bank, bank_labels, queries = digits[0][:40], digits[1][:40], digits[2]  # few, so that the penalty counts
     scaler = StandardScaler().fit(bank)
-    reference = LogisticRegression(max_iter=2000).fit(scaler.transform(bank), bank_labels)
+    reference = LogisticRegression(max_iter=5000, tol=1e-8).fit(scaler.transform(bank), bank_labels)
     found = linear_probe(bank, bank_labels, queries)
-    assert accuracy(found, labels) == pytest.approx(reference.score(scaler.transform(queries), labels), abs=0.005)
+    assert accuracy(found, torch.from_numpy(reference.predict(scaler.transform(queries)))) > 0.995
     assert torch.equal(found, linear_probe(bank, bank_labels, queries))
 
 
@@ -147,6 +147,26 @@ def test_features_do_not_depend_on_the_batch(tiny, images):
 
 def test_raw_pixels(images):
     assert np.array_equal(raw_pixels(images).numpy(), images.reshape(20, -1) / np.float32(255))
+
+
+def test_fine_tuning_is_set_as_in_the_paper(tiny, images, monkeypatch):
+    """arXiv 2401.11647, section 4.1."""
+    import_torchvision()
+    assert (finetune.EPOCHS, finetune.BATCH_SIZE, finetune.WEIGHT_DECAY) == (40, 256, 1e-5)
+    rates = [finetune._lr(epoch / 40) for epoch in (0, 5, 10, 25, 40)]
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 0.5e-3, 0], abs=1e-9)
+    seen, augment = [], finetune._rand_augment()
+
+    def watched(image):
+        seen.append(augment(image))
+        return seen[-1]
+
+    monkeypatch.setattr(finetune, "_rand_augment", lambda: watched)
+    config, shown = tiny(), torch.from_numpy(images)
+    tensors = init_parts(config, ["stem", "layer.1", "norm"])
+    finetune.finetune(config.model, tensors, finetune.Labelled(shown, torch.arange(20) % 2), shown, 0, 2)
+    assert len(seen) == 40
+    assert not torch.equal(torch.stack(seen[:20]).sort(0).values, shown.sort(0).values)
 
 
 def test_fine_tuning_learns_and_leaves_the_encoder_alone(tiny, monkeypatch):

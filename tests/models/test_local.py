@@ -9,7 +9,7 @@ import torch
 
 from lwfed.errors import DataError, Diverged
 from lwfed.models.initial import init_parts
-from lwfed.models.local import calibration_task, device_task, train_local
+from lwfed.models.local import _batches, calibration_task, device_task, train_local
 from lwfed.plan import Place
 
 WHOLE, HALF = Place(0, 1, 0, 1), Place(0, 2, 0, 2)
@@ -33,6 +33,16 @@ def test_equal_inputs_give_equal_bits(tiny, images, strategy):
     assert digest(first) == digest(again)
     assert summary == repeated
     assert digest(call(config, images, seed=6)[0]) != digest(first)
+
+
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own(tiny):
+    task = device_task(tiny("train.epochs=3"), tiny().plan(2), 5, HALF)
+    orders = [[], [], []]
+    for epoch, indices in _batches(replace(task, epochs=3), 20, 8):
+        assert len(indices) == 8
+        orders[epoch] += indices.tolist()
+    assert all(len(set(order)) == len(order) == 16 for order in orders)
+    assert len(set(map(tuple, orders))) == 3
 
 
 def test_global_generator_is_neither_read_nor_moved(tiny, images):

@@ -25,8 +25,9 @@ def rate(place, part=0.0, *settings, batch=512):
         (MIDDLE, ["lr_schedule=cyclical", "cycle_rounds=10"], 3e-4),
         (MIDDLE, ["lr_schedule=cyclical", "cycle_rounds=40"], 1.5e-4),
         (MIDDLE, ["lr_schedule=cyclical", "cycle_rounds=20"], 0.0),
-        (MIDDLE, ["lr_schedule=fixed", "warmup_rounds=100"], 1.5e-4),
-        (MIDDLE, ["lr_schedule=cosine_per_stage", "warmup_rounds=20"], 0.75e-4),
+        (MIDDLE, ["lr_schedule=fixed", "warmup_rounds=75"], 2e-4),
+        (MIDDLE, ["lr_schedule=cosine_per_stage", "warmup_rounds=8"], 1.875e-4),
+        (Place(0, 1, 0, 1), ["lr_schedule=cosine", "warmup_rounds=20"], 3e-4),
         (Place(60, 100, 0, 10), ["lr_schedule=cosine", "warmup_rounds=20"], 1.5e-4),
     ],
 )

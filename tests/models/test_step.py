@@ -135,6 +135,14 @@ def test_received_and_previous_model_stay_as_they_are(tiny):
     assert all(torch.equal(made.previous.state_dict()[name], tensor) for name, tensor in previous.items())
 
 
+def test_every_step_and_every_call_has_views_of_its_own(tiny):
+    config, images = tiny(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    drawn = [draw_batch(config, seed, step, images, 0).views for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    amounts = [tuple(view.amounts.flatten().tolist()) for views in drawn for view in views]
+    assert len(set(amounts)) == 6
+    assert amounts[:2] == amounts[-2:]
+
+
 def test_proximal_term_is_that_of_fedprox(tiny):
     """Against the gradient of mu / 2 |w - w_received|^2 by autograd, in the second step, when w has moved."""
     config, terms = tiny("train.weight_decay=0.0"), Terms(proximal=0.3)

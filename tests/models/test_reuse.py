@@ -1,0 +1,193 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lwfed.errors import ConfigError
+from lwfed.models.initial import init_parts
+from lwfed.models.local import device_task, train_local
+from lwfed.models.prefix import TorchPrefix
+from lwfed.models.reuse import FeatureCache, Reuse, Views, forget, reuse
+from lwfed.models.step import Means, frozen_tokens, prepare
+from lwfed.plan import part_of
+
+RECORD = 2 * 4 * 16 * 2  # bytes: views, tokens, width, float16
+EVERYWHERE = 1e9
+
+
+class Counting(TorchPrefix):
+    """Adds up how many images went through how many layers."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.count = 0
+
+    def __call__(self, x, skip):
+        self.count += len(x) * (self._layers - len(skip))
+        return super().__call__(x, skip)
+
+
+@pytest.fixture
+def device(tiny, images, tmp_path):
+    """A device with 20 images that trains rounds of stages from the same first weights."""
+
+    class Device:
+        def __init__(self, *settings):
+            self.config = tiny("train.views_per_round=2", *settings)
+            self.folder = tmp_path / "features"
+            self.tensors = {part: init_parts(self.config, [part]) for part in self.config.plan(self.config.stage_count).present}
+
+        def train(self, stage, round=1, room=EVERYWHERE, marks="abcdef", cached=True, on_rows=None):
+            """The update; what the prefix did is in `work`. `marks` are the digests of the frozen parts."""
+            plan = self.config.plan(stage)
+            tensors = {name: tensor for part in plan.present for name, tensor in self.tensors[part].items()}
+            model = prepare(self.config, tensors, plan.trained).online
+            prefix = Counting(model, len(plan.frozen) - 1)
+            cache = FeatureCache(self.folder, tuple(marks[: len(plan.frozen)]), room) if cached else None
+            task = device_task(self.config, plan, 10 * stage + round, self.config.place(stage, round), reuse(self.config, plan, 0, round))
+            trained, _ = train_local(self.config, task, tensors, images, means=Means(prefix, 4), cache=cache, on_rows=on_rows)
+            self.work = prefix.count
+            return {name: tensor.numpy().tobytes() for name, tensor in trained.items()}
+
+        @property
+        def files(self):
+            return sorted(self.folder.iterdir())
+
+    return Device
+
+
+def make_views(config, images, stage=3, seed=5):
+    plan = config.plan(stage)
+    branches = prepare(config, init_parts(config, plan.present), plan.trained)
+    choose = lambda indices: torch.from_numpy(images[indices.numpy()])  # noqa: E731
+    return Views(config, Reuse(config.train.views_per_round, seed), branches, len(images), choose), branches
+
+
+@pytest.mark.parametrize("method", ["moco_v3", "simclr", "byol", "mae"])
+def test_tokens_are_what_the_prefix_gives_for_the_views_of_the_batch(tiny, images, tmp_path, method):
+    config = tiny("train.views_per_round=3", f"ssl.method={method}", "ssl.decoder_width=32")
+    views, branches = make_views(config, images)
+    indices = torch.tensor([7, 3, 19, 0])
+    without = views.batch(1, 0, indices)
+    views.keep(FeatureCache(tmp_path / "kept", ("a", "b", "c"), EVERYWHERE), "images")
+    batch = views.batch(1, 0, indices)
+    for number, tokens in enumerate(batch.tokens):
+        expected = frozen_tokens(branches, replace(batch, tokens=None), config, number)
+        assert tokens.dtype == torch.float16
+        torch.testing.assert_close(tokens.float(), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(without.tokens[number], tokens, rtol=2e-3, atol=2e-3)
+
+
+def test_each_image_has_so_many_first_and_second_views_that_combine(tiny, images):
+    views, _ = make_views(tiny("train.views_per_round=2"), images)
+    seen = [set(), set(), set()]
+    for step in range(60):
+        batch = views.batch(1, step, torch.tensor([4, 11]))
+        keys = [(tuple(params.boxes[1].tolist()), params.amounts[1, 0].item()) for params in batch.views]
+        for found, key in zip(seen, (*keys, tuple(keys)), strict=True):
+            found.add(key)
+    assert [len(found) for found in seen] == [2, 2, 4]
+
+
+def test_the_file_is_made_once_and_a_device_that_lost_it_computes_the_same(device):
+    one = device()
+    shown = []
+    first = one.train(3, on_rows=lambda done, total: shown.append((done, total)))
+    assert shown[-1] == (40, 40)
+    assert one.work == 2 * (2 * 40 + 1 * 0) + 2 * 1  # two layers for two views of 20 images in two pairs, and once for the shape
+    again = one.train(3)
+    assert one.work == 2
+    shutil.rmtree(one.folder)
+    assert first == again == one.train(3)
+    assert [file.stat().st_size for file in one.files] == [40 * RECORD]
+
+
+def test_rounds_and_stages_have_the_same_views_which_go_through_what_is_new_only(device):
+    one = device()
+    one.train(2)
+    one.train(2, round=2)
+    assert one.work == 1
+    rolled = one.train(3)
+    assert one.work == 2 * 40 + 2  # one layer of two
+    assert len(one.files) == 1
+    kept = np.fromfile(one.files[0], np.float16)
+    shutil.rmtree(one.folder)
+    computed = one.train(3)
+    np.testing.assert_allclose(kept, np.fromfile(one.files[0], np.float16), rtol=5e-3, atol=5e-3)
+    assert rolled.keys() == computed.keys()
+
+
+def test_a_prefix_that_changed_is_computed_anew_and_the_old_one_forgotten(device):
+    one = device()
+    one.train(3)
+    (before,) = one.files
+    one.train(3, marks="axcdef")
+    assert one.work == 2 * 80 + 2
+    assert len(one.files) == 1
+    assert one.files != [before]
+
+
+def test_where_calibration_moves_the_prefix_views_are_of_the_round(tiny):
+    moving = tiny("train.views_per_round=2", "calibration.every=round", "calibration.data=digits")
+    still = tiny("train.views_per_round=2")
+    at_ends = tiny("train.views_per_round=2", "calibration.every=stage", "calibration.data=digits")
+    assert reuse(moving, moving.plan(2), 0, 1).seed != reuse(moving, moving.plan(2), 0, 2).seed
+    for config in (still, at_ends):
+        assert len({reuse(config, config.plan(stage), 0, round).seed for stage in (2, 3) for round in (1, 2)}) == 1
+        assert reuse(config, config.plan(2), 1, 1).seed != reuse(config, config.plan(2), 0, 1).seed
+    assert reuse(still, still.plan(1), 0, 1) is None  # nothing is frozen
+    assert reuse(tiny(), tiny().plan(2), 0, 1) is None
+    progressive = tiny("train.views_per_round=2", "stages.strategy=progressive")
+    assert reuse(progressive, progressive.plan(2), 0, 1) is None
+
+
+@pytest.mark.parametrize("room", [0, 13 * RECORD + 5])
+def test_what_has_no_room_is_computed_each_time(device, room):
+    one = device("train.epochs=3")
+    one.train(3, room=room)
+    assert one.files[0].stat().st_size == room // RECORD * RECORD
+    assert one.work > 2 * (room // RECORD) * 2 + 2
+    limited = one.train(3, room=room)
+    shutil.rmtree(one.folder)
+    ample = one.train(3)
+    for name, data in ample.items():
+        np.testing.assert_allclose(np.frombuffer(limited[name], np.float32), np.frombuffer(data, np.float32), atol=1e-3)
+
+
+def test_a_file_that_leaves_no_room_for_the_next_one_goes_first(device):
+    one = device()
+    one.train(2, room=60 * RECORD)
+    one.train(3, room=60 * RECORD)
+    assert one.work == 2 * 80 + 2
+    assert [file.stat().st_size for file in one.files] == [40 * RECORD]
+
+
+def test_a_folder_that_cannot_be_made_costs_time_only(device):
+    one = device()
+    one.folder.write_text("in the way")
+    one.train(3)
+    assert one.work > 2 * 80
+    forget(one.folder)
+
+
+def test_training_goes_on_with_reused_views_as_without_a_cache(device):
+    one = device()
+    cached, plain = one.train(3), one.train(3, cached=False)
+    frozen = set(one.config.plan(3).frozen)
+    assert all(part_of(name) not in frozen for name in cached)
+    for name, data in plain.items():
+        np.testing.assert_allclose(np.frombuffer(cached[name], np.float32), np.frombuffer(data, np.float32), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["stages.depth_dropout=0.5"], "depth_dropout to 0"),
+        (["train.epochs=1", "calibration.every=round", "calibration.data=digits"], "exceeds train.epochs 1"),
+    ],
+)
+def test_settings_that_contradict_reuse_are_refused(tiny, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny("train.views_per_round=2", *settings)
