@@ -17,7 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 5  # PRAGMA user_version
+VERSION = 6
 
 metadata = MetaData()
 
