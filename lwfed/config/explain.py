@@ -55,9 +55,13 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
 
 
 def _path(loc: Sequence[int | str], known: Collection[str]) -> str:
-    """The key; without what pydantic adds to it for each kind of value that the key may have."""
-    paths = [".".join(map(str, loc[: count + 1])) for count in range(len(loc))]
-    return next((path for path in paths if path in known), paths[-1] if paths else "")
+    """The key; without what pydantic adds to it for each kind of value that the key may have, which is a word and no index."""
+    whole, key = ".".join(map(str, loc)), ""
+    for count, part in enumerate(loc):
+        key = f"{key}.{part}" if key else str(part)
+        if key in known and isinstance((*loc, 0)[count + 1], str):
+            return key
+    return whole
 
 
 def _line(path: str, problems: Sequence[Mapping[str, Any]], known: Collection[str]) -> str:
