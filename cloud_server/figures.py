@@ -12,7 +12,7 @@ from lwfed.cloud_server.schema import contributions
 
 @dataclass(frozen=True)
 class StageFigures:
-    """Memory is the largest of any device and round; traffic is the mean of the devices that took part."""
+    """Memory is the largest of any device and round; traffic is the mean of the devices that have taken part in the run so far."""
 
     worker_peak_mb: float
     worker_baseline_mb: float
@@ -28,11 +28,17 @@ def mean_loss(connection: Connection, stage: int, round: int) -> float | None:
     return None if found is None else float(found)
 
 
-def contributors(connection: Connection) -> dict[tuple[int, int], int]:
-    """(stage, round) -> how many devices contributed."""
+@dataclass(frozen=True)
+class Contributed:
+    devices: int
+    seconds: float
+
+
+def contributed(connection: Connection) -> dict[tuple[int, int], Contributed]:
+    """(stage, round) -> by how many devices, and the seconds that they computed, added up."""
     place = contributions.c.stage, contributions.c.round
-    rows = connection.execute(select(*place, func.count()).group_by(*place))
-    return {(row[0], row[1]): row[2] for row in rows}
+    rows = connection.execute(select(*place, func.count(), func.sum(contributions.c.seconds)).group_by(*place))
+    return {(row[0], row[1]): Contributed(row[2], row[3]) for row in rows}
 
 
 def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
@@ -43,11 +49,13 @@ def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
     if not ours:
         return None
     used = [_used(row, before.get(row.participant)) for row in ours]
+    # Of all stages: a device that trained in other stages has cost nothing in this one, and means add up to the run's.
+    devices = connection.execute(select(func.count(contributions.c.participant.distinct()))).scalar_one()
     return StageFigures(
         worker_peak_mb=max(row.peak for row in ours),
         worker_baseline_mb=max(row.baseline for row in ours),
-        bytes_down=round(sum(down for down, _ in used) / len(used)),
-        bytes_up=round(sum(up for _, up in used) / len(used)),
+        bytes_down=round(sum(down for down, _ in used) / devices),
+        bytes_up=round(sum(up for _, up in used) / devices),
     )
 
 

@@ -78,6 +78,7 @@ contributions = Table(
     Column("baseline_mb", Float, nullable=False),
     Column("down_bytes", Integer, nullable=False),  # since the device joined the run
     Column("up_bytes", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),  # that the device computed
     Column("received_s", Float, nullable=False),
     Column("report", JSON, nullable=False),  # whole, and last: its pages are not read for the columns before it
     UniqueConstraint("stage", "round", "participant", "run"),  # in the order in which rows are looked up

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from lwfed.cloud_server import schema
-from lwfed.cloud_server.figures import StageFigures, contributors, mean_loss, stage_figures
+from lwfed.cloud_server.figures import Contributed, StageFigures, contributed, mean_loss, stage_figures
 from lwfed.cloud_server.rounds import State
 from lwfed.config import RunConfig
 from lwfed.errors import StateError
@@ -204,10 +204,10 @@ class Store:
         with self._transaction() as connection:
             return mean_loss(connection, stage, round)
 
-    def contributors(self) -> dict[tuple[int, int], int]:
-        """(stage, round) -> how many devices contributed."""
+    def contributed(self) -> dict[tuple[int, int], Contributed]:
+        """(stage, round) -> by how many devices, and the seconds that they computed, added up."""
         with self._transaction() as connection:
-            return contributors(connection)
+            return contributed(connection)
 
     def figures(self, stage: int) -> StageFigures | None:
         with self._transaction() as connection:
@@ -271,6 +271,7 @@ class Step:
             "report": contribution.report.model_dump(mode="json"),
             "down_bytes": contribution.traffic.down,
             "up_bytes": contribution.traffic.up,
+            "seconds": contribution.report.seconds,
             "received_s": self._now,
         }
         self._connection.execute(schema.contributions.insert(), row)

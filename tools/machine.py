@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import version
@@ -20,6 +21,7 @@ def machine() -> dict[str, Any]:
         "cores": psutil.cpu_count(),
         "memory_mb": round(psutil.virtual_memory().total / 1e6),
         "system": f"{platform.system()} {platform.machine()}",
+        "accelerator": _accelerator(),
         "python": platform.python_version(),
     }
 
@@ -34,6 +36,16 @@ def needed(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise MissingDependency(f"{what} needs {error.name}: pip install 'lwfed[demo]'") from None
+
+
+def _accelerator() -> str | None:
+    """Name of the first CUDA device, as its driver tells it."""
+    try:
+        words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        lines = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
 
 
 def _processor() -> str:

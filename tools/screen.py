@@ -20,6 +20,7 @@ WORTH_A_LINE = {
     ("evaluation", None),
     ("round", "closed"),
     ("stage", "ended"),
+    ("collapse", None),
     ("device", "joined"),
     ("warning", None),
     ("waiting", None),
@@ -83,7 +84,7 @@ def rows(run: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if run[name] is not None:
             yield name.replace("_", " "), run[name]
     for record in run["stages"]:
-        yield f"after stage {record['stage']}", record
+        yield f"stage {record['stage']} collapsed" if record.get("collapsed") else f"after stage {record['stage']}", record
     yield "all stages", total(run["stages"])
 
 

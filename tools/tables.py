@@ -20,7 +20,7 @@ from lwfed.config.schema import Section
 from lwfed.console import counted
 from lwfed.errors import ConfigError, StateError
 from lwfed.tools.machine import needed
-from lwfed.tools.simulation.command import Simulation, command_line, simulate
+from lwfed.tools.simulation.command import Simulation, command_line, plan, simulate
 
 Words = Annotated[str, Field(min_length=1)]
 VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
@@ -81,7 +81,10 @@ def load_table(name: str) -> Table:
 
 
 def make_table(name: str, out: Path, seeds: tuple[int, ...] | None, into: Path | None, workers: int | None, device: str | None) -> None:
-    """All rows with the first seed, then all of them with the second, and so on; table.md and table.png are renewed after each."""
+    """All rows with the first seed, then all of them with the second, and so on; table.md and table.png are renewed after each.
+
+    Mistakes in any row, or in the page, are found before the first run. Raises ConfigError and what `simulate` raises.
+    """
     draw = needed("lwfed.tools.table_figure", "a table").draw
     table = load_table(name)
     seeds = seeds or table.seeds
@@ -89,10 +92,16 @@ def make_table(name: str, out: Path, seeds: tuple[int, ...] | None, into: Path |
         row: Simulation(table.config, (*table.set, *row.set), out / row.name, table.data, row.dropout, seeds, None, workers, device)
         for row in table.rows
     }
+    for told in rows.values():
+        plan(expanded(told))
+    if into is not None:
+        replaced(_read(into), Path(name).stem, "")
     for count in range(1, 1 + len(seeds)):
         for row, told in rows.items():
             click.echo(f"\n{row.title}, {counted(count, 'seed')} of {len(seeds)}")
-            simulate(expanded(replace(told, seeds=seeds[:count])))
+            made = _report(told)
+            if made is None or not set(seeds[:count]) <= set(made["seeds"]):
+                simulate(expanded(replace(told, seeds=seeds[:count])))
             write(name, out, into, table, list(results(rows)), draw)
 
 
@@ -107,21 +116,41 @@ def expanded(told: Simulation) -> Simulation:
 
 def results(rows: Mapping[Row, Simulation]) -> Iterator[Result]:
     for row, told in rows.items():
-        file = told.out / "report.json"
-        if file.is_file():
-            report = json.loads(file.read_text())
+        if report := _report(told):
             command = command_line(replace(told, seeds=tuple(report["seeds"]), device=None))
             yield Result(row.title, command.replace("'", '"'), report)  # a shell expands variables in these quotes
 
 
+def _report(told: Simulation) -> Mapping[str, Any] | None:
+    """What is there of a row; None if there is nothing, or of other settings."""
+    file = told.out / "report.json"
+    if not file.is_file():
+        return None
+    report: Mapping[str, Any] = json.loads(file.read_text())
+    told = replace(expanded(told), seeds=tuple(report["seeds"]))
+    config = next(iter(plan(told).values()))
+    same = (report["command"], report["config"]) == (command_line(told), config.model_dump(mode="json"))
+    return report if same else None
+
+
+def _read(page: Path) -> str:
+    try:
+        return page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"cannot read {page}: {error.strerror or error}") from None
+
+
 def write(name: str, out: Path, into: Path | None, table: Table, found: Sequence[Result], draw: Any) -> None:
-    """table.md and table.png in `out`; and the same text in place of the block of `into` that is marked with the table's name."""
-    text = markdown(table, found)
+    """table.md and table.png in `out`; with `into` also in place of the block of that page that is marked with the table's name, and in
+    figures/ beside it."""
+    text, picture, stem = markdown(table, found), draw(table.title, found), Path(name).stem
     try:
         (out / "table.md").write_text(text, encoding="utf-8")
-        (out / "table.png").write_bytes(draw(table.title, found))
+        (out / "table.png").write_bytes(picture)
         if into is not None:
-            into.write_text(replaced(into.read_text(encoding="utf-8"), Path(name).stem, text), encoding="utf-8")
+            into.write_text(replaced(_read(into), stem, text), encoding="utf-8")
+            (into.parent / "figures").mkdir(exist_ok=True)
+            (into.parent / "figures" / f"{stem}.png").write_bytes(picture)
     except OSError as error:
         raise StateError(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions") from None
 
@@ -145,13 +174,15 @@ def markdown(table: Table, found: Sequence[Result]) -> str:
     lines += ["", "```sh", *(f"{result.command}" for result in found), "```", ""]
     first = found[0].report
     machine = "{processor}, {cores} cores, {memory_mb} MB, {system}, Python {python}".format(**first["machine"])
+    if first["config"]["worker"]["device"] != "cpu" and first["machine"]["accelerator"]:
+        machine += f", {first['machine']['accelerator']}"
     lines.append(f"{machine}; {', '.join(f'{package} {version}' for package, version in first['versions'].items())}.")
     return "\n".join(lines) + "\n"
 
 
 def _row(title: str, result: Result, record: Mapping[str, Any]) -> str:
     seeds = len(result.report["seeds"])
-    cells = [title, str(seeds), *(_percent(record[figure], seeds) for figure in ("knn", "probe"))]
+    cells = [title.replace("|", "\\|"), str(seeds), *(_percent(record[figure], seeds) for figure in ("knn", "probe"))]
     if "seconds" in record:
         memory = record["worker_peak_mb"]["mean"] - record["worker_baseline_mb"]["mean"]
         cells += [f"{memory:.0f}", *(f"{record[name]['mean'] / 1e6:.1f}" for name in ("bytes_down", "bytes_up"))]

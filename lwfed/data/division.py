@@ -86,7 +86,6 @@ def fingerprint(source: Source, config: RunConfig) -> list[object]:
 
 
 def _cut(config: RunConfig, source: Source) -> DataSection:
-    """The server keeps a share only of a set that it uses itself."""
-    calibrates = config.calibration.every != "never" and source.same_set(config.calibration.data)
-    used = {"auxiliary_share": calibrates, "labelled_share": source.same_set(config.evaluation.data)}
-    return config.data.model_copy(update={share: 0.0 for share, is_used in used.items() if not is_used})
+    """The server keeps a share only of a set that it names; also where it does not calibrate, so that such a run has the same split."""
+    named = {"auxiliary_share": source.same_set(config.calibration.data), "labelled_share": source.same_set(config.evaluation.data)}
+    return config.data.model_copy(update={share: 0.0 for share, is_named in named.items() if not is_named})

@@ -104,13 +104,15 @@ def test_the_split_is_the_seeds_alone_and_the_same_on_every_machine():
     }
 
 
-def test_the_server_keeps_shares_only_of_a_set_that_it_uses():
+def test_the_server_keeps_shares_only_of_a_set_that_it_names():
     def devices_hold(*settings):
         config = load_config("demo", settings)
         return sum(len(device_images("digits", config, number)) for number in range(config.data.devices))
 
-    assert devices_hold("calibration.every=never", "evaluation.data=null") == 1797
-    without_calibration, whole = devices_hold("calibration.every=never"), devices_hold()
+    unnamed = ("calibration.every=never", "calibration.data=null")
+    assert devices_hold(*unnamed, "evaluation.data=null") == 1797
+    without_calibration, whole = devices_hold(*unnamed), devices_hold()
+    assert devices_hold("calibration.every=never") == whole  # the same split, whether it calibrates or not
     assert 0.63 * 1797 < without_calibration < 0.67 * 1797
     assert 0.48 * 1797 < whole < 0.52 * 1797
     assert devices_hold("calibration.data=fashion-mnist", "evaluation.data=fashion-mnist") == 1797

@@ -96,7 +96,21 @@ def test_fine_tuning_begins_from_the_encoder_and_from_scratch(run):
     words = (run, "--data", "digits", "--protocol", "finetune", "--epochs", 1, "--limit", 60)
     first, second = ([{**row, "seconds": 0} for row in report(*words)["rows"]] for _ in range(2))
     assert first == second
-    assert [(row["name"], row["protocol"]) for row in first] == [("random", "finetune"), ("encoder", "finetune")]
+    assert [(row["name"], row["protocol"]) for row in first] == [("random", "finetune"), ("raw_pixels", "probe"), ("encoder", "finetune")]
+    losses = [line for line in evaluate(*words).stderr.splitlines() if "loss" in line]
+    assert len(set(losses)) == len(losses) == 2
+
+
+def test_random_weights_are_not_the_encoder_s(run):
+    found = report(run, "--data", "digits", "--protocol", "probe")
+    assert found["features"]["random"] != found["features"]["encoder"]
+    assert found["rows"][0]["accuracy"] != found["rows"][2]["accuracy"]
+
+
+def test_a_few_images_are_not_judged_by(run):
+    done = evaluate(run, "--data", "digits", "--protocol", "knn", "--limit", 8)
+    assert "collapsed" not in done.stdout
+    assert "(--limit 8)" in done.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"\0" * 100])

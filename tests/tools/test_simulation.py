@@ -65,7 +65,7 @@ def report(out):
 def test_the_report_holds_what_was_measured(undisturbed):
     found = report(undisturbed)
     (run,) = found["runs"]
-    assert set(run["stages"][0]) == FIGURES | {"stage", "metrics", "features"}
+    assert set(run["stages"][0]) == FIGURES | {"stage", "metrics", "features", "collapsed"}
     assert (run["strategy"], run["seed"], found["seeds"]) == ("layer_wise", SEED, [SEED])
     assert 0 < run["stages"][0]["knn"] <= 1
     assert run["random"]["knn"] < run["raw_pixels"]["knn"]

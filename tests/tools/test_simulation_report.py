@@ -7,7 +7,7 @@ from lwfed.tools.simulation.records import means, summarise
 def run(strategy, seed, *accuracies, probe=0.5):
     stages = [
         {
-            "stage": number, "loss": 1.0, "knn": knn, "probe": probe, "worker_peak_mb": 300.0, "worker_baseline_mb": 250.0,
+            "stage": number, "collapsed": False, "loss": 1.0, "knn": knn, "probe": probe, "worker_peak_mb": 300.0, "worker_baseline_mb": 250.0,
             "bytes_down": 2_000_000, "bytes_up": 1_000_000, "seconds": 3.0,
         }
         for number, knn in enumerate(accuracies, 1)
@@ -34,6 +34,15 @@ def test_several_seeds_are_a_mean_and_a_standard_deviation(whole):
     assert last["knn"] == {"mean": pytest.approx(0.8), "spread": pytest.approx(0.02**0.5)}
     assert whole["summary"]["layer_wise"]["total"]["bytes_down"] == {"mean": 4_000_000, "spread": 0}
     assert means(whole["summary"]["end_to_end"])["stages"][0]["knn"] == pytest.approx(0.8)
+
+
+def test_a_run_that_was_stopped_leaves_the_stages_that_all_have_and_a_collapse_is_marked(whole, capsys, tmp_path):
+    runs = [run("layer_wise", 0, 0.5, 0.7), run("layer_wise", 1, 0.1)]
+    runs[1]["stages"][0]["collapsed"] = True
+    summary = summarise(runs)
+    assert [stage["collapsed"] for stage in summary["stages"]] == [True]
+    report.show({**whole, "summary": {"layer_wise": summary}}, tmp_path)
+    assert "stage 1 collapsed " in capsys.readouterr().out
 
 
 def test_what_was_not_measured_is_not_made_up():

@@ -14,6 +14,7 @@ from lwfed.config import load_config
 from lwfed.errors import ConfigError
 from lwfed.tools import tables
 from lwfed.tools.cli import main
+from lwfed.tools.simulation.command import command_line, plan
 from lwfed.tools.simulation.records import summarise
 from lwfed.tools.tables import expanded, load_table, replaced
 
@@ -42,7 +43,7 @@ def test_every_row_of_our_tables_is_a_valid_run_and_has_equal_local_epochs(name)
 
 def simulated(told):
     """What `simulate` leaves, of a run that took no time."""
-    config = load_config(told.config, told.settings)
+    config = next(iter(plan(told).values()))
     scores, stage = (
         {"knn": 0.25, "probe": 0.5},
         {"worker_peak_mb": 300.0, "worker_baseline_mb": 250.0, "bytes_down": 2_000_000, "bytes_up": 1_000_000},
@@ -50,11 +51,12 @@ def simulated(told):
     strategy = config.stages.strategy
     runs = [
         {"strategy": strategy, "seed": seed, "random": scores, "raw_pixels": None,
-         "stages": [{"stage": 1, "knn": 0.5 + seed / 100, "probe": None, "seconds": 7.0, **stage}]}
+         "stages": [{"stage": 1, "collapsed": False, "knn": 0.5 + seed / 100, "probe": None, "seconds": 7.0, **stage}]}
         for seed in told.seeds
     ]  # fmt: skip
-    machine = {"processor": "p", "cores": 2, "memory_mb": 1, "system": "s", "python": "3"}
+    machine = {"processor": "p", "cores": 2, "memory_mb": 1, "accelerator": None, "system": "s", "python": "3"}
     report = {"summary": {strategy: summarise(runs)}, "seeds": told.seeds, "machine": machine, "versions": {"torch": "2"}}
+    report |= {"command": command_line(told), "config": config.model_dump(mode="json")}
     told.out.mkdir(parents=True, exist_ok=True)
     (told.out / "report.json").write_text(json.dumps(report))
 
@@ -76,13 +78,39 @@ def test_all_rows_have_their_first_seed_before_any_has_its_second(tmp_path, monk
     assert "--dropout=0.25 --seeds=3,4 " in text
     with Image.open(tmp_path / "out" / "table.png") as picture:
         assert picture.format == "PNG"
+    assert (tmp_path / "figures" / "small.png").read_bytes() == (tmp_path / "out" / "table.png").read_bytes()
+    told.clear()
+    assert CliRunner().invoke(main, [*words, "--seeds", "3"], catch_exceptions=False).exit_code == 0
+    assert told == []  # all of it is there, and no seed is taken away
+    assert page.read_text() == text
+    file_of(tmp_path, rows=[ROWS[0], {**ROWS[1], "dropout": 0.5}])
+    monkeypatch.setattr(tables, "simulate", lambda one: told.append((one.out.name, one.seeds)))
+    assert CliRunner().invoke(main, words, catch_exceptions=False).exit_code == 0
+    assert told == [("whole", (3,)), ("whole", (3, 4))]
+    assert "end-to-end" not in page.read_text()  # what is there is of another drop-out
+
+
+@pytest.mark.parametrize(
+    ("changes", "page", "says"),
+    [
+        ({"rows": [ROWS[0], {**ROWS[1], "set": ["data.partition=any"]}]}, "", "data.partition"),
+        ({"rows": [ROWS[0], {**ROWS[1], "set": ["calibration.data=$NOWHERE"]}]}, "", "NOWHERE is not set"),
+        ({}, "no place", "the page has no place for this table"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(tmp_path, monkeypatch, changes, page, says):
+    monkeypatch.setattr(tables, "simulate", lambda one: pytest.fail("a run began"))
+    (tmp_path / "page.md").write_text(page)
+    words = ["table", str(file_of(tmp_path, **changes)), "--out", str(tmp_path / "out"), "--into", str(tmp_path / "page.md")]
+    done = CliRunner().invoke(main, words)
+    assert says in done.output
+    assert done.exit_code == 78
 
 
 def test_a_row_that_was_not_run_is_not_in_the_table(tmp_path):
     first, second = load_table(str(file_of(tmp_path))).rows
     told = tables.Simulation("demo", (), tmp_path / "first", "digits", 0.0, (0,), None, 1, None)
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "report.json").write_text(json.dumps({"seeds": [0], "summary": {"layer_wise": {}}}))
+    simulated(told)
     assert [result.title for result in tables.results({first: told, second: replace(told, out=tmp_path / "second")})] == ["layer-wise"]
 
 

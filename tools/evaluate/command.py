@@ -25,7 +25,7 @@ from lwfed.data.load import labelled_splits
 from lwfed.errors import DataError, StateError
 from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluation.classifiers import knn, linear_probe
-from lwfed.models.evaluation.collapse import collapsed, variety
+from lwfed.models.evaluation.collapse import FEWEST, collapsed, variety
 from lwfed.models.evaluation.features import features, raw_pixels
 from lwfed.models.evaluation.finetune import Labelled, finetune
 from lwfed.models.evaluation.metrics import metrics
@@ -91,7 +91,7 @@ def make_report(asked: Asked) -> Record:
         seen, asked_about = (_represent(subject.model, tensors, images) for images in (bank, queries))
         if tensors is not None:
             found = variety(asked_about)
-            judged[name] = {**asdict(found), "collapsed": collapsed(found)}
+            judged[name] = {**asdict(found), "collapsed": collapsed(found) if len(queries) >= FEWEST else None}
         for protocol, predict in _predictions(asked, seed, subject.model, tensors, bank, queries, seen, asked_about).items():
             rows.append({"name": name, "protocol": protocol, **_measure(f"{NAMES[name]}: {TITLES[protocol]}", predict, queries)})
     return {
@@ -99,6 +99,7 @@ def make_report(asked: Asked) -> Record:
         "data": asked.data,
         "classes": len(bank.classes),
         "bank": len(bank),
+        "limit": asked.limit,
         "queries": len(queries),
         "neighbours": asked.neighbours,
         "epochs": asked.epochs,
@@ -118,7 +119,7 @@ def _predictions(
     seen: Tensor,
     asked_about: Tensor,
 ) -> dict[Protocol, Predict]:
-    """By protocol: what predicts the labels of the queries. Pixels cannot be fine-tuned."""
+    """By protocol: what predicts the labels of the queries. Pixels cannot be fine-tuned: a linear probe stands for them."""
     labels = _labels(bank)
 
     def tell(epoch: int, loss: float) -> None:
@@ -131,7 +132,7 @@ def _predictions(
     if tensors is not None:
         given = Labelled(bank.pixels, labels)
         found["finetune"] = lambda: finetune(model, tensors, given, queries.pixels, seed, asked.epochs, tell)
-    return {protocol: found[protocol] for protocol in asked.protocols if protocol in found}
+    return {protocol: found[protocol] for protocol in asked.protocols if protocol in found} or {"probe": found["probe"]}
 
 
 def _measure(what: str, predict: Predict, queries: Images) -> Record:
@@ -208,7 +209,8 @@ def _chosen(images: Images, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Images
 def _table(report: Record) -> Iterator[str]:
     about = report["encoder"]
     yield f"run {about['run']}, {about['strategy']}, stage {about['stage']}, on {report['data']}: {report['classes']} classes"
-    yield f"{report['bank']} images to learn labels from, {report['queries']} to test; seed {report['seed']}\n"
+    limited = f" (--limit {report['limit']})" if report["limit"] in (report["bank"], report["queries"]) else ""
+    yield f"{report['bank']} images to learn labels from, {report['queries']} to test{limited}; seed {report['seed']}\n"
     yield f"{'':16}{'':14}" + "".join(f"{title:>11}" for title in COLUMNS.values()) + f"{'s':>8}"
     for row in report["rows"]:
         figures = "".join(f"{row[column]:>11.1%}" for column in COLUMNS)

@@ -15,7 +15,7 @@ from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.serve import check_sources
 from lwfed.config import RunConfig, load_config
 from lwfed.data import Source, open_source
-from lwfed.errors import ConfigError, DataError, StateError
+from lwfed.errors import ConfigError, DataError, RunStopped, StateError
 from lwfed.locks import locked_state
 from lwfed.tools.machine import machine, needed, versions
 from lwfed.tools.screen import Screen
@@ -60,6 +60,9 @@ def simulate(told: Simulation) -> None:
         report = make_report(told, list(runs.values()), found, time.monotonic() - began)
         reports.write(told.out, report, draw)
     reports.show(report, told.out)
+    if stopped := [run for run in found if run["stopped"]]:
+        places = ", ".join(f"{run['strategy']}, seed {run['seed']}" for run in stopped)
+        raise RunStopped(f"stopped, because a stage collapsed ({places}): choose other settings, or stages.on_collapse warn")
 
 
 def plan(told: Simulation) -> dict[Path, RunConfig]:
@@ -96,8 +99,8 @@ def run_one(config: RunConfig, root: Path, told: Simulation, screen: Screen) -> 
     course = Course(config, root, durable=False)
     try:
         _accept(root, told)
-        if course.state.phase != "finished":
-            with screen.run(config, sum(course.store.contributors().values())):
+        if not course.state.over:
+            with screen.run(config, sum(one.devices for one in course.store.contributed().values())):
                 World(course, told.data, told.dropout, told.workers, screen.show).run()
         elif not course.encoder_path.is_file():  # it was killed at its very end
             course.export()
@@ -112,7 +115,7 @@ def make_report(told: Simulation, configs: Sequence[RunConfig], runs: Sequence[R
         "summary": {strategy: summarise([run for run in runs if run["strategy"] == strategy]) for strategy in strategies},
         "runs": list(runs),
         "seeds": list(dict.fromkeys(run["seed"] for run in runs)),
-        "data": open_source(told.data).label,
+        "data": told.data if open_source(told.data).named else Path(told.data).name,
         "dropout": told.dropout,
         "config": configs[0].model_dump(mode="json"),
         "machine": machine(),

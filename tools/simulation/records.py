@@ -15,13 +15,14 @@ Record = dict[str, Any]
 
 
 def record(course: Course) -> Record:
-    """Bytes are the mean of the devices that took part, in MQTT packets as their transports counted them; memory is in MB of 10^6 bytes."""
+    """Bytes are the mean of the devices that took part, of MQTT packets as their transports counted them; memory is in MB of 10^6 bytes."""
     config, encoder = course.config, course.encoder_path
     rounds = _rounds(course)
     return {
         "strategy": config.stages.strategy,
         "seed": config.run.seed,
         "folder": str(course.root),
+        "stopped": course.state.phase == "stopped",
         "encoder_sha256": hashlib.sha256(encoder.read_bytes()).hexdigest() if encoder.is_file() else None,
         "random": _scores(course, 0, "random"),
         "raw_pixels": _scores(course, 0, "raw_pixels"),
@@ -31,12 +32,17 @@ def record(course: Course) -> Record:
 
 
 def summarise(runs: Sequence[Record]) -> Record:
-    """Runs of one strategy that differ in their seeds: each figure as {"mean", "spread"}; spread is the standard deviation, 0 for one."""
-    stages = [list(found) for found in zip(*(run["stages"] for run in runs), strict=True)]
+    """Runs of one strategy that differ in their seeds: each figure as {"mean", "spread"}; spread is the standard deviation, 0 for one.
+
+    Stages are those that all of them have: one that was stopped has fewer.
+    """
+    stages = [list(found) for found in zip(*(run["stages"] for run in runs), strict=False)]
     return {
         "random": _spread([run["random"] for run in runs]),
         "raw_pixels": _spread([run["raw_pixels"] for run in runs]),
-        "stages": [{"stage": found[0]["stage"], **(_spread(found) or {})} for found in stages],
+        "stages": [
+            {"stage": found[0]["stage"], "collapsed": any(one["collapsed"] for one in found), **(_spread(found) or {})} for found in stages
+        ],
         "total": _spread([total(run["stages"]) for run in runs]),
     }
 
@@ -55,7 +61,7 @@ def _spread(records: Sequence[Mapping[str, Any] | None]) -> Record | None:
     found = [one for one in records if one is not None]
     if not found:
         return None
-    names = [name for name, value in found[0].items() if name != "stage" and (value is None or isinstance(value, int | float))]
+    names = [name for name, value in found[0].items() if name != "stage" and (value is None or type(value) in (int, float))]
     return {name: _figure([one[name] for one in found]) for name in names}
 
 
@@ -79,6 +85,7 @@ def _stage(course: Course, stage: int, rounds: Iterable[Record]) -> Record:
     assert figures is not None
     return {
         "stage": stage,
+        "collapsed": bool(judged) and judged[max(judged)].collapsed,
         "loss": mine[-1]["loss"],
         **(scores or {"knn": None, "probe": None}),
         "features": asdict(judged[max(judged)]) if judged else None,
@@ -88,17 +95,17 @@ def _stage(course: Course, stage: int, rounds: Iterable[Record]) -> Record:
 
 
 def _rounds(course: Course) -> list[Record]:
-    """Seconds are those of training and calibration; pauses between starts count where they lie within a round."""
-    contributors = course.store.contributors()
+    """Seconds are what the training processes of all devices computed, one after the other, and calibration."""
+    contributed = course.store.contributed()
     return [
         {
             "stage": row.stage,
             "round": row.round,
             "chosen": len(row.chosen),
-            "contributed": contributors[row.stage, row.round],
+            "contributed": contributed[row.stage, row.round].devices,
             "loss": course.store.loss(row.stage, row.round),
             "calibration_loss": row.calibration_loss,
-            "seconds": round(row.closed_s - row.begun_s + (row.calibration_seconds or 0.0), 3),
+            "seconds": round(contributed[row.stage, row.round].seconds + (row.calibration_seconds or 0.0), 3),
         }
         for row in course.store.rounds()
         if row.closed_s is not None
