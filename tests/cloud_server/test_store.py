@@ -162,13 +162,13 @@ def test_figures_of_a_stage(store, tiny, contribution):
         for one in reports:
             step.begin_round(one.stage, one.round, ())
             step.contribute(one)
-    first, second = store.figures(1), store.figures(2)
+    first, second = store.figures(1), store.figures(2)  # means of all three devices
     assert (first.bytes_down, first.bytes_up, first.worker_peak_mb, first.worker_baseline_mb) == (
         133,
         13,
         310,
         200,
-    )  # of three devices, one of which came later
+    )
     assert (second.bytes_down, second.bytes_up, second.worker_peak_mb) == (40, 5, 400)
     assert store.figures(3).bytes_down == 2
     assert store.figures(4) is None

@@ -7,7 +7,8 @@ from lwfed.tools.simulation.records import means, summarise
 def run(strategy, seed, *accuracies, probe=0.5):
     stages = [
         {
-            "stage": number, "collapsed": False, "loss": 1.0, "knn": knn, "probe": probe, "worker_peak_mb": 300.0, "worker_baseline_mb": 250.0,
+            "stage": number, "collapsed": False, "loss": 1.0, "knn": knn, "probe": probe,
+            "worker_peak_mb": 300.0, "worker_baseline_mb": 250.0,
             "bytes_down": 2_000_000, "bytes_up": 1_000_000, "seconds": 3.0,
         }
         for number, knn in enumerate(accuracies, 1)
