@@ -25,11 +25,14 @@ class WorkerReady:
     accelerator: str | None = None  # what it finds beside the processor
 
 
+READING, VIEWS = "reading images", "computing views that are used again"
+
+
 @dataclass(frozen=True)
 class WorkerLoading:
     """It makes what it will use more than once."""
 
-    what: str  # for people
+    what: str  # READING or VIEWS
     done: int
     total: int
 

@@ -30,6 +30,7 @@ from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
+from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.models.allocator import give_back, let_code_go
@@ -71,7 +72,7 @@ class Worker:
         cache = self._cache(data, config)
 
         def on_rows(done: int, total: int) -> None:
-            say({"event": "loading", "what": "computing views that are used again", "done": done, "total": total})
+            say({"event": "loading", "what": VIEWS, "done": done, "total": total})
 
         update, summary = trainer.train(
             config,
@@ -111,6 +112,7 @@ class Worker:
             graphs = Path(data["out"]).parent / "graphs"
             known = find_means(wanted, stage, move(parts, device), images.pixels, data["budget_mb"], graphs)
             self._found = key, known
+            give_back()
             let_code_go()
         if known.engine == "torch":
             return move(parts, device), known
@@ -133,7 +135,7 @@ class Worker:
 
             def show(done: int, total: int) -> None:
                 if done % SHOWN_EVERY == 0 or done == total:
-                    say({"event": "loading", "what": "reading images", "done": done, "total": total})
+                    say({"event": "loading", "what": READING, "done": done, "total": total})
 
             found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
             self._images = key, found

@@ -86,13 +86,32 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     def forward(wanted: Iterable[str]) -> float:
         return sum(parts[part].forward for part in wanted)
 
-    prefix = sum(parts[part].forward * _share(config, part) for part in plan.frozen)
+    computed = _computed(config, plan)
+    prefix = computed.share * sum(parts[part].forward * _share(config, part) for part in computed.parts)
     backward = sum(parts[part].weights_only if part == plan.trained[0] else parts[part].backward for part in plan.trained)
     once = prefix + forward(trained - layers) + backward
     # Where nothing is frozen every pass makes its views anew; a method that sees pixels needs them beside the prefix's tokens too.
-    made = views + method.sees_pixels * online_passes if plan.frozen else online_passes + branch_passes
+    from_pixels = computed.share * (STEM in computed.parts)
+    made = views * from_pixels + method.sees_pixels * online_passes if plan.frozen else online_passes + branch_passes
     passes = online_passes * forward(layers) + branch_passes * forward(branch)
     return views * once + passes + made * measured.view_macs + measured.loss_macs
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What of the frozen prefix is computed, and how often for each image and local epoch; see `lwfed.models.reuse`."""
+
+    parts: tuple[str, ...]
+    share: float
+
+
+def _computed(config: RunConfig, plan: StagePlan) -> Computed:
+    pairs = config.train.views_per_round
+    if pairs == "fresh" or not plan.frozen:
+        return Computed(plan.frozen, 1.0)
+    rounds = 1 if plan.prefix_moves else config.round_counts[plan.stage - 1]
+    earlier = () if config.calibration.every != "never" and config.calibration.scope == "model" else config.plan(plan.stage - 1).frozen
+    return Computed(tuple(part for part in plan.frozen if part not in earlier), pairs / (config.train.epochs * rounds))
 
 
 def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> float:

@@ -20,7 +20,7 @@ from lwfed.errors import Unfit
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import AT_ONCE, Means, Terms, draw_batch, kept_for_backward, prepare
 
-PIECE_BYTES = 16e6  # for the layers of one micro-batch: larger ones are hardly faster on a processor, whose caches they exceed
+PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps

@@ -134,6 +134,8 @@ class Views:
 
     def _blocks(self, shape: tuple[int, ...], passed: int, below: _File | None, on_rows: Progress | None) -> Iterator[Tensor]:
         """float16 [rows, *shape] of all rows, some at a time; those in `below` have passed so many layers already."""
+        if on_rows:
+            on_rows(0, self._rows)
         size = min(ROWS_AT_ONCE, self._config.train.batch_size)
         for first in range(0, self._rows, size):
             rows = torch.arange(first, min(first + size, self._rows))

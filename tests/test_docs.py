@@ -26,6 +26,7 @@ from lwfed.data.torchvision_sets import import_torchvision
 from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.models.shapes import part_shapes
 from lwfed.tools.cli import main as lwfed
+from lwfed.tools.tables import load_table
 from lwfed.transport import mqtt
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Connected, Disconnected, Received
@@ -88,7 +89,21 @@ def check(words):
 
 
 def settings_of(words):
-    return [value for flag, value in pairwise(words) if flag == "--set"]
+    return [value for flag, value in pairwise(words) if flag == "--set"] + [
+        word.removeprefix("--set=") for word in words if word.startswith("--set=")
+    ]
+
+
+def named_in(words):
+    """The preset that a command names; of a table that of its rows; base for files, which pages make up."""
+    match words[:3]:
+        case ["lwfed", "table", name]:
+            return load_table(name).config
+        case ["lwfed", "simulate" | "cost" | "config" | "split", name] | ["edge-agent", "profile", name]:
+            pass
+        case _:
+            name = words[words.index("--config") + 1] if "--config" in words else "base"
+    return "base" if name.endswith(".yaml") or name.startswith("-") else name
 
 
 def wrong_on_purpose():
@@ -113,10 +128,21 @@ def test_commands_in_blocks_exist_with_their_options(text):
         if program in PROGRAMS:
             check([program, *words[1:]])
             if words not in wrong:
-                load_config("base", settings_of(words))
+                load_config(named_in([program, *words[1:]]), settings_of(words))
         else:
             assert program in SHELL
         assert {extra for word in words for extra in re.findall(r"\[(\w+)\]$", word)} <= extras
+
+
+def test_recorded_commands_are_rows_of_our_tables():
+    tables = map(load_table, ("ablations", "bloodcells", "digits", "efficiency"))
+    rows = [(table.config, table.data, row.dropout, (*table.set, *row.set)) for table in tables for row in table.rows]
+    shown = [words for block in blocks("sh") for words in commands(block.values[0])]
+    recorded = [words for words in shown if words[1:2] == ["simulate"] and "--seeds=" in str(words)]
+    assert len(recorded) > 20
+    for words in recorded:
+        dropout = next((float(word.partition("=")[2]) for word in words if word.startswith("--dropout=")), 0.0)
+        assert (words[2], words[words.index("--data") + 1], dropout, tuple(settings_of(words))) in rows
 
 
 MAKE = [words for block in blocks("sh") for words in commands(block.values[0]) if words[0] == "make"]

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.config import RunConfig
+from lwfed.edge_agent.events import VIEWS
 from lwfed.edge_agent.profiling.limits import NO_LIMIT, Limit
 from lwfed.edge_agent.profiling.memory import Footprint, Watch
 from lwfed.errors import StateError, WorkerFailed
@@ -48,10 +49,11 @@ class Measured:
     views_s: tuple[float, ...]  # of these, making views; empty where they are not timed apart
     memory: Footprint
     planned: Mapping[str, Any] = field(default_factory=dict)  # how the training process said it computes
+    ahead_s: float = 0.0  # a step's part of what was computed before, for all epochs that use it again
 
     @property
     def step_s(self) -> float:
-        return statistics.median(self.steps_s)
+        return statistics.median(self.steps_s) + self.ahead_s
 
     def epoch_s(self, images: int, batch_size: int) -> float:
         """Seconds of a local epoch."""
@@ -62,7 +64,8 @@ class Measured:
         memory = asdict(self.memory) | {"training_mb": round(self.memory.training_mb, 1)}
         times = {"step_s": round(self.step_s, 4), "steps_s": [round(one, 4) for one in self.steps_s]}
         views = {"views_s": round(statistics.median(self.views_s), 4)} if self.views_s else {}
-        return {**times, **views, "memory": memory, "planned": dict(self.planned)}
+        ahead = {"ahead_s": round(self.ahead_s, 4)} if self.ahead_s else {}
+        return {**times, **views, **ahead, "memory": memory, "planned": dict(self.planned)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Sample:
     config: Path
     parts: Mapping[str, str]
     data: str
+    images: int
     bytes_down: int  # of one round
     bytes_up: int
     macs: float  # of one optimiser step, multiply-accumulates
@@ -90,7 +94,7 @@ def sampled(config: RunConfig, stage: int, steps: int) -> Iterator[Sample]:
         file = folder / "config"
         file.write_bytes(settled.to_bytes())
         images = settled.train.batch_size * (WARM_UP + steps)
-        yield Sample(folder, file, **_ask({"config": str(file), "stage": stage, "images": images, "folder": str(folder)}))
+        yield Sample(folder, file, images=images, **_ask({"config": str(file), "stage": stage, "images": images, "folder": str(folder)}))
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -130,7 +134,9 @@ def agent(
     }
     told = {"order": order, "threads": config.train.threads, "sample_s": config.worker.sample_s, "state": str(state)}
     state.mkdir()
-    return _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
+    found = _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
+    rounds = 1 if config.plan(stage).prefix_moves else config.round_counts[stage - 1]
+    return replace(found, ahead_s=found.ahead_s * config.train.batch_size / sample.images / (config.train.epochs * rounds))
 
 
 def published(
@@ -171,6 +177,7 @@ class _Run:
         self._ends: list[float] = []  # of steps, by time.monotonic
         self._views_s: list[float] = []
         self._planned: Json = {}
+        self._ahead: list[float] = []  # when views that are used again were computed
 
     def measure(self, told: Json, greeting: str) -> Measured:
         """Tell it what to do when it has said `greeting`, and watch it until it is done."""
@@ -184,7 +191,8 @@ class _Run:
             self._child.kill()
             self._child.close()
         steps = [after - before for before, after in pairwise(self._ends)]
-        return Measured(tuple(steps), tuple(self._views_s[WARM_UP:]), memory, self._planned)
+        ahead_s = self._ahead[-1] - self._ahead[0] if self._ahead else 0.0
+        return Measured(tuple(steps), tuple(self._views_s[WARM_UP:]), memory, self._planned, ahead_s)
 
     def _enough(self) -> bool:
         return len(self._ends) > WARM_UP and time.monotonic() - self._started > self._enough_s
@@ -207,6 +215,8 @@ class _Run:
                 self._on_ready(self._watch.ready(said.get("pid", self._child.pid), said.get("before_mb", 0.0)))
             case "planned":
                 self._planned = {name: value for name, value in said.items() if name != "event"}
+            case "loading" if said["what"] == VIEWS:
+                self._ahead.append(time.monotonic())
             case "progress":
                 self._ends.append(time.monotonic())
                 self._views_s += [said["views_s"]] if "views_s" in said else []

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lwfed.config import load_config
 from lwfed.models import step
-from lwfed.models.cost import count, memory_bytes, paper_macs, stage_cost, true_macs
+from lwfed.models.cost import count, memory_bytes, paper_bytes, paper_macs, stage_cost, true_macs
 from lwfed.models.initial import init_parts
 from lwfed.models.measure import CONVOLUTION, measure
 from lwfed.models.shapes import size_bytes
@@ -121,6 +121,50 @@ def test_alignment_is_cheap_on_a_shared_prefix(method, alignment, limit):
     measured = measure(plain)
     costs = [sum(stage_cost(one, stage, measured).gflops_true for stage in range(1, 13)) for one in (plain, aligned)]
     assert 1 < costs[1] / costs[0] < limit
+
+
+def test_views_that_are_used_again_cost_their_prefix_once(paper):
+    """In the run, through the new layer alone; in the round, where calibration moves the prefix; 15 rounds of 3 epochs."""
+    measured = paper[1]
+    once, calibrated = ["train.views_per_round=1"], ["calibration.every=round", "calibration.data=digits"]
+    view = 2 * measured.view_macs
+    stem, layers = measured.parts["stem"].forward, [measured.parts[f"layer.{number}"].forward for number in range(1, 13)]
+
+    for settings, stage, share, kept in [
+        ((), 1, 1, 0),
+        ((), 2, 1 / 45, view + 2 * (stem + layers[0])),
+        ((), 12, 1 / 45, 2 * layers[10]),
+        (calibrated, 12, 1 / 3, view + 2 * (stem + sum(layers[:11]))),
+    ]:
+        fresh, reused = (
+            true_macs(one, one.plan(stage), measured) for one in (load_config("paper", settings), load_config("paper", [*settings, *once]))
+        )
+        whole = 0 if stage == 1 else view + 2 * (stem + sum(layers[: stage - 1]))
+        assert fresh - reused == pytest.approx(whole - share * kept)
+
+
+@pytest.mark.parametrize(("every", "rounds"), [("never", 0), (5, 3), (4, 3), (15, 1)])
+def test_the_paper_s_bytes_count_the_rounds_that_calibrate(paper, every, rounds):
+    settings = [] if every == "never" else [f"calibration.every={every}", "calibration.data=digits"]
+    config, measured = load_config("paper", settings), paper[1]
+    extra = paper_bytes(config, measured) - paper_bytes(load_config("paper"), measured)
+    assert extra == 4 * rounds * sum(count(measured, config.plan(stage).frozen) for stage in range(1, 13))
+
+
+def test_memory_counts_what_heads_keep_and_what_the_prefix_gives(paper):
+    config, measured = paper
+    plan = config.plan(12)
+
+    def without(**parts):
+        changed = {name: replace(measured.parts[name], **values) for name, values in parts.items()}
+        return memory_bytes(config, plan, replace(measured, parts={**measured.parts, **changed}))
+
+    whole = memory_bytes(config, plan, measured)
+    heads = {name: {"kept_bytes": 0.0, "entering_bytes": 0.0} for name in ("projector", "predictor")}
+    kept = sum(measured.parts[name].kept_bytes + measured.parts[name].entering_bytes for name in heads)
+    assert whole - without(**heads) == pytest.approx(2 * 512 * kept)
+    given = measured.parts["layer.11"].given_bytes
+    assert whole - without(**{"layer.11": {"given_bytes": 0.0}}) == pytest.approx(2 * 512 * given)
 
 
 def test_a_micro_batch_costs_computation_and_saves_memory(paper):

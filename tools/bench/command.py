@@ -21,6 +21,7 @@ NOTES = (
     "Peak: of all processes of a program; the one that trains by its high-water mark, others, such as the agent's, by their share (PSS).",
     "Libraries: the same sum after the imports. Training: the rest of the peak. Memory of several stages is that of the largest.",
     f"Time: median of up to {STEPS} steps after {WARM_UP} to warm up, with views, on one thread; of several stages their mean.",
+    "Views used again: a step's part of computing them ahead is in its time, with 15 rounds of 3 epochs a stage and all layers below anew.",
     f"An epoch has {EPOCH_IMAGES} images. They are noise: neither time nor memory depends on what they show.",
     "GMAC: 10^9 multiply-accumulates, of all branches and views. MB/round: float32, down and up, without headers.",
     "Accumulating gradients changes the loss of the baseline: each piece has its own negatives and statistics. Ours keeps it.",

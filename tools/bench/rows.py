@@ -64,9 +64,9 @@ def make_rows(quick: bool, settings: tuple[str, ...] = ()) -> list[Row]:
     def configured(*more: str) -> RunConfig:
         return load_config("base", [f"train.batch_size={128 if quick else 512}", "train.threads=1", "worker.device=cpu", *settings, *more])
 
-    staged, whole_model = configured(), configured("stages.strategy=end_to_end")
+    staged, whole_model, reused = configured(), configured("stages.strategy=end_to_end"), configured("train.views_per_round=1")
     if staged.train.micro_batch is None:  # nobody who is short of memory would leave it so
-        staged, whole_model = whole(staged, ACCUMULATED), whole(whole_model, ACCUMULATED)
+        staged, whole_model, reused = (whole(one, ACCUMULATED) for one in (staged, whole_model, reused))
     last = staged.stage_count
     stages = (last,) if quick else tuple(range(1, last + 1))
     later = "only in the full run" if quick else ""
@@ -78,6 +78,7 @@ def make_rows(quick: bool, settings: tuple[str, ...] = ()) -> list[Row]:
         Row("published_compiled", "the same, with torch.compile", whole_model, (1,), False, *pace, compiled=True, reason=later or compiler),
         Row("naive", "layer-wise as published code would do it", staged, stages, False, *pace),
         Row("ours", "ours, layer-wise", staged, stages, True, *pace),
+        Row("ours_reused", "ours, one pair of views used again", reused, stages, True, *pace, reason=later),
         Row("ours_end_to_end", "ours, end to end", whole_model, (1,), True, *pace, reason=later),
     ]
 
