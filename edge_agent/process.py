@@ -10,6 +10,7 @@ from typing import Any
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.edge_agent import events
 from lwfed.edge_agent.resources import Meter
+from lwfed.wire.messages import Accelerator
 
 WORKER = "lwfed.edge_agent.worker"
 ENVIRONMENT = {"MIMALLOC_PURGE_DELAY": "0"}  # of torch's allocator on ARM, read before Python runs: free memory goes back at once
@@ -72,8 +73,11 @@ class TrainingProcess:
                 return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
             case "done":
                 self.next_sample = None
-                done = {**said, "file": Path(data["file"]), "losses": tuple(data["losses"])}
-                return events.WorkerDone(**done, memory=self._meter.finish(time.monotonic()))
+                accelerated = said.pop("accelerator")
+                memory = self._meter.finish(time.monotonic())
+                if accelerated is not None:
+                    memory = memory.model_copy(update={"accelerator": Accelerator(**accelerated)})
+                return events.WorkerDone(**{**said, "file": Path(data["file"]), "losses": tuple(data["losses"])}, memory=memory)
             case "error":
                 self.next_sample = None
                 return events.WorkerError(**said)

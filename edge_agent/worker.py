@@ -7,7 +7,8 @@ Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, o
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
-      {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds"}
+      {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds",
+       "accelerator": {"peak_mb", "free_mb"}, or null}
 
 Data sets and backbones import what they need (torchvision, timm) on first use; with a folder of images or digits nothing
 beyond torch, numpy and Pillow is loaded.
@@ -35,7 +36,7 @@ from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
-from lwfed.models.placement import accelerator, choose, move, move_images
+from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
 from lwfed.models.reuse import FeatureCache
 from lwfed.models.reuse import forget as forget_features
 from lwfed.plan import part_of
@@ -62,6 +63,7 @@ class Worker:
         say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
 
         def on_step(report: StepReport) -> None:
+            meter.sample()
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
@@ -69,7 +71,7 @@ class Worker:
         own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
-        cache = self._cache(data, config)
+        cache, meter = self._cache(data, config), AcceleratorMeter(device)
 
         def on_rows(done: int, total: int) -> None:
             say({"event": "loading", "what": VIEWS, "done": done, "total": total})
@@ -86,6 +88,7 @@ class Worker:
             cache,
             on_rows,
         )
+        accelerated = meter.reading()
         give_back()
         let_code_go()
         encoded = wire.encode(update)
@@ -95,7 +98,7 @@ class Worker:
             forget(kept)
         write_durably(Path(data["out"]), encoded)
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
-        say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3)})
+        say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
 
     def _plan(self, data: Json, config: RunConfig, device: torch.device, images: Images) -> tuple[dict[str, Tensor], Found]:
         """The model, and how to compute; of layers that torch does not run it has shapes only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -26,6 +27,29 @@ def choose(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
             "or install the torch of this machine's GPU"
         )
     return torch.device("cpu" if wanted == "cpu" or found is None else "cuda")
+
+
+class AcceleratorMeter:
+    """Memory of an accelerator from now on; of a processor it says nothing. MB are 10^6 bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._free = math.inf
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.sample()
+
+    def sample(self) -> None:
+        """To be called between steps: torch keeps the peak of its allocator, and nobody that of the device."""
+        if self._device is not None:
+            self._free = min(self._free, torch.cuda.mem_get_info(self._device)[0])
+
+    def reading(self) -> dict[str, float] | None:
+        """As `lwfed.wire.messages.Accelerator`."""
+        if self._device is None:
+            return None
+        self.sample()
+        return {"peak_mb": round(torch.cuda.max_memory_reserved(self._device) / 1e6, 2), "free_mb": round(self._free / 1e6, 2)}
 
 
 def move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

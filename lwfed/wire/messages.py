@@ -199,11 +199,17 @@ class Reading(Record):
     available_mb: Amount
 
 
+class Accelerator(Record):
+    peak_mb: Amount  # that torch's allocator held
+    free_mb: Amount  # the least that the device had left, for all programs; a Jetson's memory is the system's
+
+
 class Memory(Record):
     baseline_mb: Amount  # the worker after its imports, before data and model
     peak_mb: Amount
     peak_source: Literal["VmHWM", "samples"]
     curve: Annotated[tuple[Reading, ...], Field(max_length=MAX_CURVE)]
+    accelerator: Accelerator | None = None  # where one computed
 
 
 class Traffic(Record):

@@ -12,6 +12,7 @@ MEMORY = m.Memory(
     peak_mb=301.25,
     peak_source="VmHWM",
     curve=(m.Reading(t_s=0.5, rss_mb=300.0, uss_mb=250.0, swap_mb=0.0, available_mb=512.0),),
+    accelerator=m.Accelerator(peak_mb=800.5, free_mb=3000.0),
 )
 REPORT = m.Report(
     images=500,
