@@ -3,8 +3,10 @@
 import hashlib
 import shutil
 import signal
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -77,3 +79,15 @@ def test_killed_devices_and_a_killed_server_change_no_bit_of_the_result(fleet):
     assert server.result() == 0
     for device in devices:
         assert device.end() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_idle_agent_is_one_small_process(fleet):
+    idle = fleet("idle", settings=["rounds.min_devices=3", "data.devices=3"])
+    server = idle.server()
+    server.wait_for("waiting")
+    device = idle.device(1)
+    server.wait_for("device", status="joined")
+    process = psutil.Process(device.process.pid)
+    assert process.children() == []
+    assert process.memory_info().rss < 60e6
