@@ -42,7 +42,7 @@ PAGES = [
 ]
 PROGRAMS = {"edge-agent": edge_agent, "cloud-server": cloud_server, "lwfed": lwfed}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
-SHELL = {"pip", "scp", "python3", "make", "openssl", "echo", "chmod", "sed", "sudo", "mosquitto", "mosquitto_passwd"}
+SHELL = {"pip", "scp", "python3", "make", "openssl", "echo", "chmod", "export", "sed", "sudo", "mosquitto", "mosquitto_passwd"}
 LANGUAGES = {"sh", "yaml", "python", "text"}
 
 

@@ -110,7 +110,7 @@ def expanded(told: Simulation) -> Simulation:
     texts = [os.path.expandvars(text) for text in (told.data, *told.settings)]
     for text in texts:
         if missing := VARIABLE.search(text):
-            raise ConfigError(f"{text}: {missing[0]} is not set; export it as the folder in which you keep images")
+            raise ConfigError(f"{text}: {missing[0]} is not set: export it, as the first lines of the table say")
     return replace(told, data=texts[0], settings=tuple(texts[1:]))
 
 
