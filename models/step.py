@@ -270,9 +270,9 @@ class _Run:
 
         def tokens(rows: slice) -> Tensor:
             with self._mixed():
-                if known is not None:
-                    return prefix(known[number][rows].to(self._dtype), range(passed))
-                return prefix(self._stem(self._online, number, rows), self._batch.skip)
+                if known is None:
+                    return prefix(self._stem(self._online, number, rows), self._batch.skip)
+                return prefix(known[number][rows].to(self._dtype), {*self._batch.skip, *range(passed)})
 
         return self._cat(tokens, prefix.kept_as or self._dtype)
 

@@ -8,6 +8,7 @@ solarisation, as BYOL and MoCo v3 apply them (the flip commutes with the rest).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,6 +34,10 @@ class ViewParams:
     grayscale: Tensor  # [B] bool
     sigma: Tensor  # [B] pixels; 0: no blur
     solarise: Tensor  # [B] bool
+
+    @classmethod
+    def cat(cls, several: Sequence[ViewParams]) -> ViewParams:
+        return cls(**{one.name: torch.cat([getattr(params, one.name) for params in several]) for one in fields(cls)})
 
     def to(self, device: torch.device) -> ViewParams:
         return ViewParams(**{one.name: getattr(self, one.name).to(device) for one in fields(self)})

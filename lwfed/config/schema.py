@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -275,10 +276,11 @@ class RunConfig(Section):
             return
         if self.stages.depth_dropout:
             raise ValueError(f"train.views_per_round {pairs} needs a prefix that is the same in all steps: set stages.depth_dropout to 0")
-        if pairs > epochs and any(self.plan(stage).prefix_moves for stage in range(1, self.stage_count + 1)):
+        plans = [(self.plan(stage), rounds) for stage, rounds in enumerate(self.round_counts, 1)]
+        least = min((epochs * (1 if plan.prefix_moves else rounds) for plan, rounds in plans if plan.frozen), default=math.inf)
+        if pairs >= least:
             raise ValueError(
-                f"train.views_per_round {pairs} exceeds train.epochs {epochs}, and calibration changes the frozen layers from round to "
-                "round: some of the views would never be used; lower it, or set it to fresh"
+                f"train.views_per_round {pairs} saves nothing: frozen layers are the same for {least} epochs; lower it, or set it to fresh"
             )
 
     @property
