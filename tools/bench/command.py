@@ -21,10 +21,13 @@ NOTES = (
     "Peak: of all processes of a program; the one that trains by its high-water mark, others, such as the agent's, by their share (PSS).",
     "Libraries: the same sum after the imports. Training: the rest of the peak. Memory of several stages is that of the largest.",
     f"Time: median of up to {STEPS} steps after {WARM_UP} to warm up, with views, on one thread; of several stages their mean.",
-    "Views used again: a step's part of computing them ahead is in its time, with 15 rounds of 3 epochs a stage and all layers below anew.",
     f"An epoch has {EPOCH_IMAGES} images. They are noise: neither time nor memory depends on what they show.",
     "GMAC: 10^9 multiply-accumulates, of all branches and views. MB/round: float32, down and up, without headers.",
     "Accumulating gradients changes the loss of the baseline: each piece has its own negatives and statistics. Ours keeps it.",
+)
+REUSED = (
+    "Views used again: its time has a step's part of computing all layers below ahead, once for the epochs of a stage; its GMAC are those of "
+    "a device that has the stage before, and computes the new layer only."
 )
 
 
@@ -53,7 +56,7 @@ def make_report(rows: list[Row], records: list[dict[str, Any]]) -> dict[str, Any
         "ratios": ratios(records, BASELINES),
         "title": f"{size}; batch {train.batch_size}, {which} of {model.depth}, threads: {train.threads}",
         "rows": records,
-        "notes": NOTES,
+        "notes": [*NOTES, *([REUSED] if any(one["name"] == "ours_reused" and one["stages"] for one in records) else [])],
         "machine": machine(),
         "versions": versions(("torch", "timm", "torchvision", "numpy")),
     }
