@@ -26,8 +26,8 @@ NOTES = (
     "Accumulating gradients changes the loss of the baseline: each piece has its own negatives and statistics. Ours keeps it.",
 )
 REUSED = (
-    "Views used again: its time has a step's part of computing all layers below ahead, once for the epochs of a stage; its GMAC are those of "
-    "a device that has the stage before, and computes the new layer only."
+    "Views used again: its time has a step's part of computing all layers below ahead, once for the epochs of a stage; its GMAC are "
+    "those of a device that has the stage before, and computes the new layer only."
 )
 
 
