@@ -77,7 +77,7 @@ class Device(agent_side.Device):
             self.queue.append(events.WorkerPlanned(**{name: value for name, value in said.items() if name != "event"}))
         if said["event"] == "done":
             memory = Memory(baseline_mb=200, peak_mb=300, peak_source="VmHWM", curve=())
-            told = {name: value for name, value in said.items() if name != "event"}
+            told = {name: value for name, value in said.items() if name not in ("event", "accelerator")}
             done = {**told, "file": Path(said["file"]), "losses": tuple(said["losses"])}
             self.queue.append(events.WorkerDone(**done, memory=memory))
 
