@@ -6,7 +6,7 @@ there; a last will that comes late, after the goodbye or of an earlier boot, say
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lwfed.cloud_server.store import Store
@@ -26,7 +26,6 @@ class Member:
     hello: Hello
     boot: int
     state: DeviceState | None = None  # None: not seen since the server started
-    unfit: str = ""  # why it cannot train, as it said; forgotten when it starts anew
 
     @property
     def there(self) -> bool:
@@ -44,25 +43,25 @@ class Member:
 
 
 class Fleet:
-    def __init__(self, topics: Topics, store: Store, min_images: int, unfit: Mapping[int, str]) -> None:
+    def __init__(self, topics: Topics, store: Store, min_images: int, unfit: Callable[[], Mapping[int, str]]) -> None:
         self.members: dict[str, Member] = {}
         self._topics = topics
         self._store = store
-        self._min_images = min_images
+        self._min_images, self._unfit = min_images, unfit
         self._task: Task | None = None  # of no participant: which round reminders are about
         self._asked: dict[int, float] = {}  # participant -> when its task was last sent
         self.reminded = False  # the last tasks included some that had been sent before
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
         for device in store.devices():
-            self.members[device.id] = Member(
-                device.id, device.participant, device.hello, device.hello.boot, unfit=unfit.get(device.participant, "")
-            )
+            self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
     def objection(self, member: Member) -> str:
         """Why it is not asked to train; empty when it may be. A device that cannot count its images beforehand says 0."""
-        if not member.unfit and 0 < member.hello.images < self._min_images:
+        if reason := self._unfit().get(member.participant):
+            return reason
+        if 0 < member.hello.images < self._min_images:
             return f"it has {member.hello.images} images, and data.min_images is {self._min_images}"
-        return member.unfit
+        return ""
 
     def greet(self, device: str, hello: Hello) -> Member | None:
         """The member, admitted now if it is new; None when there is no room for another one."""
@@ -71,7 +70,7 @@ class Fleet:
         participant, _ = self._store.admit(device, hello)
         member = self.members.setdefault(device, Member(device, participant, hello, hello.boot))
         member.hello = hello
-        self._note_boot(member, hello.boot)
+        member.boot = hello.boot
         if not member.there:
             member.state = "ready"
         self.remind(participant)
@@ -84,15 +83,11 @@ class Fleet:
             return None
         if (state.boot, member.state, state.state) == (member.boot, "stopped", "lost"):
             return None  # a goodbye is the last word of a start
-        self._note_boot(member, state.boot)
+        member.boot = state.boot
         member.state = state.state
         if state.state == "training" and member.participant in self._asked:
             self.works(member.participant, now)
         return member
-
-    def _note_boot(self, member: Member, boot: int) -> None:
-        if boot != member.boot:
-            member.boot, member.unfit = boot, ""
 
     def works(self, participant: int, now: float) -> None:
         """It works on its task of this round: no reminder is needed for a while."""

@@ -106,10 +106,12 @@ class Reception:
         before, boot = (known.state, known.boot) if known else (None, 0)
         self._look_for_double(known, state)
         member = self._fleet.note(device, state, now)
-        if member is None or self._fleet.objection(member):
+        if member is None:
             return []
         if state.boot > boot:
             self._restarted(member, now)
+        if self._fleet.objection(member):
+            return []
         if member.there:
             if before in ("lost", "stopped", None):
                 self._news.device(member, "is back")
@@ -151,11 +153,8 @@ class Reception:
             text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
             self._news.warning(text + ("; it is not asked again until it is restarted" if unfit else ""), code=fail.code)
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
-            if unfit:
-                member.unfit = fail.reason or "it cannot train"
-                self._apply(Unfit(member.participant, member.unfit), now, None)
-            else:
-                self._apply(CannotTrain(member.participant, refused=False), now, None)
+            reason = fail.reason or "it cannot train"
+            self._apply(Unfit(member.participant, reason) if unfit else CannotTrain(member.participant, refused=False), now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
         if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one

@@ -65,7 +65,7 @@ class Server:
         self._until_done, self._revive, self._clock = until_done, revive, clock
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
-        self._fleet = Fleet(self._topics, course.store, config.data.min_images, course.state.unfit)
+        self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
         self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
         known = course.store.has_contribution

@@ -30,10 +30,12 @@ from lwfed.plan import (
 )
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
-Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+Whole = Annotated[int, Strict()]  # for which YAML's yes and true are no number
+Number = Annotated[float, Strict()]
+Share = Annotated[Number, Field(ge=0, le=1)]
 MAX_WAIT_S = 1e6  # eleven days: what operating systems can wait for at once
-Positive = Annotated[int, Strict(), Field(ge=1)]
-Rounds = Annotated[int, Strict(), Field(ge=1, le=10_000)]
+Positive = Annotated[Whole, Field(ge=1)]
+Rounds = Annotated[Whole, Field(ge=1, le=10_000)]
 
 
 def _word(value: Any) -> Any:
@@ -48,18 +50,18 @@ class Section(BaseModel):
 class RunSection(Section):
     name: Identifier
     fleet: Identifier
-    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)]
 
 
 class ModelSection(Section):
     backbone: Annotated[str, AfterValidator(known)]
-    image_size: Annotated[int, Strict(), Field(ge=4, le=1024)]
+    image_size: Annotated[Whole, Field(ge=4, le=1024)]
     patch_size: Positive
     channels: Literal[1, 3]
-    width: Annotated[int, Strict(), Field(ge=4, le=4096)]
-    depth: Annotated[int, Strict(), Field(ge=1, le=64)]
+    width: Annotated[Whole, Field(ge=4, le=4096)]
+    depth: Annotated[Whole, Field(ge=1, le=64)]
     heads: Positive
-    mlp_ratio: Annotated[float, Strict(), Field(gt=0, le=16)]
+    mlp_ratio: Annotated[Number, Field(gt=0, le=16)]
     pooling: Literal["mean", "token"]
 
     @model_validator(mode="after")
@@ -80,10 +82,10 @@ class SslSection(Section):
     method: SslMethod
     hidden_dim: Positive
     output_dim: Positive
-    momentum: Annotated[float, Strict(), Field(ge=0, lt=1)]
-    temperature: Annotated[float, Strict(), Field(ge=1e-3)]
-    mask_ratio: Annotated[float, Strict(), Field(gt=0, lt=1)]
-    decoder_width: Annotated[int, Strict(), Field(ge=32, multiple_of=32)]
+    momentum: Annotated[Number, Field(ge=0, lt=1)]
+    temperature: Annotated[Number, Field(ge=1e-3)]
+    mask_ratio: Annotated[Number, Field(gt=0, lt=1)]
+    decoder_width: Annotated[Whole, Field(ge=32, multiple_of=32)]
     decoder_depth: Positive
 
 
@@ -93,37 +95,37 @@ class StagesSection(Section):
     rounds: Rounds
     rounds_per_stage: Rounds | tuple[Rounds, ...] | None
     layer_init: Literal["random", "copy"]
-    overlap: Annotated[int, Strict(), Field(ge=0)]
-    depth_dropout: Annotated[float, Strict(), Field(ge=0, lt=1)]
+    overlap: Annotated[Whole, Field(ge=0)]
+    depth_dropout: Annotated[Number, Field(ge=0, lt=1)]
     advance: Literal["rounds", "plateau"]
     patience: Positive
     on_collapse: Literal["warn", "repeat", "stop"]
 
 
 class TrainSection(Section):
-    epochs: Annotated[int, Strict(), Field(ge=1, le=1000)]  # a report lists the loss of each
-    batch_size: Annotated[int, Strict(), Field(ge=2)]
-    lr: Annotated[float, Strict(), Field(gt=0)]
+    epochs: Annotated[Whole, Field(ge=1, le=1000)]  # a report lists the loss of each
+    batch_size: Annotated[Whole, Field(ge=2)]
+    lr: Annotated[Number, Field(gt=0)]
     lr_scaling: Literal["linear", "none"]
     lr_schedule: Literal["fixed", "cosine", "cosine_per_stage", "cyclical", "plateau"]
-    warmup_rounds: Annotated[float, Strict(), Field(ge=0)]
-    cycle_rounds: Annotated[float, Strict(), Field(gt=0)]
+    warmup_rounds: Annotated[Number, Field(ge=0)]
+    cycle_rounds: Annotated[Number, Field(gt=0)]
     plateau_rounds: Positive
-    plateau_factor: Annotated[float, Strict(), Field(gt=0, lt=1)]
-    weight_decay: Annotated[float, Strict(), Field(ge=0)]
-    proximal: Annotated[float, Strict(), Field(ge=0)]
+    plateau_factor: Annotated[Number, Field(gt=0, lt=1)]
+    weight_decay: Annotated[Number, Field(ge=0)]
+    proximal: Annotated[Number, Field(ge=0)]
     prefix: PrefixEngine | Literal["auto"]
     micro_batch: Positive | Literal["auto"] | None
     views_per_round: Positive | Literal["fresh"]
-    features_mb: Annotated[int, Strict(), Field(ge=0)]
+    features_mb: Annotated[Whole, Field(ge=0)]
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, Strict(), Field(ge=1, le=256)]
+    threads: Annotated[Whole, Field(ge=1, le=256)]
 
 
 class AlignmentSection(Section):
     method: Annotated[Literal["off", "cosine", "moon"], BeforeValidator(_word)]
-    alpha: Annotated[float, Strict(), Field(gt=0)]
-    temperature: Annotated[float, Strict(), Field(ge=1e-3)]
+    alpha: Annotated[Number, Field(gt=0)]
+    temperature: Annotated[Number, Field(ge=1e-3)]
 
 
 class AggregationSection(Section):
@@ -134,13 +136,13 @@ class ViewsSection(Section):
     crop_scale: tuple[Share, Share]
     flip: Share
     jitter: Share
-    brightness: Annotated[float, Strict(), Field(ge=0, le=1)]
-    contrast: Annotated[float, Strict(), Field(ge=0, le=1)]
-    saturation: Annotated[float, Strict(), Field(ge=0, le=1)]
-    hue: Annotated[float, Strict(), Field(ge=0, le=0.5)]
+    brightness: Annotated[Number, Field(ge=0, le=1)]
+    contrast: Annotated[Number, Field(ge=0, le=1)]
+    saturation: Annotated[Number, Field(ge=0, le=1)]
+    hue: Annotated[Number, Field(ge=0, le=0.5)]
     grayscale: Share
     blur: tuple[Share, Share]
-    blur_sigma: tuple[Annotated[float, Strict(), Field(gt=0)], Annotated[float, Strict(), Field(gt=0)]]
+    blur_sigma: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]]
     solarise: tuple[Share, Share]
 
     @model_validator(mode="after")
@@ -155,8 +157,8 @@ class ViewsSection(Section):
 class RoundsSection(Section):
     min_devices: Positive
     sample: Positive | None
-    quorum: Annotated[float, Strict(), Field(gt=0, le=1)]
-    deadline_s: Annotated[float, Strict(), Field(gt=0, le=MAX_WAIT_S)]
+    quorum: Annotated[Number, Field(gt=0, le=1)]
+    deadline_s: Annotated[Number, Field(gt=0, le=MAX_WAIT_S)]
 
 
 class CalibrationSection(Section):
@@ -164,8 +166,8 @@ class CalibrationSection(Section):
     scope: CalibrationScope
     data: str | None
     epochs: Positive
-    batch_size: Annotated[int, Strict(), Field(ge=2)]
-    lr: Annotated[float, Strict(), Field(gt=0)]
+    batch_size: Annotated[Whole, Field(ge=2)]
+    lr: Annotated[Number, Field(gt=0)]
 
     @model_validator(mode="after")
     def _has_images(self) -> CalibrationSection:
@@ -177,12 +179,12 @@ class CalibrationSection(Section):
 class DataSection(Section):
     partition: Literal["even", "dirichlet", "classes", "quantity", "folders"]
     devices: Positive
-    dirichlet_beta: Annotated[float, Strict(), Field(gt=0)]
+    dirichlet_beta: Annotated[Number, Field(gt=0)]
     classes_per_device: Positive
-    quantity_beta: Annotated[float, Strict(), Field(gt=0)]
+    quantity_beta: Annotated[Number, Field(gt=0)]
     auxiliary_share: Share
     labelled_share: Share
-    min_images: Annotated[int, Strict(), Field(ge=2)]
+    min_images: Annotated[Whole, Field(ge=2)]
 
     @model_validator(mode="after")
     def _leaves_images(self) -> DataSection:
@@ -199,15 +201,15 @@ class EvaluationSection(Section):
 
 class TransferSection(Section):
     codec: Literal["fp32"]
-    chunk_bytes: Annotated[int, Strict(), Field(ge=1024, le=1_000_000)]
-    window: Annotated[int, Strict(), Field(ge=1, le=64)]
-    upload_slots: Annotated[int, Strict(), Field(ge=1, le=1000)]
+    chunk_bytes: Annotated[Whole, Field(ge=1024, le=1_000_000)]
+    window: Annotated[Whole, Field(ge=1, le=64)]
+    upload_slots: Annotated[Whole, Field(ge=1, le=1000)]
 
 
 class WorkerSection(Section):
     device: Literal["auto", "cpu", "cuda"]
-    linger_s: Annotated[float, Strict(), Field(ge=0, le=MAX_WAIT_S)]
-    sample_s: Annotated[float, Strict(), Field(ge=0.05, le=60)]
+    linger_s: Annotated[Number, Field(ge=0, le=MAX_WAIT_S)]
+    sample_s: Annotated[Number, Field(ge=0.05, le=60)]
 
 
 class RunConfig(Section):

@@ -118,14 +118,20 @@ def test_a_device_with_too_few_images_is_not_asked(world, said):
     assert "data.min_images is 8" in of(said, "warning")[0]["text"]
 
 
-@pytest.mark.parametrize("code", ["data", "unfit"])
-@pytest.mark.parametrize("restarted", [False, True])
-def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(world, said, restarted, code):
-    fleet = world("rounds.quorum=0.5")
+def after_a_round_without(world, said, quorum, code):
+    """A fleet of which one device could not train in the first round; and that device."""
+    fleet = world(f"rounds.quorum={quorum}")
     fleet.start()
     fleet.join("rich")
     poor = fleet.join("poor", fails=1, code=code)
     fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    return fleet, poor
+
+
+@pytest.mark.parametrize("code", ["data", "unfit"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(world, said, restarted, code):
+    fleet, poor = after_a_round_without(world, said, 0.5, code)
     assert f"device 1 cannot train in this round ({code}): out of {code}; it is not asked again" in of(said, "warning")[0]["text"]
     if restarted:
         poor.restart()
@@ -136,11 +142,7 @@ def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(worl
 
 
 def test_a_server_that_was_killed_knows_which_devices_are_unfit(world, said):
-    fleet = world("rounds.quorum=0.5")
-    fleet.start()
-    fleet.join("rich")
-    poor = fleet.join("poor", fails=1, code="unfit")
-    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    fleet, poor = after_a_round_without(world, said, 0.5, "unfit")
     fleet.kill()
     fleet.start()
     fleet.finish()
@@ -149,11 +151,7 @@ def test_a_server_that_was_killed_knows_which_devices_are_unfit(world, said):
 
 
 def test_a_device_without_images_holds_no_round_open_and_stays_one_when_it_connects_again(world, said):
-    fleet = world("rounds.quorum=1")
-    fleet.start()
-    fleet.join("rich")
-    poor = fleet.join("poor", fails=1, code="data")
-    fleet.settle(until=lambda: of(said, "round", status="closed") != [])
+    fleet, poor = after_a_round_without(world, said, 1, "data")
     assert fleet.now < 30
     fleet.broker.cut("poor")
     fleet.join("another")
