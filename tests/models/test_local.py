@@ -45,6 +45,13 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own(tiny):
     assert len(set(map(tuple, orders))) == 3
 
 
+def test_calibration_of_a_stage_goes_through_a_schedule_of_its_own(tiny):
+    """At the stage's place the cosine would have left next to nothing of the rate."""
+    for every, place in (("stage", Place(0, 1, 0, 1, 0.5)), ("round", Place(9, 10, 4, 5, 0.5)), ("5", Place(9, 10, 4, 5, 0.5))):
+        config = tiny(f"calibration.every={every}", "calibration.data=digits")
+        assert calibration_task(config, config.plan(2), 0, Place(9, 10, 4, 5, 0.5)).place == place
+
+
 def test_global_generator_is_neither_read_nor_moved(tiny, images):
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -97,6 +97,16 @@ def test_each_image_has_so_many_first_and_second_views_that_combine(tiny, images
     assert [len(found) for found in seen] == [2, 2, 4]
 
 
+def test_every_seed_and_every_row_has_views_of_its_own(tiny, images, monkeypatch):
+    monkeypatch.setattr("lwfed.models.reuse.ROWS_AT_ONCE", 8)
+    config = tiny("train.views_per_round=1")
+    amounts = []
+    for seed in (5, 6):
+        views = make_views(config, images, seed=seed)[0].batch(1, 0, torch.arange(20)).views
+        amounts += [tuple(one.tolist()) for params in views for one in params.amounts]
+    assert len(set(amounts)) == len(amounts) == 80
+
+
 def test_the_file_is_made_once_and_a_device_that_lost_it_computes_the_same(device):
     one = device()
     shown = []
