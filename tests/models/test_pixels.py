@@ -48,7 +48,7 @@ def test_colour(vision, batch, name, low, high):
 
 def test_grey_and_solarise(vision, batch):
     close(pixels.grey(batch), [vision.rgb_to_grayscale(image) for image in batch])
-    close(pixels.solarise(batch), [vision.solarize(image, pixels.SOLARISE_THRESHOLD) for image in batch])
+    close(pixels.solarise(batch), [vision.solarize(image, 0.5) for image in batch])
 
 
 @pytest.mark.parametrize("size", [16, 64])

@@ -10,6 +10,7 @@ from lwfed.tools.bench import command, rows
 from lwfed.tools.bench.formulas import bytes_moved, whole
 from lwfed.tools.bench.report import lines, ratios, totals
 from lwfed.tools.bench.rows import BASELINES, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.bench.views import measure_views
 from lwfed.tools.cli import main
 
 
@@ -23,6 +24,7 @@ def row(name, *stages, reason=""):
     return {"name": name, "title": name, "reason": reason, "stages": list(stages)}
 
 
+VIEWS = {"published_us": 500.0, "ours_us": 50.0, "ratio": 10.0}
 OURS = row("ours", stage(1, peak=600, step=1.0), stage(2, peak=500, step=3.0))
 
 
@@ -61,10 +63,10 @@ def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
     refused = row("published", reason="it takes about 12000 MB, and 900 MB are available")
     pieces = row("published_accumulated", stage(1, peak=1200))
     found = [refused, pieces, OURS]
-    text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "notes": ["note"]}))
+    text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"]}))
     assert text.index("2.00x  less peak memory") < text.index("libraries") < text.index("left out: it takes about 12000 MB")
     assert "against published_accumulated, over 2 stages" in text
-    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "notes": []}))
+    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": []}))
     assert "No ratios" in nothing
 
 
@@ -135,6 +137,7 @@ def test_bench_prints_ratios_first(monkeypatch, as_json):
         return {"name": row.name, "title": row.title, "reason": row.reason, "stages": [] if row.reason else [stage(1)]}
 
     monkeypatch.setattr(command, "measure_row", quickly)
+    monkeypatch.setattr(command, "measure_views", lambda config: VIEWS)
     done = CliRunner().invoke(main, ["bench", "--quick", *(["--json"] if as_json else [])])
     assert done.exit_code == 0, done.output
     assert "takes about" in done.stderr
@@ -142,7 +145,9 @@ def test_bench_prints_ratios_first(monkeypatch, as_json):
         report = json.loads(done.stdout)
         assert next(iter(report)) == "ratios"
         assert report["ratios"]["against"] == "published"
+        assert report["views"] == VIEWS
     else:
+        assert "50 us in blocks, 500 us image by image: 10.0x" in done.stdout
         assert "1.00x  less peak memory" in done.stdout
 
 
@@ -151,6 +156,13 @@ def test_without_the_libraries_of_the_baseline_it_says_what_to_install(monkeypat
     done = CliRunner().invoke(main, ["bench"])
     assert done.exit_code == 72
     assert "lwfed[backbones]" in done.stderr
+
+
+def test_views_are_timed_in_a_process_of_their_own():
+    """Real times; that blocks beat single images does not hang on the machine."""
+    found = measure_views(load_config("base"))
+    assert found["ratio"] == pytest.approx(found["published_us"] / found["ours_us"], abs=0.1)
+    assert found["ratio"] > 2
 
 
 def test_whole_batches_are_what_the_baseline_is_given():

@@ -15,6 +15,7 @@ from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP
 from lwfed.errors import MissingDependency
 from lwfed.tools.bench.report import lines, ratios
 from lwfed.tools.bench.rows import BASELINES, STEPS, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.bench.views import measure_views
 from lwfed.tools.machine import machine, versions
 
 NOTES = (
@@ -37,15 +38,16 @@ def run_bench(quick: bool, as_json: bool) -> None:
             raise MissingDependency(f"the baseline needs {module}: pip install 'lwfed[backbones]'")
     rows = make_rows(quick)
     click.echo(f"takes about {max(1, round(estimate_s(rows) / 60))} min here; Ctrl-C ends it", err=True)
+    views = measure_views(rows[0].config)
     records = []
     with _progress(rows) as shown:
         for row in rows:
             records.append(measure_row(row, shown(row)))
-    report = make_report(rows, records)
+    report = make_report(rows, records, views)
     click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
 
-def make_report(rows: list[Row], records: list[dict[str, Any]]) -> dict[str, Any]:
+def make_report(rows: list[Row], records: list[dict[str, Any]], views: dict[str, float]) -> dict[str, Any]:
     train, model = rows[0].config.train, rows[0].config.model
     stages = next(row.stages for row in rows if row.name == "ours")
     which = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[-1]}"
@@ -56,6 +58,7 @@ def make_report(rows: list[Row], records: list[dict[str, Any]]) -> dict[str, Any
         "ratios": ratios(records, BASELINES),
         "title": f"{size}; batch {train.batch_size}, {which} of {model.depth}, threads: {train.threads}",
         "rows": records,
+        "views": views,
         "notes": [*NOTES, *([REUSED] if any(one["name"] == "ours_reused" and one["stages"] for one in records) else [])],
         "machine": machine(),
         "versions": versions(("torch", "timm", "torchvision", "numpy")),

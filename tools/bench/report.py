@@ -64,6 +64,9 @@ def lines(report: Record) -> Iterator[str]:
     yield report["title"]
     yield ""
     yield from _ratio_lines(report)
+    views = report["views"]
+    yield f"Making a view takes {views['ours_us']:.0f} us in blocks, {views['published_us']:.0f} us image by image: {views['ratio']:.1f}x."
+    yield ""
     yield from _header()
     for row in report["rows"]:
         if row["stages"] and not row["reason"]:
