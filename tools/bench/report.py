@@ -52,8 +52,9 @@ def ratios(rows: Sequence[Record], baselines: Sequence[str]) -> dict[str, Any] |
     ours = complete["ours"]
     found = {"against": against, "stages": len(ours), **factors(totals(complete[against]), totals(ours))}
     found["last_stage"] = factors(totals(complete[against]), totals(ours[-1:]))
-    if "ours_reused" in complete:
-        found["reused"] = factors(totals(complete[against]), totals(complete["ours_reused"]))
+    for name, title in (("ours_torch", "torch"), ("ours_reused", "reused")):
+        if name in complete:
+            found[title] = factors(totals(complete[against]), totals(complete[name]))
     if "ours_end_to_end" in complete:
         found["same_chunking"] = factors(totals(complete["ours_end_to_end"]), totals(ours))
     return found
@@ -91,6 +92,8 @@ def _ratio_lines(report: Record) -> Iterator[str]:
     for name, words in WORDS.items():
         yield f"{found[name]:8.2f}x  {words}" + (f"  ({found['last_stage'][name]:.2f}x)" if several else "")
     yield f"{found['memory_above_libraries']:8.2f}x  less memory beside libraries"
+    if "torch" in found:
+        yield f"{found['torch']['time']:8.2f}x  less time a step with frozen layers in torch, without ONNX Runtime"
     if "reused" in found:
         yield f"{found['reused']['time']:8.2f}x  less time a step with one pair of views of each image for the whole run"
     if "same_chunking" in found:
