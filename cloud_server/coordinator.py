@@ -13,7 +13,7 @@ loads the last one, hands over `Started` and does that duty again: every duty is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lwfed.cloud_server.rounds import (
@@ -33,12 +33,14 @@ from lwfed.cloud_server.rounds import (
     Rules,
     Stalled,
     State,
+    Step,
     assign_more,
     free,
     with_presence,
 )
 from lwfed.cloud_server.sampling import sample
 
+KEPT_PATCHES = 3  # of a part: who has been away for longer is better served with the whole part
 RETURN_S = 60.0  # a round waits so long for devices that are merely away, so that a restart loses nobody
 
 
@@ -104,11 +106,15 @@ class Unfit(Event):
 class Aggregated(Event):
     parts: dict[str, str]  # those that changed
     loss: float  # of the round, mean by images
+    patches: dict[str, Step] = field(default_factory=dict)  # to them from those that the round began with
+    residuals: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Calibrated(Event):
     parts: dict[str, str]  # those that changed
+    patches: dict[str, Step] = field(default_factory=dict)
+    residuals: dict[str, str] = field(default_factory=dict)
 
 
 Result = tuple[State, list[Notice]]
@@ -202,14 +208,24 @@ def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
 
 
 def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:
-    merged = replace(state, parts={**state.parts, **event.parts}, losses={**state.losses, state.round: event.loss})
+    merged = replace(_moved(state, event), losses={**state.losses, state.round: event.loss})
     if rules.calibrates(merged):
         return replace(merged, phase="calibrating"), []
     return _end_round(rules, merged, now)
 
 
 def _calibrated(rules: Rules, state: State, event: Calibrated, now: float) -> Result:
-    return _end_round(rules, replace(state, parts={**state.parts, **event.parts}), now)
+    return _end_round(rules, _moved(state, event), now)
+
+
+def _moved(state: State, event: Aggregated | Calibrated) -> State:
+    steps = {part: (*state.patches.get(part, ()), step)[-KEPT_PATCHES:] for part, step in event.patches.items()}
+    return replace(
+        state,
+        parts={**state.parts, **event.parts},
+        patches={**state.patches, **steps},
+        residuals={**state.residuals, **event.residuals},
+    )
 
 
 TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
@@ -251,7 +267,7 @@ def _wait(rules: Rules, state: State, now: float) -> Result:
 def _begin(rules: Rules, state: State, now: float) -> Result:
     chosen = sample(rules.seed, state.stage, state.round, state.here, rules.sample)
     needed = rules.quorum_of(len(chosen))
-    training = replace(state, phase="training", begun=True, chosen=chosen, needed=needed, due=now + rules.deadline_s)
+    training = replace(state, phase="training", begun=True, announced=state.parts, chosen=chosen, needed=needed, due=now + rules.deadline_s)
     return training, [Begun(state.stage, state.round, chosen)]
 
 
@@ -280,7 +296,8 @@ def _react(rules: Rules, state: State) -> Result:
             return _with(collapsed, _end_stage(rules, state))
         case "repeat":
             first = rules.last_round(state.stage, state.round) + 1
-            return replace(_cleared(state), phase="preparing", attempt=state.attempt + 1, round=first, parts=state.start), collapsed
+            anew = replace(_cleared(state), attempt=state.attempt + 1, round=first, parts=state.start, patches={})
+            return replace(anew, phase="preparing"), collapsed
         case "stop":
             return replace(_cleared(state), phase="stopped"), collapsed
 
@@ -290,12 +307,13 @@ def _end_stage(rules: Rules, state: State) -> Result:
     if state.stage == rules.stages:
         return replace(fresh, phase="finished"), []
     kept = {part: blob for part, blob in state.parts.items() if part in rules.parts[state.stage]}  # of the next stage
-    return replace(fresh, phase="preparing", stage=state.stage + 1, attempt=1, round=1, parts=kept, start=kept), []
+    patches = {part: steps for part, steps in state.patches.items() if part in kept}
+    return replace(fresh, phase="preparing", stage=state.stage + 1, attempt=1, round=1, parts=kept, start=kept, patches=patches), []
 
 
 def _cleared(state: State) -> State:
     """Without what is of one attempt."""
-    return replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None, losses={})
+    return replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None, losses={}, announced={}, residuals={})
 
 
 def _with(notices: Sequence[Notice], result: Result) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
@@ -11,12 +12,15 @@ from lwfed.cloud_server.aggregate import RULES, Share, aggregate
 from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
+from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
+from lwfed.cloud_server.updates import as_weights
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
-from lwfed.wire import tensors
-from lwfed.wire.messages import Run
+from lwfed.seeds import derive
+from lwfed.wire import deltas, tensors
+from lwfed.wire.messages import Patch, Run
 
 Write = Callable[[Step], None]
 MODEL_FOLDER = "model"
@@ -75,8 +79,10 @@ class Course:
 
     def tidy(self) -> None:
         """Delete what nobody will ask for any more."""
-        models = [self.state.parts, self.state.start, *self.store.checkpoints().values()]
-        self.blobs.forget({self.config_ref.id, *(blob for parts in models for blob in parts.values())})
+        state = self.state
+        models = [state.parts, state.start, state.announced, state.residuals, *self.store.checkpoints().values()]
+        ways = (blob for steps in state.patches.values() for step in steps for blob in step)  # simulated devices borrow the bases
+        self.blobs.forget({self.config_ref.id, *ways, *(blob for parts in models for blob in parts.values())})
         if self.state.phase not in ("training", "aggregating"):
             self.spool.forget(())
 
@@ -96,7 +102,11 @@ class Course:
             lr_scale=self.lr_scale,
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
+            patches={part: self._patches(steps) for part, steps in state.patches.items()} if state.phase == "training" else {},
         )
+
+    def _patches(self, steps: tuple[tuple[str, str], ...]) -> tuple[Patch, ...]:
+        return tuple(Patch(base=base, blob=self.blobs.ref(blob)) for base, blob in steps)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -105,23 +115,46 @@ class Course:
 
     def update_limit(self) -> int:
         """The largest update that can be one of this stage, in bytes."""
+        codec = self.config.transfer.codec
+        if codec != "fp32":
+            return deltas.limit_bytes(self._update_shapes(), codec)
         return int(sum(self.sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
-        current = self._files(self.plan.uploaded).values()
-        tensors.check_update(path, {name: shape for file in current for name, shape in tensors.stated_shapes(file).items()})
+        codec, shapes = self.config.transfer.codec, self._update_shapes()
+        if codec == "fp32":
+            tensors.check_update(path, shapes)
+        else:
+            deltas.decode(path.read_bytes(), shapes, codec)
+
+    def _update_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By the parts that exist: all, once devices train."""
+        files = self._files(part for part in self.plan.uploaded if part in self.state.parts).values()
+        return {name: shape for file in files for name, shape in tensors.stated_shapes(file).items()}
 
     def aggregate(self) -> Aggregated:
         """The round's contributions made one model."""
         received = self.store.contributions(self.state.stage, self.state.round)
         counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
-        shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
-        found = aggregate(RULES[self.config.aggregation.rule], self._files(self.plan.uploaded), shares)
-        parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        before, files = self._files(self.plan.uploaded), [self.spool.path(one.blob) for one in counted]
+        with as_weights(self.config.transfer, before.values(), files, self.root / "weights") as weights:
+            shares = [Share(one.participant, one.report.images, file) for one, file in zip(counted, weights, strict=True)]
+            found = aggregate(RULES[self.config.aggregation.rule], before, shares)
+            parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
         loss = self.store.loss(self.state.stage, self.state.round)
         assert loss is not None
-        return Aggregated(parts, loss)
+        following = self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss}))
+        return Aggregated(parts, loss) if following else Aggregated(**vars(self._publish(parts)), loss=loss)
+
+    def calibrated(self, files: dict[str, str]) -> Calibrated:
+        """The round's model, with the parts that the worker has trained."""
+        return Calibrated(**vars(self._publish({**self.state.parts, **self.adopt(files)})))
+
+    def _publish(self, parts: dict[str, str]) -> Published:
+        state = self.state
+        seed = derive(self.config.run.seed, "publish", state.stage, state.round)
+        return publish(self.config.transfer, self.blobs, state.announced, parts, state.residuals, seed)
 
     def adopt(self, files: dict[str, str]) -> dict[str, str]:
         """Take over the parts that the worker wrote: part -> file becomes part -> blob."""

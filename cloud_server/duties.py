@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lwfed.child import Json
-from lwfed.cloud_server.coordinator import Calibrated, Evaluated, Prepared
+from lwfed.cloud_server.coordinator import Evaluated, Prepared
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.rounds import Aggregate, Calibrate, Duty, Evaluate, Event, Export, Prepare, duty
@@ -66,7 +66,7 @@ class Duties:
                 raise
             # The aggregate is sound: the run must not end for want of a finer one.
             self._news.warning(f"calibration is left out in this round: {error}")
-            self._apply(Calibrated({}), now, None)
+            self._apply(self._course.calibrated({}), now, None)
             return
         if result is not None:
             self._take(result, now)
@@ -94,8 +94,7 @@ class Duties:
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]
                 self._news.calibration(stage, round, loss, seconds)
-                parts = self._course.adopt(result["parts"])
-                self._apply(Calibrated(parts), now, lambda step: step.calibrated(stage, round, loss, seconds))
+                self._apply(self._course.calibrated(result["parts"]), now, lambda step: step.calibrated(stage, round, loss, seconds))
             case Evaluate(stage, baselines), "evaluated":
                 judgement = Judgement(**result["variety"]) if result["variety"] else None
                 scores = {name: Scores.of(**found) for name, found in result["scores"].items()}

@@ -15,6 +15,8 @@ from lwfed.wire.messages import Phase
 Presence = Literal["here", "away", "gone"]  # away: fell silent and may return; gone: said goodbye, or was waited for in vain
 Reaction = Literal["warn", "repeat", "stop"]  # to a stage that collapsed
 
+Step = tuple[str, str]  # (blob that it applies to, differences)
+
 MAX_ATTEMPTS = 3  # at a stage, with on_collapse: repeat
 
 
@@ -112,6 +114,9 @@ class State:
     round: int = 1  # of the stage, over all attempts
     parts: dict[str, str] = field(default_factory=dict)  # part -> blob: the current model
     start: dict[str, str] = field(default_factory=dict)  # the model as the stage found it
+    announced: dict[str, str] = field(default_factory=dict)  # the model that the devices of the round received
+    patches: dict[str, tuple[Step, ...]] = field(default_factory=dict)  # part -> the way to it from what it was in rounds before
+    residuals: dict[str, str] = field(default_factory=dict)  # part -> blob: what the last of them could not say
     losses: dict[int, float] = field(default_factory=dict)  # round of this attempt -> mean loss
     devices: dict[int, Presence] = field(default_factory=dict)  # participant -> seen how
     begun: bool = False  # a first round has been opened
@@ -166,6 +171,7 @@ class State:
         data = json.loads(text)
         for key in ("devices", "contributed", "failed", "unfit", "losses"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
+        data["patches"] = {part: tuple((base, blob) for base, blob in steps) for part, steps in data["patches"].items()}
         return cls(**{**data, "chosen": tuple(data["chosen"])})
 
 

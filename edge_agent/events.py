@@ -80,7 +80,14 @@ class Stop:
     """Somebody wants the agent to end."""
 
 
-WorkerEvent = WorkerReady | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerDone | WorkerError
+@dataclass(frozen=True)
+class WorkerPatched:
+    """It has made parts of the model of what was sent of them; the files are its parent's now."""
+
+    files: tuple[Path, ...]
+
+
+WorkerEvent = WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerDone | WorkerError
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

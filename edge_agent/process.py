@@ -67,6 +67,8 @@ class TrainingProcess:
                 return events.WorkerReady(**said)
             case "loading":
                 return events.WorkerLoading(**said)
+            case "patched":
+                return events.WorkerPatched(tuple(Path(file) for file in data["files"]))
             case "planned":
                 return events.WorkerPlanned(**said)
             case "progress":

@@ -8,7 +8,8 @@ by moon they depend on the device's previous update of the stage too, which `lwf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.errors import InvalidPayload
+from lwfed.errors import Diverged, InvalidPayload
 from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.reuse import FeatureCache, Progress, reuse
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.models.step import Means
 from lwfed.plan import part_of
 from lwfed.seeds import derive
+from lwfed.wire import deltas
 from lwfed.wire import tensors as wire
 
+Source = Path | bytes  # of the tensors of a part
 
-def load_parts(config: RunConfig, stage: int, files: Mapping[str, Path], without: Collection[str] = ()) -> dict[str, Tensor]:
+
+def load_parts(config: RunConfig, stage: int, files: Mapping[str, Source], without: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors of all parts of F_s with its heads; of the parts `without` only shapes, on the meta device.
 
     Raises InvalidPayload when files do not fit the plan.
@@ -52,6 +56,45 @@ def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, T
     with contextlib.suppress(InvalidPayload):
         return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
     return None
+
+
+def patch(config: RunConfig, part: str, base: Path, patches: Iterable[Path], digest: str) -> bytes:
+    """The file of `part` that `patches` make of `base`, one after another. Raises InvalidPayload unless its SHA-256 is `digest`."""
+    shapes, codec = part_shapes(config, part), config.transfer.codec
+    if codec == "fp32":
+        raise InvalidPayload("a run whose codec is fp32 sends no patches")
+    found = wire.decode(base, shapes)
+    for file in patches:
+        change = deltas.decode(file.read_bytes(), shapes, codec)
+        found = {name: tensor + change[name] for name, tensor in found.items()}
+    made = wire.encode(found)
+    if hashlib.sha256(made).hexdigest() != digest:
+        raise InvalidPayload(f"what was sent of {part} does not make of it what the server announced")
+    return made
+
+
+def encode(
+    config: RunConfig,
+    stage: int,
+    round: int,
+    participant: int,
+    update: Mapping[str, wire.Array],
+    received: Mapping[str, wire.Array],
+    residual: Mapping[str, Tensor] | None,
+) -> tuple[bytes, dict[str, wire.Array]]:
+    """`update` as differences to what the device received, in the codec of the run, and what that loses, to be handed in as `residual`.
+
+    Raises Diverged where they cannot be told, and ValueError with the codec fp32.
+    """
+    codec, top_k = config.transfer.codec, config.transfer.top_k
+    if codec == "fp32":
+        raise ValueError("fp32 sends no differences")
+    missing = {} if residual is None else {name: tensor.numpy() for name, tensor in residual.items()}
+    wanted = {name: tensor - received[name] + missing.get(name, np.float32(0)) for name, tensor in update.items()}
+    try:
+        return deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", participant, stage, round))
+    except ValueError as error:
+        raise Diverged(f"the update cannot be sent: {error}; lower train.lr") from None
 
 
 def train(

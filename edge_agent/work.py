@@ -27,7 +27,7 @@ from lwfed.errors import ConfigError
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
-from lwfed.wire.messages import Beat, Execution, Fail, FailCode, Report, Run, Task, Traffic, encode
+from lwfed.wire.messages import Beat, BlobRef, Execution, Fail, FailCode, Report, Run, Task, Traffic, encode
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
@@ -61,12 +61,26 @@ class WorkerFor:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a device comes by a part: it fetches the whole, or patches to a base that it holds."""
+
+    part: BlobRef
+    base: str | None = None
+    patches: tuple[BlobRef, ...] = ()
+
+    @property
+    def fetched(self) -> tuple[BlobRef, ...]:
+        return self.patches or (self.part,)
+
+
+@dataclass(frozen=True)
 class Job:
     """A task with everything that it needs."""
 
     task: Task
     run: Run
     config: RunConfig
+    ways: Mapping[str, Way]
 
     @property
     def worker(self) -> WorkerFor:
@@ -90,6 +104,8 @@ class Work:
         self._losses: list[float] = []  # of the present epoch
         self._to_fetch = 0
         self._few_said_in: str | None = None  # run
+        self._ways: dict[str, Way] = {}  # to the parts of the present round
+        self._unpatchable: set[str] = set()  # parts that patches did not make
 
     @property
     def busy(self) -> bool:
@@ -164,12 +180,19 @@ class Work:
                 return self._train(self._job, event) if self._job is not None else []
             case events.WorkerLoading(what, done, total):
                 return [Show(what, done, total)]
+            case events.WorkerPatched(files):
+                for file in files:
+                    self._held.adopt(file)
+                return []
             case events.WorkerPlanned():
                 return self._fix_execution(event)
             case events.WorkerProgress():
                 return self._progress(event, now)
             case events.WorkerDone():
                 return self._finish(event, now)
+            case events.WorkerError("InvalidPayload", message) if self._job is not None and self._doubt(self._job):
+                self._job, self._phase = None, "called"
+                return [*self._end_worker(), Tell("warning", f"{message}; the whole parts are fetched instead")]
             case events.WorkerError():
                 return self._fail(self._job.task, event) if self._job is not None else self._end_worker(died=event.kind == "died")
 
@@ -180,14 +203,23 @@ class Work:
         if task is None or run is None:
             return []
         if self._phase == "called" and _is_on(task, run):
-            wanted = [run.config, *run.parts.values()]
-            self._held.forget({ref.id for ref in wanted})
+            self._ways = {part: self._way(run, part, ref) for part, ref in run.parts.items()}
+            wanted = [run.config, *(blob for way in self._ways.values() for blob in way.fetched)]
+            self._held.forget({ref.id for ref in wanted} | {way.base for way in self._ways.values() if way.base})
             self.downloads.want(wanted)
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"
         if self._phase == "fetching" and self.downloads.complete:
             return [*self._say_download(), *self._prepare(task, run)]
         return []
+
+    def _way(self, run: Run, part: str, ref: BlobRef) -> Way:
+        steps = run.patches.get(part, ())
+        known = [number for number, step in enumerate(steps) if self._held.has(step.base)]
+        if not known or ref.id in self._unpatchable or self._held.has(ref.id):
+            return Way(ref)
+        patches = tuple(step.blob for step in steps[known[-1] :])
+        return Way(ref, steps[known[-1]].base, patches) if sum(blob.size for blob in patches) < ref.size else Way(ref)
 
     def _say_download(self) -> list[Effect]:
         if not self._to_fetch:
@@ -208,7 +240,7 @@ class Work:
             self.handover.fitting(size, config.transfer.chunk_bytes, config.train.epochs)
         except ConfigError as error:
             return self._fail(task, events.WorkerError("ConfigError", str(error)))
-        job = Job(task, run, config)
+        job = Job(task, run, config, self._ways)
         self._job, self._phase = job, "starting"
         if self._worker == job.worker:
             return self._train(job, self._ready) if self._ready else []
@@ -220,7 +252,7 @@ class Work:
         order = {
             "do": "train",
             "config": str(self._held.path(job.run.config.id)),
-            "parts": {part: str(self._held.path(ref.id)) for part, ref in job.run.parts.items()},
+            "parts": {part: self._source(way) for part, way in job.ways.items()},
             "stage": job.task.stage,
             "round": job.task.round,
             "participant": job.task.participant,
@@ -234,6 +266,12 @@ class Work:
         }
         self._phase, self._linger_until, self._next_beat, self._losses = "training", None, float("-inf"), []
         return [Train(order, job.config.worker.sample_s)]
+
+    def _source(self, way: Way) -> str | dict[str, Any]:
+        if way.base is None:
+            return str(self._held.path(way.part.id))
+        patches = [str(self._held.path(blob.id)) for blob in way.patches]
+        return {"base": str(self._held.path(way.base)), "patches": patches, "id": way.part.id}
 
     def _fixed(self, job: Job, ready: events.WorkerReady) -> dict[str, Any] | None:
         """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine."""
@@ -272,6 +310,12 @@ class Work:
         )
         text = f"this stage began with {was} and goes on with {is_now} ({event.reason}): its updates cannot be repeated bit for bit"
         return [Tell("warning", text)]
+
+    def _doubt(self, job: Job) -> bool:
+        """Trust the patches of this round no longer; whether there were any."""
+        made = {way.part.id for way in job.ways.values() if way.base is not None}
+        self._unpatchable |= made
+        return bool(made)
 
     # From training on
 

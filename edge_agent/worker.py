@@ -1,9 +1,11 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
+In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
+       "parts": {part: file, or {"base": file, "patches": [file], "id": digest of what they make of it}},
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
+      {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
@@ -20,7 +22,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,7 +61,8 @@ class Worker:
         torch.set_num_threads(config.train.threads)
         device = choose(config.worker.device)
         images = self._load(data, config, say)
-        parts, found = self._plan(data, config, device, images)
+        sources = _sources(config, data, say)
+        parts, found = self._plan(data, config, device, images, sources)
         say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
 
         def on_step(report: StepReport) -> None:
@@ -68,10 +71,10 @@ class Worker:
             say({"event": "progress", **place, "loss": report.loss})
 
         stage, participant, kept = data["stage"], data["participant"], Path(data["kept"])
-        own = Previous(kept, config, stage, participant) if config.alignment.method == "moon" else None
+        own = Previous("previous", kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
-        cache, meter = self._cache(data, config), AcceleratorMeter(device)
+        cache, meter = self._cache(data, config, sources), AcceleratorMeter(device)
 
         def on_rows(done: int, total: int) -> None:
             say({"event": "loading", "what": VIEWS, "done": done, "total": total})
@@ -91,25 +94,25 @@ class Worker:
         accelerated = meter.reading()
         give_back()
         let_code_go()
-        encoded = wire.encode(update)
         if own:
-            own.keep(data["round"], encoded)
+            own.keep(data["round"], wire.encode(update))
         else:
-            forget(kept)
-        write_durably(Path(data["out"]), encoded)
+            forget("previous", kept)
+        write_durably(Path(data["out"]), _encode(config, place, update, parts, kept))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
 
-    def _plan(self, data: Json, config: RunConfig, device: torch.device, images: Images) -> tuple[dict[str, Tensor], Found]:
+    def _plan(
+        self, data: Json, config: RunConfig, device: torch.device, images: Images, sources: Mapping[str, trainer.Source]
+    ) -> tuple[dict[str, Tensor], Found]:
         """The model, and how to compute; of layers that torch does not run it has shapes only."""
         stage, fixed = data["stage"], data["execution"]
-        files = {part: Path(file) for part, file in data["parts"].items()}
         layers = layers_of(config.plan(stage))
-        key = config.digest, stage, len(images.pixels), *(files.get(part) for part in layers)
+        key = config.digest, stage, len(images.pixels), *(_name(data["parts"].get(part)) for part in layers)
         if self._found is not None and (self._found[0] != key or fixed not in (None, self._found[1].fixed)):
             self._found = None  # let the old engine go before there is a new one
         known = self._found and self._found[1]
-        parts = trainer.load_parts(config, stage, files, layers if known and known.engine != "torch" else ())
+        parts = trainer.load_parts(config, stage, sources, layers if known and known.engine != "torch" else ())
         if known is None:
             wanted = config if fixed is None else config.model_copy(update={"train": config.train.model_copy(update=fixed)})
             graphs = Path(data["out"]).parent / "graphs"
@@ -121,13 +124,13 @@ class Worker:
             return move(parts, device), known
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
 
-    def _cache(self, data: Json, config: RunConfig) -> FeatureCache | None:
+    def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source]) -> FeatureCache | None:
         """For views that are used again; what another run or stage left goes if there are none."""
         folder, frozen = Path(data["kept"]) / "features", config.plan(data["stage"]).frozen
         if config.train.views_per_round == "fresh" or not frozen:
             forget_features(folder)
             return None
-        digests = tuple(hashlib.sha256(Path(data["parts"][part]).read_bytes()).hexdigest() for part in frozen)
+        digests = tuple(hashlib.sha256(_read(sources[part])).hexdigest() for part in frozen)
         return FeatureCache(folder, digests, config.train.features_mb * 1e6)
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
@@ -143,6 +146,47 @@ class Worker:
             found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
             self._images = key, found
         return self._images[1]
+
+
+def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Source]:
+    """The parts of the model; those that only differences were sent of are made, and handed to the parent for the next round."""
+    found: dict[str, trainer.Source] = {}
+    files = []
+    for part, told in data["parts"].items():
+        if isinstance(told, str):
+            found[part] = Path(told)
+            continue
+        found[part] = made = trainer.patch(config, part, Path(told["base"]), [Path(file) for file in told["patches"]], told["id"])
+        file = Path(data["out"]).with_name(f"{part}.patched")
+        file.write_bytes(made)
+        files.append(str(file))
+    if files:
+        say({"event": "patched", "files": files})
+    return found
+
+
+def _encode(
+    config: RunConfig, place: tuple[int, int, int], update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path
+) -> bytes:
+    """The update as it travels; what its encoding loses is kept for the next round. `place`: stage, round, participant."""
+    if config.transfer.codec == "fp32":
+        forget("residual", kept)
+        return wire.encode(update)
+    stage, round, participant = place
+    residuals = Previous("residual", kept, config, stage, participant)
+    received = {name: parts[name].cpu().numpy() for name in update}
+    encoded, residual = trainer.encode(config, *place, update, received, trainer.load_update(config, stage, residuals.before(round)))
+    residuals.keep(round, wire.encode(residual))
+    return encoded
+
+
+def _name(told: str | Json | None) -> str | None:
+    """Of a part's content: blobs are named by it, wherever they lie."""
+    return told["id"] if isinstance(told, dict) else told and Path(told).name
+
+
+def _read(source: trainer.Source) -> bytes:
+    return source.read_bytes() if isinstance(source, Path) else source
 
 
 def main() -> None:

@@ -206,7 +206,7 @@ def test_generators_of_the_pure_middle_have_seeds(module: str) -> None:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("open", "print", "input"), f"line {node.lineno}"
-            assert node.func.id != "Random" or node.args, f"line {node.lineno}: without a seed"
+            assert node.func.id not in ("Random", "Philox") or node.args or node.keywords, f"line {node.lineno}: without a seed"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) != ("np", "random"), f"line {node.lineno}"
 

@@ -200,10 +200,17 @@ class EvaluationSection(Section):
 
 
 class TransferSection(Section):
-    codec: Literal["fp32"]
+    codec: Literal["int8", "bf16", "fp32"]
+    top_k: Annotated[Number, Field(gt=0, le=1)]
     chunk_bytes: Annotated[Whole, Field(ge=1024, le=1_000_000)]
     window: Annotated[Whole, Field(ge=1, le=64)]
     upload_slots: Annotated[Whole, Field(ge=1, le=1000)]
+
+    @model_validator(mode="after")
+    def _top_k_of_differences(self) -> TransferSection:
+        if self.codec == "fp32" and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k:g} chooses among differences, and codec fp32 sends none: take int8 or bf16")
+        return self
 
 
 class WorkerSection(Section):

@@ -20,6 +20,7 @@ MAX_MESSAGE_BYTES = 128 * 1024  # AWS IoT Core's limit, the lowest of the common
 MAX_BLOB_BYTES = 128 * 1024 * 1024  # ten layers of ViT-Small or three of ViT-Large in one update; its manifest fits a message
 MAX_CHUNKS = 1200
 MIN_CHUNK_BYTES = 1024
+MAX_PATCHES = 8  # of a part, from one to the next
 MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -89,6 +90,13 @@ class ServerState(Message):
 Phase = Literal["preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished", "stopped"]
 
 
+class Patch(Record):
+    """Differences that make of the tensors in blob `base` those of the patch that follows, or of the part."""
+
+    base: Digest
+    blob: BlobRef
+
+
 class Run(Message):
     """Where the run stands. (epoch, seq) grows; a device ignores what is older than it has seen."""
 
@@ -103,6 +111,7 @@ class Run(Message):
     config: BlobRef
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
     lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
+    patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = {}  # ways to parts from what they were before
 
     @property
     def over(self) -> bool:

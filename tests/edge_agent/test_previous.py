@@ -71,7 +71,7 @@ def test_a_round_is_compared_with_the_newest_earlier_one_of_its_stage(tmp_path):
     device.train(1)
     compared = device.train(4)  # the device was not chosen in between
     assert device.names() == ["1-1.safetensors", "1-4.safetensors"]
-    forget(device.kept)
+    forget("previous", device.kept)
     assert device.names() == []
     assert device.train(4) != compared
     alone = Device(tmp_path / "another").train(1, stage=2)
@@ -95,7 +95,7 @@ def test_a_stage_that_is_repeated_compares_with_nothing_of_the_attempt_that_coll
     device = Device(tmp_path / "one")
     planned = device.config.round_counts[0]
     device.train(planned)
-    kept = Previous(device.kept, device.config, 1, 0)
+    kept = Previous("previous", device.kept, device.config, 1, 0)
     assert kept.before(planned + 1) is None
     device.train(planned + 1)
     assert kept.before(planned + 2) is not None
@@ -105,7 +105,7 @@ def test_a_spoilt_file_is_as_none(tmp_path):
     device = Device(tmp_path / "one")
     first = device.train(2)
     device.train(1)
-    path = Previous(device.kept, device.config, 1, 0).before(2)
+    path = Previous("previous", device.kept, device.config, 1, 0).before(2)
     path.write_bytes(path.read_bytes()[:100])
     assert device.train(2) == first
 

@@ -45,10 +45,8 @@ class Traffic:
 
 
 def bytes_of(config: RunConfig, parts: Iterable[str]) -> int:
-    """The blob of `parts` as `transfer.codec` writes it."""
-    match config.transfer.codec:
-        case "fp32":
-            return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes(config, parts).items()}))
+    """The blob of `parts`, whole."""
+    return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes(config, parts).items()}))
 
 
 def obstacle(config: RunConfig) -> str | None:

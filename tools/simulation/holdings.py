@@ -5,12 +5,13 @@ Chunks are checked as on a device, and what is not held is downloaded, so that t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lwfed.blobs import Arrival, BlobStore
 from lwfed.errors import StateError
-from lwfed.wire.messages import Manifest
+from lwfed.wire.messages import BlobRef, Manifest
 
 
 class BorrowedBlobs:
@@ -33,6 +34,13 @@ class BorrowedBlobs:
 
     def part(self, manifest: Manifest) -> BorrowedPart:
         return BorrowedPart(self, manifest)
+
+    def adopt(self, path: Path) -> BlobRef:
+        """The file at `path` goes; what it holds must be the server's too."""
+        ref = BlobRef(id=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size)
+        path.unlink()
+        self.held.add(ref.id)
+        return ref
 
     def forget(self, keep: Collection[str]) -> None:
         self.held &= set(keep)

@@ -1,0 +1,54 @@
+"""What a round changes in the model, for devices that have the model of the round before: differences instead of parts.
+
+With `transfer.codec` int8 or bf16 the model after a round is what devices make of these differences, so that both sides go on
+from the same bits. What the encoding loses is added to the differences of the next round, within the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lwfed.blobs import BlobStore
+from lwfed.config import TransferSection
+from lwfed.errors import Diverged
+from lwfed.seeds import derive
+from lwfed.wire import deltas, tensors
+
+
+@dataclass(frozen=True)
+class Published:
+    """Blobs, by part; those that differ from what devices were told before."""
+
+    parts: dict[str, str]
+    patches: dict[str, tuple[str, str]] = field(default_factory=dict)  # (what it applies to, differences)
+    residuals: dict[str, str] = field(default_factory=dict)
+
+
+Parts = Mapping[str, str]  # part -> blob
+
+
+def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: Parts, residuals: Parts, seed: int) -> Published:
+    """Make of `after`, part by part, what devices that hold `before` can be told in a few bytes. Raises Diverged."""
+    changed = {part: blob for part, blob in after.items() if before.get(part) != blob}
+    if transfer.codec == "fp32":
+        return Published(changed)
+    found = Published({})
+    for part, blob in changed.items():
+        old, new = _read(blobs, before[part]), _read(blobs, blob)
+        missing = _read(blobs, residuals[part]) if part in residuals else {}
+        wanted = {name: new[name] - old[name] + missing.get(name, 0) for name in new}
+        try:
+            data, residual = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
+        except ValueError as error:
+            raise Diverged(f"the round cannot be sent to devices: {error}; lower train.lr or calibration.lr") from None
+        sent = deltas.decode(data, {name: tensor.shape for name, tensor in new.items()}, transfer.codec)
+        found.parts[part] = blobs.put(tensors.encode({name: old[name] + sent[name] for name in new})).id
+        found.patches[part] = before[part], blobs.put(data).id
+        found.residuals[part] = blobs.put(tensors.encode(residual)).id
+    return found
+
+
+def _read(blobs: BlobStore, id: str) -> dict[str, tensors.Array]:
+    path = blobs.path(id)
+    return tensors.decode(path, tensors.stated_shapes(path))

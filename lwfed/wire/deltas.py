@@ -1,0 +1,188 @@
+"""Differences of tensors as few bytes: rounded at random or to bfloat16, and compressed.
+
+    "LWD1"  zstd frame of: scales, float32 [all rows]; halves, bfloat16 [their numbers]; bytes, int8 [their numbers]
+
+Names and shapes of the tensors are what both ends know; they follow each other in the order of names. With the codec int8
+all but vectors are bytes: each row, what has one index in the first dimension, has a scale, and is rounded at random, so that
+the mean of what is decoded is what was sent (QSGD, arXiv 1610.02132). Vectors (biases, norms, running statistics), which one
+scale would suit ill, and everything with the codec bf16 are halves. What encoding loses, the residual, is for the sender to
+add to its next difference (error feedback, arXiv 1901.09847). Decoding gives the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from numpy.random import Philox
+
+from lwfed.errors import InvalidPayload
+from lwfed.wire.tensors import Array
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+Codec = Literal["int8", "bf16"]
+MAGIC = b"LWD1"
+LEVEL = 1  # of zstd: higher ones gain nothing on noise
+LARGEST = 127
+RANDOM = np.uint16  # random numbers that a rounding takes, one a value
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> tuple[bytes, dict[str, Array]]:
+    """The file, and the residual of each tensor; of every tensor only the part `top_k` of the largest differences is sent.
+
+    Raises ValueError for a difference that is not finite or too large for its form.
+    """
+    sent = {name: _largest(deltas[name], top_k) for name in sorted(deltas)}
+    random = _stream(seed)
+    scales: list[bytes] = []
+    halves: list[bytes] = []
+    steps: list[bytes] = []
+    for tensor in sent.values():
+        if _as_bytes(tensor.shape, codec):
+            scale, step = _to_int8(tensor, random)
+            scales.append(scale.astype("<f4").tobytes())
+            steps.append(step.tobytes())
+        else:
+            halves.append(_to_bf16(tensor).tobytes())
+    raw = b"".join([*scales, *halves, *steps])
+    decoded = Deltas(raw, {name: tensor.shape for name, tensor in sent.items()}, codec)
+    with np.errstate(all="ignore"):  # what is not finite is found below
+        residual = {name: deltas[name] - decoded[name] for name in sent}
+    for name, tensor in residual.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"the difference of tensor {name} is not finite, or too large")
+    return MAGIC + zstd.compress(raw, LEVEL), residual
+
+
+def raw_bytes(shapes: Shapes, codec: Codec) -> int:
+    """Before compression."""
+    rows, halves, steps = _sizes(shapes, codec)
+    return 4 * rows + 2 * halves + steps
+
+
+def limit_bytes(shapes: Shapes, codec: Codec) -> int:
+    """More than any file of these tensors has: zstd adds little to what it cannot compress."""
+    raw = raw_bytes(shapes, codec)
+    return len(MAGIC) + raw + raw // 128 + 64
+
+
+def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
+    """What a file holds. Raises InvalidPayload unless it is exactly of `shapes`, and finite."""
+    found = Deltas(_decompress(data, raw_bytes(shapes, codec)), shapes, codec)
+    for name in shapes:
+        if not np.isfinite(found[name]).all():
+            raise InvalidPayload(f"tensor {name} holds values that are not finite")
+    return found
+
+
+class Deltas:
+    """Differences by the names of their tensors, read out of what `encode` compresses."""
+
+    def __init__(self, raw: bytes, shapes: Shapes, codec: Codec) -> None:
+        rows, halves, _ = _sizes(shapes, codec)
+        self._codec, self._shapes = codec, {name: tuple(shapes[name]) for name in sorted(shapes)}
+        self._scales = np.frombuffer(raw, "<f4", rows)
+        self._halves = np.frombuffer(raw, "<u2", halves, offset=4 * rows)
+        self._steps = np.frombuffer(raw, "i1", offset=4 * rows + 2 * halves)
+        self._places = dict(self._lay_out())
+
+    def __getitem__(self, name: str) -> Array:
+        """The difference, float32, in the shape of the tensor."""
+        shape, (row, first) = self._shapes[name], self._places[name]
+        values = slice(first, first + _count(shape))
+        if not _as_bytes(shape, self._codec):
+            return (self._halves[values].astype("<u4") << 16).view("<f4").astype(np.float32).reshape(shape)
+        scales, steps = self._scales[row : row + shape[0]], self._steps[values]
+        decoded: Array = steps.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
+        return decoded.reshape(shape)
+
+    def _lay_out(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(first row, first value among those of its form)."""
+        row = half = step = 0
+        for name, shape in self._shapes.items():
+            if _as_bytes(shape, self._codec):
+                yield name, (row, step)
+                row, step = row + shape[0], step + _count(shape)
+            else:
+                yield name, (row, half)
+                half += _count(shape)
+
+
+def _largest(delta: Array, share: float) -> Array:
+    """Zeros in place of all but the part `share` of the numbers, those of the largest amount; of equal ones the first."""
+    if share >= 1:
+        return delta
+    flat = np.abs(delta).reshape(-1)
+    kept = np.argsort(-flat, kind="stable")[: max(1, round(share * len(flat)))]
+    sparse: Array = np.zeros_like(delta)
+    sparse.reshape(-1)[kept] = delta.reshape(-1)[kept]
+    return sparse
+
+
+def _to_int8(delta: Array, random: Philox) -> tuple[Array, npt.NDArray[np.int8]]:
+    rows = delta.reshape(len(delta), -1)
+    with np.errstate(all="ignore"):
+        return _rounded(rows, random)
+
+
+def _rounded(rows: Array, random: Philox) -> tuple[Array, npt.NDArray[np.int8]]:
+    scale: Array = np.abs(rows).max(axis=1, initial=0) / np.float32(LARGEST)
+    steps = rows / np.where(scale > 0, scale, np.float32(1))[:, None]
+    found = np.floor(steps + _uniform(random, rows.size).reshape(rows.shape))
+    return scale, np.clip(found, -LARGEST, LARGEST).astype(np.int8)
+
+
+def _to_bf16(delta: Array) -> npt.NDArray[np.uint16]:
+    """The upper half of each float32, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(delta, "<f4").view("<u4").astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _stream(seed: int) -> Philox:
+    """Its raw numbers are promised to stay as they are in all versions of numpy."""
+    return Philox(key=seed)
+
+
+def _uniform(random: Philox, count: int) -> Array:
+    """In (0, 1), float32 [count]."""
+    raw: npt.NDArray[np.uint64] = random.random_raw(-(-count * RANDOM().itemsize // 8))
+    drawn = raw.astype("<u8").view("<u2")[:count]
+    uniform: Array = (drawn.astype(np.float32) + np.float32(0.5)) / np.float32(65536)
+    return uniform
+
+
+def _decompress(data: bytes, size: int) -> bytes:
+    """Exactly `size` bytes, and never many more, whatever the file promises."""
+    if not data.startswith(MAGIC):
+        raise InvalidPayload("not a file of differences: it begins otherwise")
+    decompressor = zstd.ZstdDecompressor()
+    try:
+        raw: bytes = decompressor.decompress(data[len(MAGIC) :], max_length=size + 1)
+    except zstd.ZstdError as error:
+        raise InvalidPayload(f"not a file of differences: {error}") from None
+    if len(raw) != size or not decompressor.eof or decompressor.unused_data:
+        raise InvalidPayload(f"its differences do not fill the {size} bytes that the tensors of this stage take")
+    return raw
+
+
+def _as_bytes(shape: tuple[int, ...], codec: Codec) -> bool:
+    return codec == "int8" and len(shape) > 1
+
+
+def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
+    """How many scales, halves and bytes."""
+    steps = [shape for shape in shapes.values() if _as_bytes(shape, codec)]
+    numbers = sum(_count(shape) for shape in steps)
+    return sum(shape[0] for shape in steps), sum(_count(shape) for shape in shapes.values()) - numbers, numbers
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
