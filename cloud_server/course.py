@@ -15,7 +15,7 @@ from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
-from lwfed.cloud_server.updates import as_weights
+from lwfed.cloud_server.weights import as_weights
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
 from lwfed.seeds import derive
