@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
-from lwfed.cloud_server.aggregate import RULES, Share, aggregate
+from lwfed.cloud_server.aggregate import Screened, combine, screen
 from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
+from lwfed.cloud_server.updates import Share, Updates
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
 from lwfed.wire import tensors
@@ -112,16 +113,18 @@ class Course:
         current = self._files(self.plan.uploaded).values()
         tensors.check_update(path, {name: shape for file in current for name, shape in tensors.stated_shapes(file).items()})
 
-    def aggregate(self) -> Aggregated:
-        """The round's contributions made one model."""
+    def aggregate(self) -> tuple[Aggregated, Screened]:
+        """The round's contributions made one model; and which of them counted."""
         received = self.store.contributions(self.state.stage, self.state.round)
         counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
         shares = [Share(one.participant, one.report.images, self.spool.path(one.blob)) for one in counted]
-        found = aggregate(RULES[self.config.aggregation.rule], self._files(self.plan.uploaded), shares)
-        parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        with Updates(self._files(self.plan.uploaded), shares) as updates:
+            screened = screen(self.config.aggregation, updates)
+            found = combine(self.config.aggregation, screened, updates)
+            parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
         loss = self.store.loss(self.state.stage, self.state.round)
         assert loss is not None
-        return Aggregated(parts, loss)
+        return Aggregated(parts, loss), screened
 
     def adopt(self, files: dict[str, str]) -> dict[str, str]:
         """Take over the parts that the worker wrote: part -> file becomes part -> blob."""

@@ -1,4 +1,4 @@
 from lwfed.config.load import load_config, presets
-from lwfed.config.schema import DataSection, ModelSection, RunConfig, ViewsSection
+from lwfed.config.schema import AggregationSection, DataSection, ModelSection, RunConfig, ViewsSection
 
-__all__ = ["DataSection", "ModelSection", "RunConfig", "ViewsSection", "load_config", "presets"]
+__all__ = ["AggregationSection", "DataSection", "ModelSection", "RunConfig", "ViewsSection", "load_config", "presets"]
