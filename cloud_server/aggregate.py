@@ -1,27 +1,34 @@
-"""A round's updates made one model, tensor by tensor, read from the files in which they arrived.
+"""A round's updates made one model, tensor by tensor, in three steps: clip, choose who counts, combine.
 
-One tensor of one device is in memory at a time, so the number of devices does not count. Sums are made in the order of
-participant numbers, in float64: in whatever order updates arrived, the same updates give the same bits.
+Nothing grows with model times devices: sums have one tensor of one device in memory at a time, what compares devices a block
+of bounded size of all of them. Everything is done in the order of participant numbers and summed in float64: in whatever order
+updates arrived, the same updates give the same bits.
+
+`mean` and `l_dawa` weigh devices by the images that they say they have. The robust rules do not: the number is a claim, and
+the largest would win. Running statistics of batch norms are part of an update: they are clipped and compared with the rest of
+it and combined as the rest is, but for `l_dawa`, which averages them by images: estimates of moments have no direction.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
-Array = npt.NDArray[np.float32]
+from lwfed.cloud_server.krum import select, squared_distances
+from lwfed.cloud_server.updates import Array, Share, Updates
+from lwfed.config import AggregationSection
+
 Weighted = tuple[float, Array]  # |D_n| / |D|, and the tensor of device n
-Rule = Callable[[Array, Iterable[Weighted]], Array]  # (the tensor that the devices received, theirs in order) -> the next one
+Sum = Callable[[Array, Iterable[Weighted]], Array]  # (the tensor that the devices received, theirs in order) -> the next one
+Fallback = Literal["median", "received"]
 
-OPEN_FILES = 64  # each is mapped into memory; more are opened anew for every tensor
-STATISTICS = (".running_mean", ".running_var")  # of batch norms: estimates of moments, whatever the rule for weights
+STATISTICS = (".running_mean", ".running_var")  # of batch norms
 
 
 def mean(previous: Array, shares: Iterable[Weighted]) -> Array:
@@ -42,43 +49,100 @@ def l_dawa(previous: Array, shares: Iterable[Weighted]) -> Array:
     return _sum((weight * _cosine(tensor.astype(np.float64), before), tensor) for weight, tensor in shares)
 
 
-RULES: Mapping[str, Rule] = {"mean": mean, "l_dawa": l_dawa}
+def median(stack: Array) -> Array:
+    """Coordinate-wise (Yin et al., ICML 2018, arXiv 1803.01498, Definition 1); of an even number, the mean of the two in the middle."""
+    return _without_ends(stack, (len(stack) - 1) // 2)
+
+
+def trimmed_mean(stack: Array, trim: float) -> Array:
+    """Coordinate-wise, without the part `trim` of the numbers at each end (Yin et al., arXiv 1803.01498, Definition 2).
+
+    What is cut is rounded up, as far as something is left: a round that lost a device must not lose its protection with it.
+    """
+    return _without_ends(stack, min(math.ceil(trim * len(stack) - 1e-9), (len(stack) - 1) // 2))
+
+
+SUMS: Mapping[str, Sum] = {"mean": mean, "l_dawa": l_dawa}
 
 
 @dataclass(frozen=True)
-class Share:
-    """One device's update. Its content has been checked against the plan."""
+class Screened:
+    """Whose updates count in a round, and how."""
 
-    participant: int
-    images: int  # |D_n|, its weight
-    path: Path
+    shares: tuple[Share, ...]  # none: the model stays what the devices received
+    clipped: dict[int, float] = field(default_factory=dict)  # participant -> what is left of its delta
+    left_out: tuple[int, ...] = ()  # participants
+    fallback: Fallback | None = None  # what is taken instead of Krum, which has too few updates in this round
 
 
-def aggregate(rule: Rule, previous: Mapping[str, Path], shares: Iterable[Share]) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Part by part, its tensors after the round. `previous` are the files of the parts that the devices received.
+def screen(settings: AggregationSection, updates: Updates) -> Screened:
+    """Clip, then select, as the settings say.
 
-    Running statistics of batch norms are averaged by images under every rule. Raises ValueError without updates.
+    With fewer updates than the 2f + 3 of Krum the median takes its place, as long as it has an honest majority, so more than
+    2f updates. With fewer still nobody can tell the honest ones, and the round changes nothing.
     """
-    ordered = sorted(shares, key=lambda share: share.participant)
-    if not ordered:
-        raise ValueError("there is nothing to aggregate")
-    total = float(sum(share.images for share in ordered))
-    with ExitStack() as stack:
-        opened = {share.path: stack.enter_context(safe_open(share.path, framework="numpy")) for share in ordered[:OPEN_FILES]}
-        for part, path in previous.items():
-            with safe_open(path, framework="numpy") as before:
-                found = {}
-                for name in before.keys():  # noqa: SIM118, no mapping
-                    chosen = mean if name.endswith(STATISTICS) else rule
-                    weighted = ((share.images / total, _read(share, opened, name)) for share in ordered)
-                    found[name] = chosen(before.get_tensor(name), weighted)
-            yield part, found
+    shares = updates.shares if settings.clip_norm is None else _clip(updates, settings.clip_norm)
+    clipped = {share.participant: share.scale for share in shares if share.scale < 1}
+    if settings.byzantine is None:
+        return Screened(shares, clipped)
+    if len(shares) <= 2 * settings.byzantine:
+        return Screened((), clipped, tuple(share.participant for share in shares), "received")
+    if len(shares) < 2 * settings.byzantine + 3:
+        return Screened(shares, clipped, (), "median")
+    # The paper leaves open how many multi-Krum averages: here as many as a score looks at.
+    count = 1 if settings.rule == "krum" else len(shares) - settings.byzantine - 2
+    chosen = [shares[row] for row in select(squared_distances(updates, shares), settings.byzantine, count)]
+    return Screened(tuple(chosen), clipped, tuple(share.participant for share in shares if share not in chosen))
+
+
+def combine(settings: AggregationSection, screened: Screened, updates: Updates) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Part by part, its tensors after the round."""
+    for part in updates.parts:
+        yield part, {name: _combined(settings, screened, updates, name, before) for name, before in updates.tensors(part)}
+
+
+def _combined(settings: AggregationSection, screened: Screened, updates: Updates, name: str, before: Array) -> Array:
+    shares = screened.shares
+    if not shares:
+        return before
+    rule = screened.fallback or settings.rule
+    if rule in ("median", "trimmed_mean"):
+        result = np.empty_like(before)
+        for index, block in updates.blocks(shares, name, before):
+            result[index] = median(block) if settings.trim is None else trimmed_mean(block, settings.trim)
+        return result
+    images = [share.images if rule in SUMS else 1 for share in shares]
+    total = sum(images)
+    weighted = ((count / total, updates.read(share, name, before)) for count, share in zip(images, shares, strict=True))
+    return mean(before, weighted) if name.endswith(STATISTICS) else SUMS.get(rule, mean)(before, weighted)
+
+
+def _clip(updates: Updates, bound: float | Literal["median"]) -> tuple[Share, ...]:
+    """Deltas scaled down to an L2 norm of at most `bound`, of the whole update (Sun et al., arXiv 1911.07963).
+
+    `median`: to that of the round's norms (FLAME, Nguyen et al., USENIX Security 2022, arXiv 2101.02281, adaptive clipping); of
+    an even number the lower one in the middle, so that one of two devices cannot raise it.
+    """
+    squares = dict.fromkeys(updates.shares, 0.0)
+    for name, before in updates.tensors(*updates.parts):
+        for share in updates.shares:
+            delta = updates.read(share, name, before) - before.astype(np.float64)
+            squares[share] += float(np.sum(delta * delta))
+    norms = {share: math.sqrt(square) for share, square in squares.items()}
+    limit = statistics.median_low(norms.values()) if bound == "median" else bound
+    return tuple(replace(share, scale=limit / norm) if norm > limit else share for share, norm in norms.items())
+
+
+def _without_ends(stack: Array, count: int) -> Array:
+    """The mean over all devices but the `count` with the least numbers and the `count` with the greatest, number by number."""
+    inner = np.sort(stack, axis=0)[count : len(stack) - count]
+    return np.asarray(np.mean(inner, axis=0, dtype=np.float64), np.float32)
 
 
 def _sum(terms: Iterable[Weighted]) -> Array:
     result: npt.NDArray[np.float64] | None = None
     for factor, tensor in terms:
-        term = tensor.astype(np.float64) * factor
+        term = np.asarray(tensor.astype(np.float64) * factor)  # of a tensor without dimensions numpy makes a number
         result = term if result is None else np.add(result, term, out=result)
     assert result is not None
     return np.asarray(result).astype(np.float32)
@@ -88,10 +152,3 @@ def _cosine(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> flo
     """In [-1, 1]; 1 where one of them is zero. Summed by numpy and not by BLAS, whose sums depend on its threads."""
     lengths = np.sqrt(np.sum(one * one)) * np.sqrt(np.sum(other * other))
     return float(np.clip(np.sum(one * other) / lengths, -1.0, 1.0)) if lengths > 0 else 1.0
-
-
-def _read(share: Share, opened: Mapping[Path, Any], name: str) -> Array:
-    if share.path in opened:
-        return np.asarray(opened[share.path].get_tensor(name))
-    with safe_open(share.path, framework="numpy") as file:
-        return np.asarray(file.get_tensor(name))

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
-from lwfed.cloud_server.aggregate import RULES, Share, aggregate
+from lwfed.cloud_server.aggregate import Screened, combine, screen
 from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, Store
+from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
@@ -133,19 +134,22 @@ class Course:
         files = self._files(part for part in self.plan.uploaded if part in self.state.parts).values()
         return {name: shape for file in files for name, shape in tensors.stated_shapes(file).items()}
 
-    def aggregate(self) -> Aggregated:
-        """The round's contributions made one model."""
+    def aggregate(self) -> tuple[Aggregated, Screened]:
+        """The round's contributions made one model; and which of them counted."""
         received = self.store.contributions(self.state.stage, self.state.round)
         counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
         before, files = self._files(self.plan.uploaded), [self.spool.path(one.blob) for one in counted]
         with as_weights(self.config.transfer, before.values(), files, self.root / "weights") as weights:
             shares = [Share(one.participant, one.report.images, file) for one, file in zip(counted, weights, strict=True)]
-            found = aggregate(RULES[self.config.aggregation.rule], before, shares)
-            parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+            with Updates(before, shares) as updates:
+                screened = screen(self.config.aggregation, updates)
+                found = combine(self.config.aggregation, screened, updates)
+                parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
         loss = self.store.loss(self.state.stage, self.state.round)
         assert loss is not None
-        following = self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss}))
-        return Aggregated(parts, loss) if following else Aggregated(**vars(self._publish(parts)), loss=loss)
+        if self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss})):
+            return Aggregated(parts, loss), screened  # devices get what calibration makes of it
+        return Aggregated(**vars(self._publish(parts)), loss=loss), screened
 
     def calibrated(self, files: dict[str, str]) -> Calibrated:
         """The round's model, with the parts that the worker has trained."""

@@ -48,7 +48,9 @@ class Duties:
                 names = ["random", "raw_pixels"] if baselines else ["trained"]
                 self._submit("evaluate", {} if baselines else self._course.files(self._course.state.parts), names=names)
             case Aggregate():
-                self._apply(self._course.aggregate(), now, None)
+                aggregated, screened = self._course.aggregate()
+                self._news.screened(self._course.state.stage, self._course.state.round, screened)
+                self._apply(aggregated, now, None)
                 return True
             case Calibrate(stage, round):
                 place = {"stage": stage, "round": round, "lr_scale": self._course.lr_scale}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lwfed.cloud_server.aggregate import Screened
 from lwfed.cloud_server.figures import StageFigures
 from lwfed.cloud_server.fleet import Member
 from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State
@@ -106,6 +107,19 @@ class News:
         fields = {"stage": one.stage, "round": one.round, "participant": one.participant, "loss": report.losses[-1]}
         measured = {"peak_mb": memory.peak_mb, "baseline_mb": memory.baseline_mb, "images": report.images}
         self._say("contribution", f"device {one.participant}", text, **fields, **measured)
+
+    def screened(self, stage: int, round: int, found: Screened) -> None:
+        """Whose updates were clipped or left out, or why Krum was not used; nothing where nothing of this happened."""
+        if found.fallback:
+            byzantine = self._config.aggregation.byzantine or 0
+            needs = f"{self._config.aggregation.rule} with aggregation.byzantine {byzantine} needs {2 * byzantine + 3} updates"
+            instead = {"median": "the median is taken instead", "received": "the model stays as it was"}[found.fallback]
+            self.warning(f"round {round}: {needs} and has {len(found.shares) + len(found.left_out)}: {instead}")
+        done = [f"clipped {_devices(found.clipped)}, down to {min(found.clipped.values()):.2g} of what it changed"] if found.clipped else []
+        done += [f"left out {_devices(found.left_out)}"] if found.left_out else []
+        if done:
+            fields = {"clipped": found.clipped, "left_out": found.left_out, "fallback": found.fallback}
+            self._say("screened", f"stage {stage}", f"round {round}: {'; '.join(done)}", stage=stage, round=round, **fields)
 
     def progress(self, participant: int, beat: Beat, now: float) -> None:
         if not self._console.as_json:

@@ -129,7 +129,20 @@ class AlignmentSection(Section):
 
 
 class AggregationSection(Section):
-    rule: Literal["mean", "l_dawa"]
+    rule: Literal["mean", "l_dawa", "median", "trimmed_mean", "krum", "multi_krum"]
+    trim: Annotated[Number, Field(gt=0, lt=0.5)] | None
+    byzantine: Positive | None
+    clip_norm: Annotated[Number, Field(gt=0)] | Literal["median"] | None
+
+    @model_validator(mode="after")
+    def _has_what_its_rule_reads(self) -> AggregationSection:
+        for key, rules in {"trim": ("trimmed_mean",), "byzantine": ("krum", "multi_krum")}.items():
+            value = getattr(self, key)
+            if value is None and self.rule in rules:
+                raise ValueError(f"rule {self.rule} needs {key}: set aggregation.{key}")
+            if value is not None and self.rule not in rules:
+                raise ValueError(f"{key} {value} does nothing under rule {self.rule}: leave it out, or set rule to {' or '.join(rules)}")
+        return self
 
 
 class ViewsSection(Section):
@@ -265,6 +278,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"rounds.sample {self.rounds.sample} exceeds rounds.min_devices {self.rounds.min_devices}: "
                 "the first round could not choose so many"
+            )
+        byzantine = self.aggregation.byzantine
+        if byzantine and self.rounds.sample is not None and self.rounds.sample < 2 * byzantine + 3:
+            raise ValueError(
+                f"aggregation.byzantine {byzantine} needs {2 * byzantine + 3} updates in a round, and rounds.sample chooses "
+                f"{self.rounds.sample}: raise it or lower byzantine"
             )
         return self
 

@@ -27,6 +27,8 @@ from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encod
 from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id
 
+from .merging import merge_parts, settings_of
+
 TINY = [
     "model.image_size=8", "model.width=8", "model.depth=2", "model.heads=2", "ssl.hidden_dim=8", "ssl.output_dim=4",
     "stages.rounds_per_stage=2", "rounds.min_devices=2", "rounds.deadline_s=100", "transfer.chunk_bytes=1024",
@@ -353,3 +355,27 @@ def world(tmp_path, tiny, said):
     for one in worlds:
         if one.course:
             one.course.store.close()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A file of tensors, as a device's update is one."""
+
+    def write(name, **values):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(tensors.encode({name: np.asarray(value, np.float32) for name, value in values.items()}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def merge(write):
+    """The tensor w of some shares, where devices had received `before`, ones where it is not stated."""
+
+    def merge(rule, shares, before=None, **settings):
+        shape = tensors.stated_shapes(shares[0].path)["w"] if shares else ()
+        received = {"stem": write("before", w=np.ones(shape) if before is None else before)}
+        return merge_parts(settings_of(rule, **settings), received, shares)["stem"]["w"]
+
+    return merge

@@ -79,6 +79,39 @@ def test_l_dawa_measures_angles_to_what_the_devices_received(world):
         assert np.allclose(after, cosine * update, atol=1e-6)
 
 
+def test_a_poisoned_update_is_left_out_and_named(world, said):
+    fleet = world("aggregation.rule=multi_krum", "aggregation.byzantine=1", "aggregation.clip_norm=100", "rounds.min_devices=5")
+    fleet.start()
+    for name in "abcd":
+        fleet.join(name)
+    fleet.join("e", spoil=lambda update: {key: value + np.float32(100) for key, value in update.items()})
+    encoder = load(fleet.finish())
+    assert max(abs(value).max() for value in encoder.values()) < 50
+    found = of(said, "screened")
+    poisoned = next(device.done_task.participant for device in fleet.devices if device.name == "e")
+    assert [(one["stage"], one["round"]) for one in found] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for one in found:
+        assert poisoned in one["left_out"]
+        assert len(one["left_out"]) == 3
+        assert list(one["clipped"]) == [str(poisoned)]
+        assert f"clipped device {poisoned}, down to 0.0" in one["text"]
+    assert not of(said, "warning")
+
+
+@pytest.mark.parametrize(("devices", "instead"), [("ab", "the model stays as it was"), ("abc", "the median is taken instead")])
+def test_too_few_updates_for_krum_do_not_end_a_run(world, said, devices, instead):
+    settings = ("aggregation.rule=krum", "aggregation.byzantine=1", f"rounds.min_devices={len(devices)}", "calibration.every=never")
+    fleet = world(*settings)
+    fleet.start()
+    for name in devices:
+        fleet.join(name)
+    fleet.finish()
+    place = f"aggregation.byzantine 1 needs 5 updates and has {len(devices)}"
+    assert [one["text"] for one in of(said, "warning")] == [f"warning     round {n}: krum with {place}: {instead}" for n in (1, 2)] * 2
+    models = {tuple(one.parts.items()) for one in fleet.announced if one.stage == 1 and one.phase == "training"}
+    assert len(models) == (1 if devices == "ab" else 2)
+
+
 def test_the_waiting_server_names_the_command_that_joins(world, said):
     fleet = world()
     fleet.start()
