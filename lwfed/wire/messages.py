@@ -31,6 +31,8 @@ Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0, le=1e12)]
 Text = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
+Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
+Pem = Annotated[str, Field(max_length=4096)]
 
 
 class Record(BaseModel):
