@@ -270,6 +270,30 @@ class Fail(Message):
     reason: Text
 
 
+# Enrolment: by token, before a device has a certificate
+
+
+class Enrol(Message):
+    """Device: certify my key."""
+
+    secret: Annotated[Secret, Field(repr=False)]  # of the token
+    request: Pem  # a certificate signing request for a key of P-256
+
+
+class Admission(Message):
+    """The server: what it certified, or why it does not."""
+
+    device: Name | None = None
+    certificate: Pem | None = None
+    refused: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Admission:
+        if (self.device is None) != (self.certificate is None) or (self.device is None) == (self.refused is None):
+            raise ValueError("neither a device with its certificate nor a reason")
+        return self
+
+
 UP: dict[str, type[Message]] = {
     "state": State,
     "hello": Hello,

@@ -34,7 +34,7 @@ def test_a_run_that_says_nothing_of_the_rate_is_read_as_one_with_the_whole_rate(
 
 
 def test_every_kind_has_a_golden_file():
-    assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run"}
+    assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
     assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | {"run.json", "blob-manifest.json"}
 
 
