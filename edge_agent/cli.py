@@ -90,7 +90,7 @@ def join(
     for option, value in (("--fleet", fleet), ("--name", name)):
         if not is_name(value):
             raise ConfigError(f"{option} {value!r}: use 1 to 64 of a-z, 0-9 and -")
-    transport = way.connection.transport(way.address)
+    transport = way.transport()
     screen = Screen(Console(as_json))
     with locked_state(place, "use another --name or --state"):
         Agent(Join(data, fleet, name, place, wait_s, budget_mb, way.device), transport, screen).run()
@@ -133,7 +133,7 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
 
     place = state or default_state("device")
     way = find_way(url, connection, place) if url or load(place) else None
-    found = checks.examine(place, data, way.address if way else None, way.connection.transport(way.address) if way else None)
+    found = checks.examine(place, data, way.address if way else None, way.transport() if way else None)
     context.exit(checks.report(found, as_json))
 
 

@@ -49,6 +49,13 @@ class Way:
     fleet: str = "default"
     device: str | None = None  # the name of an enrolled one
 
+    def transport(self) -> Transport:
+        """Not yet open. An enrolled device subscribes to its topics at once: one that was revoked is let in, but not to them."""
+        transport = self.connection.transport(self.address)
+        for filter in Topics(self.fleet).for_device(self.device) if self.device else ():
+            transport.subscribe(filter)
+        return transport
+
 
 def find_way(url: str | None, connection: Connection, state: Path) -> Way:
     """By `url` and `connection`, and by the identity in `state` for what they leave open. Raises ConfigError and StateError.

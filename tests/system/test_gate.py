@@ -20,7 +20,7 @@ from lwfed.cloud_server.enrolment import invite
 from lwfed.cloud_server.gate import Gate, Place, find_plugin
 from lwfed.cloud_server.permissions import CONTROL
 from lwfed.cloud_server.registry import Registry
-from lwfed.edge_agent import enrolment
+from lwfed.edge_agent import doctor, enrolment
 from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.edge_agent.enrolment import enrol, find_way
 from lwfed.errors import ConfigError, MissingDependency, Refused, StateError, Unreachable, Untrusted
@@ -177,7 +177,7 @@ def device(enrolled, client):
 
     def device(name, *filters, client_id=None):
         way = find_way(None, Connection(), enrolled(name))
-        return client(way.connection.transport(way.address), client_id or name, *filters)
+        return client(way.transport(), client_id or name, *filters)
 
     return device
 
@@ -264,7 +264,7 @@ def test_a_token_is_good_for_one_device(host, folder):
     with pytest.raises(StateError, match="already, as device barn"):
         enrol(host.invite("stable"), folder("barn"), PATIENCE_S)
     way = find_way(None, Connection(), folder("barn"))
-    barn = Client(way.connection.transport(way.address), "barn")
+    barn = Client(way.transport(), "barn")
     barn.next(Connected)
     barn.transport.publish(TOPICS.from_device("barn", "state"), b"here")
     barn.transport.close()
@@ -325,7 +325,7 @@ def test_a_man_in_the_middle_is_told_nothing(host, folder):
 def test_an_enrolled_device_does_not_follow_an_impostor_either(enrolled, client, folder):
     impostor = Impostor(folder("impostor"))
     way = find_way(f"mqtts://localhost:{impostor.port}", Connection(), enrolled("porch"))
-    assert isinstance(client(way.connection.transport(way.address), "porch").outcome().reason, Untrusted)
+    assert isinstance(client(way.transport(), "porch").outcome().reason, Untrusted)
     impostor.join(PATIENCE_S)
     assert impostor.heard == b""
 
@@ -382,6 +382,8 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     assert "Administrative action" in device.wait_for("disconnected")["reason"]
     assert time.monotonic() - before < 5
     server.wait_for("device", status="is revoked", device="porch")
+    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    assert "does not let" in call(edge_agent, "doctor").stdout
     again = call(cloud_server, "enrol", "porch")
     assert (again.exit_code, "choose another name" in again.stderr) == (73, True)
     assert (device.end(), server.end()) == (0, 0)
