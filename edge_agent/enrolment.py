@@ -143,8 +143,9 @@ def _ask(token: Token, request: str, authority: Path, until: float) -> Admission
     try:
         question = encode(Enrol(secret=header.secret, request=request))
         return _converse(transport, events, topics.from_token(header.id), question, until)
-    except Untrusted as error:
-        raise Untrusted(f"{address} is not the server of this token, and was told nothing: {error}") from None
+    except Untrusted:
+        text = "its certificate is of another authority or for another host, and it was told nothing"
+        raise Untrusted(f"{address} is not the server of this token: {text}") from None
     except Refused:
         raise Refused(f"{address} does not accept this token: it was used, has expired or is of another server; {RENEW}") from None
     finally:
