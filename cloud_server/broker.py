@@ -1,10 +1,13 @@
-"""The broker that a server starts for itself: mosquitto where it is installed, or the embedded one; on loopback only.
+"""The broker that a server starts for itself: mosquitto where it is installed, or the embedded one.
+
+It listens on loopback only, unless a gate says who may come in from elsewhere; the embedded one never does.
 
 It runs as a child process and ends with the server, even when that is killed. `ensure` starts it again when it died.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from lwfed.cloud_server import tethered
+from lwfed.cloud_server.gate import Gate
 from lwfed.errors import MissingDependency, PortInUse, StateError, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress
 
@@ -29,8 +33,6 @@ MOSQUITTO_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 
 CONFIGURATION = """\
 # Written by cloud-server at every start; changes are lost.
-listener {port} {host}
-allow_anonymous true
 # 2.0 allows 256 MB and 2.1 2 MB: say it. Chunks are far smaller.
 max_packet_size 1048576
 # Messages beyond this are dropped although their publisher got an acknowledgement; 0 would be without bound.
@@ -43,22 +45,27 @@ log_dest stderr
 log_type error
 log_type warning
 """
+FOR_THIS_MACHINE = "listener {port} {host}\nallow_anonymous true\n"
 
 
 class ManagedBroker:
     """A broker as our child. Nothing runs before `start`."""
 
-    def __init__(self, kind: Kind, port: int, folder: Path, sleep: Callable[[float], None] = time.sleep) -> None:
-        """`port` 0 takes a free one; `folder` keeps configuration, messages and log. Raises MissingDependency."""
-        self.kind = _resolve(kind)
+    def __init__(self, kind: Kind, port: int, folder: Path, gate: Gate | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        """`port` on loopback, where 0 takes a free one, unless there is a `gate`; `folder` keeps configuration, messages and log.
+
+        Raises MissingDependency.
+        """
+        self.kind = _resolve("mosquitto" if gate else kind)
         self._port = port
+        self._gate = gate
         self._folder = folder
         self._sleep = sleep
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> BrokerAddress:
-        return BrokerAddress(HOST, self._port)
+        return self._gate.address if self._gate else BrokerAddress(HOST, self._port)
 
     @property
     def pid(self) -> int | None:
@@ -68,7 +75,11 @@ class ManagedBroker:
         """Returns when it accepts connections. Raises PortInUse, StateError, and Unreachable with what it said."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._port = self._reserve()
+            if self._gate is None:
+                self._port = self._reserve(HOST, self._port)
+            else:
+                for port in self._gate.place.ports:
+                    self._reserve(self._gate.place.bind, port)
             program = self._mosquitto() if self.kind == "mosquitto" else self._embedded()
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -101,7 +112,8 @@ class ManagedBroker:
         return self._folder / "broker.log"
 
     def _mosquitto(self) -> list[str]:
-        text = CONFIGURATION.format(host=HOST, port=self._port, folder=self._folder.absolute())
+        text = CONFIGURATION.format(folder=self._folder.absolute())
+        text += self._gate.configure(self._folder) if self._gate else FOR_THIS_MACHINE.format(port=self._port, host=HOST)
         if os.geteuid() == 0:
             text += "# Otherwise it drops to a user of its own, who may not write here.\nuser root\n"
         path = self._folder / "mosquitto.conf"
@@ -111,18 +123,18 @@ class ManagedBroker:
     def _embedded(self) -> list[str]:
         return [sys.executable, "-m", "lwfed.cloud_server.embedded", HOST, str(self._port)]
 
-    def _reserve(self) -> int:
+    def _reserve(self, host: str, port: int) -> int:
         """The port, free at this moment."""
         until = time.monotonic() + RELEASE_S
         while True:
             try:
-                with socket.socket() as probe:
+                with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind((HOST, self._port))
+                    probe.bind((host, port))
                     return int(probe.getsockname()[1])
             except OSError as error:
                 if time.monotonic() >= until:
-                    raise _port_error(self._port, error) from None
+                    raise _port_error(host, port, error) from None
             self._sleep(STEP_S)
 
     def _await(self) -> None:
@@ -130,7 +142,7 @@ class ManagedBroker:
         until = time.monotonic() + START_S
         while self._process.poll() is None and time.monotonic() < until:
             try:
-                with socket.create_connection((HOST, self._port), timeout=1):
+                with socket.create_connection((self.address.host, self.address.port), timeout=1):
                     return
             except OSError:
                 self._sleep(STEP_S)
@@ -157,10 +169,13 @@ def _resolve(kind: Kind) -> Literal["mosquitto", "embedded"]:
     return "embedded"
 
 
-def _port_error(port: int, error: OSError) -> TransportError:
+def _port_error(host: str, port: int, error: OSError) -> TransportError:
     if isinstance(error, PermissionError):
-        return Unreachable(f"port {port} needs more permissions than this user has: choose one above 1023 with --port")
+        return Unreachable(f"port {port} needs more permissions than this user has: choose one above 1023")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return Unreachable(f"{host} is no address of this machine: give --listen one, or the name that devices reach it by")
+    mine = f", or use that broker with --broker mqtt://{HOST}:{port}" if host == HOST else ""
     return PortInUse(
-        f"something else listens on {HOST}:{port}: choose another port with --port (0 takes a free one), "
-        f"or use that broker with --broker mqtt://{HOST}:{port}"
+        f"something else listens on {host or 'this machine'}:{port}: choose another port with --port (0 takes a free one), "
+        f"or behind the HOST of --listen{mine}"
     )

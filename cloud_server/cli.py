@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lwfed import __version__
 from lwfed.cli import Connection, Program, connection_options, json_option, setting_option
 from lwfed.signals import on_signals
+
+if TYPE_CHECKING:
+    from lwfed.cloud_server.registry import Registry
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +36,11 @@ def main() -> None:
     help="auto, mosquitto or embedded: start one on this machine; or mqtt(s)://HOST of one that runs.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), help="Of the broker started here; 0: any free one. Default: 1883.")
+@click.option(
+    "--listen",
+    metavar="HOST[:PORT]",
+    help="Let enrolled devices of other machines in, by TLS; HOST is what they call this one. Uses PORT (default: 8883) and the next.",
+)
 @connection_options
 @click.option("--until-done", is_flag=True, help="End when the run is finished, instead of staying there for its devices.")
 @json_option
@@ -41,6 +52,7 @@ def serve(
     state: Path | None,
     broker: str,
     port: int | None,
+    listen: str | None,
     connection: Connection,
     until_done: bool,
     as_json: bool,
@@ -55,7 +67,31 @@ def serve(
 
     config = load_config(name, settings)
     with locked_state((state or default_folder() / config.run.name).absolute(), "use another --state") as root:
-        serve_run(config, root, Options(broker, port, connection, until_done), Console(as_json))
+        serve_run(config, root, Options(broker, port, listen, authority_folder(), connection, until_done), Console(as_json))
+
+
+@main.command()
+@click.argument("name")
+def enrol(name: str) -> None:
+    """Print a token by which a device becomes NAME, once and within 24 hours: `edge-agent enrol TOKEN` there.
+
+    For the server of `serve --listen`, which may be running or not.
+    """
+    from lwfed.cloud_server.authority import Authority
+    from lwfed.cloud_server.enrolment import invite
+
+    with opened_registry() as registry:
+        click.echo(invite(Authority(authority_folder()), registry, name))
+    click.echo("good once, for 24 hours; on the device: edge-agent enrol TOKEN", err=True)
+
+
+@main.command()
+@click.argument("name")
+def revoke(name: str) -> None:
+    """Shut device NAME out for good: a running server ends its connection within seconds. The name is not given away again."""
+    with opened_registry() as registry:
+        registry.revoke(name)
+    click.echo(f"{name} is revoked")
 
 
 @main.command()
@@ -78,6 +114,22 @@ def export(state: Path, out: Path, stage: int | None) -> None:
 
     found = export_from(state, out, stage)
     click.echo(f"{out}: encoder after stage {found}")
+
+
+@contextmanager
+def opened_registry() -> Iterator[Registry]:
+    from lwfed.cloud_server.registry import Registry
+    from lwfed.errors import StateError
+
+    if not authority_folder().is_dir():
+        raise StateError("no device is enrolled here, nor can be before `cloud-server serve --listen HOST` has run once")
+    with closing(Registry(authority_folder())) as registry:
+        yield registry
+
+
+def authority_folder() -> Path:
+    """Of all runs of this user; no run can be called so."""
+    return default_folder() / "_authority"
 
 
 def default_folder() -> Path:

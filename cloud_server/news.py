@@ -23,14 +23,17 @@ NAMES = {"random": "random weights", "raw_pixels": "raw pixels", "trained": "tra
 
 
 class News:
-    def __init__(self, console: Console, config: RunConfig, url: str) -> None:
+    def __init__(self, console: Console, config: RunConfig, url: str, gated: bool = False) -> None:
+        """`gated`: devices come in by the certificate that they got when they were enrolled."""
         self._console = console
+        self._gated = gated
         self._config = config
         self._url = url
         self._next_progress = float("-inf")
 
     def broker(self, kind: str) -> None:
-        where = "" if kind == "external" else ", for this machine only (others: --broker mqtt://HOST of a broker they can reach)"
+        here = "" if kind == "external" else ", for this machine only (others: --listen HOST, the name they reach this machine by)"
+        where = ", for enrolled devices; enrol one with: cloud-server enrol NAME" if self._gated else here
         self._say("broker", "broker", f"{kind} at {self._url}{where}", url=self._url, kind=kind)
 
     def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
@@ -65,6 +68,8 @@ class News:
 
     def join_command(self) -> str:
         fleet = self._config.run.fleet
+        if self._gated:
+            return "edge-agent join --data FOLDER"
         return f"edge-agent join {self._url} --data FOLDER" + ("" if fleet == "default" else f" --fleet {fleet}")
 
     def device(self, member: Member, status: str, detail: str = "") -> None:

@@ -140,6 +140,14 @@ class Reception:
         if member.participant in state.failed or member.participant in state.unfit:
             self._apply(Restarted(member.participant), now, None)
 
+    def shut_out(self, device: str, now: float) -> None:
+        """It was revoked: nothing more is expected of it. What it has contributed stays."""
+        member = self._fleet.members.get(device)
+        if member is not None and self._course.state.devices.get(member.participant) != "gone":
+            member.state = "stopped"
+            self._news.device(member, "is revoked")
+            self._apply(Absent(member.participant, for_good=True), now, None)
+
     # Updates
 
     def _is_on(self, message: Beat | Fail) -> bool:

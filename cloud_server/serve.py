@@ -10,6 +10,7 @@ from typing import Literal
 from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
 from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.gate import Gate, Place
 from lwfed.cloud_server.news import REMEDY, News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.telling import place, say_over, stop_reason
@@ -18,6 +19,7 @@ from lwfed.config import RunConfig
 from lwfed.console import Console
 from lwfed.data import open_source
 from lwfed.errors import ConfigError, MissingDependency, RunStopped
+from lwfed.locks import locked_state
 from lwfed.transport.address import BrokerAddress
 
 DEFAULT_PORT = 1883
@@ -27,7 +29,9 @@ MANAGED: tuple[Literal["auto", "mosquitto", "embedded"], ...] = ("auto", "mosqui
 @dataclass(frozen=True)
 class Options:
     broker: str  # auto | mosquitto | embedded | URL
-    port: int | None  # of a broker started here
+    port: int | None  # of a broker started here, for this machine only
+    listen: str | None  # HOST[:PORT], of one for enrolled devices
+    authority: Path  # folder of the certificates and of the record of enrolled devices
     connection: Connection
     until_done: bool
 
@@ -41,12 +45,14 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         if course.state.over and options.until_done:
             _say_over(News(console, config, ""), course)
             return
-        broker = _broker(options, root)
+        gate = _gate(options, config, stack)
+        broker = _broker(options, root, gate)
         if broker is not None:
             broker.start()
             stack.callback(broker.close)
         address = broker.address if broker else BrokerAddress.parse(options.broker)
-        news = News(console, config, str(address))
+        connection = gate.connection() if gate else options.connection
+        news = News(console, config, str(gate.public_address if gate else address), gated=gate is not None)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
         news.run(course.rules, status, place(course), root)
@@ -58,11 +64,12 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             news.doing(f"connecting to {address}")
         server = Server(
             course,
-            options.connection.transport(address),
+            connection.transport(address),
             news,
             starter(config.train.threads),
             until_done=options.until_done,
             revive=broker.ensure if broker else lambda: False,
+            gate=gate,
         )
         server.run()
         if not course.state.over:
@@ -84,14 +91,28 @@ def check_sources(config: RunConfig) -> None:
         open_source(config.evaluation.data).check_labels()
 
 
-def _broker(options: Options, root: Path) -> ManagedBroker | None:
+def _gate(options: Options, config: RunConfig, stack: ExitStack) -> Gate | None:
+    if options.listen is None:
+        return None
+    if options.broker not in ("auto", "mosquitto"):
+        raise ConfigError(f"--listen is for a mosquitto started here, not for --broker {options.broker}: leave one of them out")
+    if options.port is not None:
+        raise ConfigError(f"--port is for a broker on loopback: write the port behind the host, --listen {options.listen}:{options.port}")
+    place = Place.parse(options.listen)
+    folder = stack.enter_context(locked_state(options.authority, "one server of a user admits devices of other machines: end the other"))
+    gate = Gate(folder, place, config.run.fleet)
+    stack.callback(gate.close)
+    return gate
+
+
+def _broker(options: Options, root: Path, gate: Gate | None) -> ManagedBroker | None:
     for kind in MANAGED:
         if options.broker == kind:
             if options.connection != Connection():
                 raise ConfigError(
-                    f"--broker {kind} starts a broker that asks for no credentials: give them with the address of another one"
+                    f"--broker {kind} starts a broker of its own: credentials and --insecure go with the address of another one"
                 )
-            return ManagedBroker(kind, DEFAULT_PORT if options.port is None else options.port, root / "broker")
+            return ManagedBroker(kind, DEFAULT_PORT if options.port is None else options.port, root / "broker", gate)
     if "://" not in options.broker:
         raise ConfigError(f"--broker {options.broker!r}: write auto, mosquitto, embedded, or the address of a broker, mqtt://HOST")
     if options.port is not None:

@@ -17,6 +17,7 @@ from lwfed.cloud_server.coordinator import Prepared, Started, TimeUp
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.fleet import Fleet
+from lwfed.cloud_server.gate import Gate
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import Event
@@ -31,7 +32,7 @@ from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.inbox import Inbox
 from lwfed.wire.messages import ServerState, encode
-from lwfed.wire.topics import Topics
+from lwfed.wire.topics import FromDevice, FromToken, Topics, UpdateChunk
 
 SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
 FIRST_CONNECTION_S = 15.0
@@ -57,12 +58,13 @@ class Server:
         *,
         until_done: bool = False,
         revive: Callable[[], bool] = lambda: False,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = course.config
         self.over = False
         self._course, self._transport, self._news = course, transport, news
-        self._until_done, self._revive, self._clock = until_done, revive, clock
+        self._until_done, self._revive, self._gate, self._clock = until_done, revive, gate, clock
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
@@ -105,6 +107,8 @@ class Server:
     def begin(self) -> None:
         self._give_up_at = self._clock() + FIRST_CONNECTION_S
         self._transport.subscribe(self._topics.from_all_devices)
+        if self._gate:
+            self._transport.subscribe(self._gate.filter)
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
 
     def end(self) -> None:
@@ -126,7 +130,7 @@ class Server:
         now = self._clock()
         match event:
             case base.Received(topic, payload):
-                self._execute(self._reception.receive(topic, payload, now))
+                self._execute(self._receive(topic, payload, now))
             case base.Connected():
                 self._on_connected(now)
             case base.Disconnected(reason):
@@ -147,6 +151,7 @@ class Server:
         if self._connected:
             owing = state.owing
             times += [self._broadcast.next_wakeup(now), self._inbox.next_wakeup(now), self._fleet.next_wakeup(owing)]
+            times.append(self._gate.next_wakeup() if self._gate else None)
         return min((one for one in times if one is not None), default=None)
 
     # Connection
@@ -157,6 +162,8 @@ class Server:
             self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, False, None
         self._fit_chunks()
+        if self._gate:
+            self._execute(self._gate.on_connected())
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
         self._fleet.remind()
@@ -207,9 +214,27 @@ class Server:
         self._duties.poll(now)
         self._follow(now)
         if self._connected:
+            self._watch_gate(now)
             self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
         self._take_leave(now)
+
+    def _receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
+        if self._gate:
+            match self._topics.parse(topic):
+                case FromToken(token):
+                    return self._gate.answer(token, payload)
+                case FromDevice(device) | UpdateChunk(device):
+                    if device in self._gate.revoked:
+                        return []
+                    self._gate.seen(device)
+        return self._reception.receive(topic, payload, now)
+
+    def _watch_gate(self, now: float) -> None:
+        if self._gate:
+            self._execute(self._gate.poll(now))
+            for device in self._gate.newly_revoked():
+                self._reception.shut_out(device, now)
 
     def _follow(self, now: float) -> None:
         """Do what the state asks for, and let everybody know of it, until nothing follows at once."""

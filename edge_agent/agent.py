@@ -36,6 +36,7 @@ from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics
 
 Raw = events.Event | FromChild
+JOURNAL = "journal.sqlite"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Join:
     state: Path
     wait_s: float
     budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
+    device: str | None = None  # its name, where it is enrolled
 
 
 def torch_version() -> str | None:
@@ -74,7 +76,7 @@ class Agent:
         self._transport, self._screen = transport, screen
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # may be filled by a signal handler, unlike Queue
         self._process: TrainingProcess | None = None
-        self._journal = Journal(join.state / "journal.sqlite", join.name)
+        self._journal = Journal(join.state / JOURNAL, join.name, join.device)
         self._topics = Topics(join.fleet)
         device = self._journal.device
         ours = psutil.Process().memory_info().rss / MB

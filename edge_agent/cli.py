@@ -37,11 +37,11 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("url")
+@click.argument("url", required=False)
 @click.option(
     "--data", required=True, metavar="FOLDER|FILE|NAME", help="A folder of images, an .npz file, or a data set: digits, cifar10, ..."
 )
-@click.option("--fleet", default="default", show_default=True, help="As on the server.")
+@click.option("--fleet", help="As on the server. Default: that of the enrolment, or else default.")
 @click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
 @click.option("--state", type=Folder(path_type=Path), help="Folder for journal, model and decoded images.")
 @click.option(
@@ -59,9 +59,9 @@ def main() -> None:
 @click.pass_context
 def join(
     context: click.Context,
-    url: str,
+    url: str | None,
     data: str,
-    fleet: str,
+    fleet: str | None,
     name: str,
     state: Path | None,
     wait_s: float,
@@ -71,30 +71,49 @@ def join(
 ) -> None:
     """Connect to the broker at URL (mqtt://host or mqtts://host) and train when the server asks; Ctrl-C ends it.
 
+    An enrolled device needs no URL and is let in by its certificate.
     The first connection must succeed within --wait seconds; after that, lost connections are made anew for ever.
     """
     context.with_resource(on_signals(sys.exit))  # until the agent listens: imports and a look at the images take their time
 
     from lwfed.console import Console
     from lwfed.edge_agent.agent import Agent, Join
-    from lwfed.edge_agent.events import Tell
+    from lwfed.edge_agent.enrolment import find_way
     from lwfed.edge_agent.screen import Screen
     from lwfed.errors import ConfigError
     from lwfed.locks import locked_state
-    from lwfed.transport.address import BrokerAddress
     from lwfed.wire.topics import is_name
 
+    place = state or default_state(name)
+    way = find_way(url, connection, place)
+    fleet = fleet or way.fleet
     for option, value in (("--fleet", fleet), ("--name", name)):
         if not is_name(value):
             raise ConfigError(f"{option} {value!r}: use 1 to 64 of a-z, 0-9 and -")
-    address = BrokerAddress.parse(url)
-    transport = connection.transport(address)
+    transport = way.transport()
     screen = Screen(Console(as_json))
-    if not address.tls and not is_loopback(address.host):
-        text = f"the connection to {address.host} is neither private nor authenticated, though images never travel: use mqtts:// with --ca"
-        screen.tell(Tell("warning", text))
-    with locked_state(state or default_state(name), "use another --name or --state") as place:
-        Agent(Join(data, fleet, name, place, wait_s, budget_mb), transport, screen).run()
+    with locked_state(place, "use another --name or --state"):
+        Agent(Join(data, fleet, name, place, wait_s, budget_mb, way.device), transport, screen).run()
+
+
+@main.command("enrol")
+@click.argument("token")
+@click.option("--name", default="device", show_default=True, help="As for `join`.")
+@click.option("--state", type=Folder(path_type=Path), help="As for `join`.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=0.1), default=30, show_default=True, help="Seconds to try.")
+def enrol_device(token: str, name: str, state: Path | None, wait_s: float) -> None:
+    """Become the device that `cloud-server enrol` printed TOKEN for; then `join` needs no address.
+
+    Makes a key, which stays here, and gets a certificate for it. TOKEN - reads it from the standard input.
+    """
+    from lwfed.edge_agent.enrolment import enrol
+    from lwfed.locks import locked_state
+    from lwfed.wire.token import Token
+
+    known = Token.parse(sys.stdin.readline() if token == "-" else token)  # noqa: S105 - standard input
+    with locked_state(state or default_state(name), "end it, or use another --name or --state") as place:
+        device = enrol(known, place, wait_s)
+    click.echo(f"enrolled as {device}; now: edge-agent join --data FOLDER" + ("" if name == "device" else f" --name {name}"))
 
 
 @main.command()
@@ -105,12 +124,16 @@ def join(
 @json_option
 @click.pass_context
 def doctor(context: click.Context, url: str | None, data: str | None, state: Path | None, connection: Connection, as_json: bool) -> None:
-    """Check whether this device can train, and reach the broker at URL. Exit code 0, or 1 if something must be mended."""
-    from lwfed.edge_agent import doctor as checks
-    from lwfed.transport.address import BrokerAddress
+    """Check whether this device can train, and reach the broker at URL or that of its enrolment.
 
-    address = BrokerAddress.parse(url) if url else None
-    found = checks.examine(state or default_state("device"), data, address, connection.transport(address) if address else None)
+    Exit code 0, or 1 if something must be mended.
+    """
+    from lwfed.edge_agent import doctor as checks
+    from lwfed.edge_agent.enrolment import find_way, load
+
+    place = state or default_state("device")
+    way = find_way(url, connection, place) if url or load(place) else None
+    found = checks.examine(place, data, way.address if way else None, way.transport() if way else None)
     context.exit(checks.report(found, as_json))
 
 
@@ -161,15 +184,6 @@ def default_state(name: str) -> Path:
     from lwfed.locks import state_home
 
     return state_home() / "edge-agent" / name
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 if __name__ == "__main__":

@@ -53,11 +53,13 @@ class Identity(Record):
 class Journal:
     """Opening it counts as a start of the agent. Raises StateError when the file is unusable."""
 
-    def __init__(self, facts: Path | Facts, name: str = "device") -> None:
-        """`facts` are, or are kept in, the SQLite file of that path."""
+    def __init__(self, facts: Path | Facts, name: str = "device", device: str | None = None) -> None:
+        """`facts` are, or are kept in, the SQLite file of that path; `device` is the id of one that is enrolled."""
         self._facts = SqliteFacts(facts) if isinstance(facts, Path) else facts
         with self._facts.transaction():
-            before = self._read("device", Identity) or Identity(device=_new_id(name), boot=0)
+            before = self._read("device", Identity) or Identity(device=device or _new_id(name), boot=0)
+            if device not in (None, before.device):
+                raise StateError(f"{self._facts.place} is that of device {before.device}, not of {device}: use another --name or --state")
             self.device, self.boot = before.device, before.boot + 1
             self._put("device", Identity(device=self.device, boot=self.boot))
 

@@ -49,13 +49,23 @@ class Connection:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    insecure: bool = False
 
     def transport(self, address: BrokerAddress) -> Transport:
-        """A transport to `address`, not yet open. Raises ConfigError for credentials or TLS files that cannot be used."""
+        """A transport to `address`, not yet open.
+
+        Raises ConfigError for credentials or TLS files that cannot be used, and for a way to another machine that is not
+        protected, unless that is wanted.
+        """
         from lwfed.errors import ConfigError
         from lwfed.transport.address import TlsFiles, read_credentials
         from lwfed.transport.mqtt import MqttTransport
 
+        if not (address.tls or address.loopback or self.insecure):
+            raise ConfigError(
+                f"{address} is another machine, and without TLS anybody on the way can read, forge and take over: "
+                "use mqtts://, or say that this network may be trusted with --insecure"
+            )
         credentials = read_credentials(address, self.username, self.password_file, os.environ)
         if not address.tls and (self.ca or self.cert or self.key):
             raise ConfigError(f"--ca, --cert and --key are for TLS, and {address} is none: write mqtts://")
@@ -73,6 +83,7 @@ def connection_options(command: Command) -> Command:
 
     path = click.Path(path_type=Path)
     for option in (
+        click.option("--insecure", is_flag=True, help="Allow mqtt://, without TLS, to another machine: only on a network you trust."),
         click.option("--key", type=path, help="Private key of --cert (PEM)."),
         click.option("--cert", type=path, help="Certificate that identifies this side to the broker (PEM)."),
         click.option("--ca", type=path, help="Authority to trust for mqtts:// (PEM); default: the system's."),

@@ -17,6 +17,7 @@
             ├── Unreachable         69   no connection to the broker (EX_UNAVAILABLE), try again later
             ├── PortInUse           75   something else listens there (EX_TEMPFAIL)
             └── Refused             77   the broker refuses us (EX_NOPERM)
+                └── Untrusted       77   its certificate is not of an authority that we trust, or of another host
 
 A message says what happened, with which value, and what to do next. The command line prints it after
 `error:` and ends with the class's `exit_code`; usage errors of click end with 2. A service must not be
@@ -94,3 +95,7 @@ class PortInUse(TransportError):
 
 class Refused(TransportError):
     exit_code = 77
+
+
+class Untrusted(Refused):
+    pass

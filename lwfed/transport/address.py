@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,13 @@ class BrokerAddress:
             raise ConfigError(f"{_hidden(url)!r} is not the address of an MQTT broker: {_FORM}")
         username = unquote(parts.username) if parts.username else None
         return cls(host, port or PORTS[parts.scheme], parts.scheme == "mqtts", username)
+
+    @property
+    def loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

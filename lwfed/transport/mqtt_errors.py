@@ -7,7 +7,7 @@ import ssl
 
 from paho.mqtt.reasoncodes import ReasonCode
 
-from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.errors import Refused, TransportError, Unreachable, Untrusted
 from lwfed.transport.address import BrokerAddress
 
 # Reason codes are those of MQTT 5, section 2.4; paho translates those of 3.1.1.
@@ -22,7 +22,7 @@ def explain_failure(error: Exception, address: BrokerAddress, timeout_s: float) 
         case socket.gaierror() | UnicodeError():
             return Unreachable(f"cannot find the host {address.host!r}: check its name and this machine's network (DNS)")
         case ssl.SSLCertVerificationError():
-            return Refused(f"the certificate of {address} is not trusted ({error}): name its authority with --ca")
+            return Untrusted(f"the certificate of {address} is not trusted ({error}): name its authority with --ca")
         case ConnectionResetError() | BrokenPipeError() | ssl.SSLEOFError():
             return hangs_up(address)
         case ssl.SSLError():

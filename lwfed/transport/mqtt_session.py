@@ -210,7 +210,7 @@ class Session:
 
     def _on_subscribe(self, _c: Any, _u: Any, number: int, reasons: list[ReasonCode], _p: Any) -> None:
         if any(reason.is_failure for reason in reasons):
-            name = self._settings.credentials.username or "anonymous"
+            name = self._settings.credentials.username or self._settings.client_id
             self.drop(Refused(f"{self._settings.address} does not let {name!r} subscribe: check the permissions of that user"))
             return
         self._unconfirmed.discard(number)

@@ -32,6 +32,8 @@ Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0, le=1e12)]
 Text = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
+Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
+Pem = Annotated[str, Field(max_length=4096)]
 
 
 class Record(BaseModel):
@@ -275,6 +277,30 @@ class Fail(Message):
     round: Ordinal
     code: FailCode
     reason: Text
+
+
+# Enrolment: by token, before a device has a certificate
+
+
+class Enrol(Message):
+    """Device: certify my key."""
+
+    secret: Annotated[Secret, Field(repr=False)]  # of the token
+    request: Pem  # a certificate signing request for a key of P-256
+
+
+class Admission(Message):
+    """The server: what it certified, or why it does not."""
+
+    device: Name | None = None
+    certificate: Pem | None = None
+    refused: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Admission:
+        if (self.device is None) != (self.certificate is None) or (self.device is None) == (self.refused is None):
+            raise ValueError("neither a device with its certificate nor a reason")
+        return self
 
 
 UP: dict[str, type[Message]] = {

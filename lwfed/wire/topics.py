@@ -6,6 +6,8 @@
     lwfed/<fleet>/d/<device>/up/<kind>         a device's message to the server; `state` is retained and its last will
     lwfed/<fleet>/d/<device>/up/<worker>/<contribution>/<index>    a chunk of its update
     lwfed/<fleet>/d/<device>/dn/<kind>         the server's message to one device
+    lwfed/<fleet>/enrol/<token>/up             a device that has a token and no certificate yet asks for one
+    lwfed/<fleet>/enrol/<token>/dn             the answer
 
 At most seven slashes and no dots, which AWS IoT and RabbitMQ need. Nothing but the three states is retained,
 so there is nothing to clean up after a crash.
@@ -57,7 +59,17 @@ class ToDevice:
     kind: str
 
 
-Topic = ServerState | RunTopic | BlobChunk | FromDevice | UpdateChunk | ToDevice
+@dataclass(frozen=True)
+class FromToken:
+    token: str
+
+
+@dataclass(frozen=True)
+class ToToken:
+    token: str
+
+
+Topic = ServerState | RunTopic | BlobChunk | FromDevice | UpdateChunk | ToDevice | FromToken | ToToken
 
 
 def is_name(text: str) -> bool:
@@ -73,6 +85,9 @@ class Topics:
         self.server_state = f"{self._base}/srv/state"
         self.run = f"{self._base}/all/run"
         self.from_all_devices = f"{self._base}/d/+/up/#"
+        self.from_all_tokens = f"{self._base}/enrol/+/up"
+        self.all_blobs = f"{self._base}/blob/+/+"
+        self.everything = f"{self._base}/#"
 
     def blob_chunk(self, blob: str, index: int) -> str:
         return f"{self._base}/blob/{_checked(blob)}/{index}"
@@ -94,6 +109,16 @@ class Topics:
         """The filters that a device subscribes to as long as it is connected."""
         return self.server_state, self.run, f"{self._base}/d/{_checked(device)}/dn/+"
 
+    def all_from_device(self, device: str) -> str:
+        """The filter for all that a device may say."""
+        return f"{self._base}/d/{_checked(device)}/up/#"
+
+    def from_token(self, token: str) -> str:
+        return f"{self._base}/enrol/{_checked(token)}/up"
+
+    def to_token(self, token: str) -> str:
+        return f"{self._base}/enrol/{_checked(token)}/dn"
+
     def parse(self, topic: str) -> Topic | None:
         """What a topic is, or None when it is none of this fleet's."""
         if not topic.startswith(self._base + "/"):
@@ -114,6 +139,10 @@ class Topics:
                 return UpdateChunk(device, worker, contribution, int(index))
             case ["d", device, "dn", kind] if is_name(device) and is_name(kind):
                 return ToDevice(device, kind)
+            case ["enrol", token, "up"] if is_name(token):
+                return FromToken(token)
+            case ["enrol", token, "dn"] if is_name(token):
+                return ToToken(token)
         return None
 
 

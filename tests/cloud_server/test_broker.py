@@ -38,6 +38,7 @@ def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, t
     one = broker(kind)
     one.start()
     assert one.address.port > 0
+    assert listening(one) == {"127.0.0.1"}
     assert not one.ensure()
     exchange(one)
     os.kill(one.pid, signal.SIGKILL)
@@ -48,6 +49,12 @@ def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, t
     exchange(one)
     if kind == "embedded":
         assert (tmp_path / "broker" / "broker.log").read_bytes() == b""
+
+
+def listening(broker):
+    """The addresses."""
+    connections = psutil.Process(broker.pid).net_connections()
+    return {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 def exchange(broker):

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lwfed.edge_agent import doctor
-from lwfed.edge_agent.cli import is_loopback, main, megabytes
+from lwfed.edge_agent.cli import main, megabytes
 from lwfed.errors import Refused, Unreachable
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Disconnected
@@ -37,6 +37,7 @@ def test_help_imports_nothing_heavy():
         (["mqtt://localhost", "--data", "digits", "--fleet", "a/b"], 78, "--fleet"),
         (["mqtt://localhost", "--data", "digits", "--ca", "x.pem"], 78, "mqtts://"),
         (["mqtt://localhost"], 2, "--data"),
+        (["mqtt://pi.local", "--data", "digits"], 78, "--insecure"),
     ],
 )
 def test_what_makes_joining_impossible_ends_with_its_code(tmp_path, arguments, code, message):
@@ -72,18 +73,17 @@ def test_an_empty_folder_is_refused_before_connecting(tmp_path):
     assert "no images" in result.stderr
 
 
-def test_a_plain_connection_beyond_this_machine_is_warned_of(tmp_path):
-    result = run("join", "mqtt://192.0.2.1", "--data", "/nowhere", "--state", str(tmp_path))
-    assert "neither private nor authenticated" in result.stdout
-    assert "mqtts://" in result.stdout
-    assert "private" not in run("join", "mqtts://192.0.2.1", "--data", "/nowhere", "--state", str(tmp_path)).stdout
+@pytest.mark.parametrize("command", [["join", "mqtt://192.0.2.1", "--data", "/nowhere"], ["doctor", "mqtt://192.0.2.1"]])
+def test_a_plain_connection_beyond_this_machine_must_be_wanted(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(()))
+    refused = run(*command, "--state", str(tmp_path))
+    assert (refused.exit_code, "--insecure" in refused.stderr) == (78, True)
+    assert "--insecure" not in run(*command, "--state", str(tmp_path), "--insecure").stderr
 
 
-@pytest.mark.parametrize(
-    ("host", "local"), [("localhost", True), ("127.0.0.1", True), ("::1", True), ("pi.local", False), ("10.0.0.1", False)]
-)
-def test_loopback_is_recognised(host, local):
-    assert is_loopback(host) is local
+def test_a_device_that_is_not_enrolled_needs_an_address(tmp_path):
+    result = run("join", "--data", "digits", "--state", str(tmp_path))
+    assert (result.exit_code, "edge-agent enrol" in result.stderr) == (78, True)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_doctor_says_that_a_state_cannot_be(tmp_path, state):
 
 @pytest.mark.usefixtures("quick")
 def test_doctor_says_that_a_host_cannot_be(tmp_path):
-    result = run("doctor", "mqtt://a..b", "--state", str(tmp_path))
+    result = run("doctor", "mqtts://a..b", "--state", str(tmp_path))
     assert (result.exit_code, "a..b has no address" in result.stdout) == (1, True)
 
 

@@ -34,6 +34,19 @@ def test_errors_end_in_words_with_their_code(error, code):
     assert (result.exit_code, result.stderr, result.stdout) == (code, "error: it went wrong: do this\n", "")
 
 
+@pytest.mark.parametrize("url", ["mqtt://192.0.2.1", "mqtt://pi.local:1884"])
+def test_a_plain_way_to_another_machine_must_be_wanted(url):
+    address = BrokerAddress.parse(url)
+    with pytest.raises(ConfigError, match=r"without TLS.*mqtts://.*--insecure"):
+        Connection().transport(address)
+    Connection(insecure=True).transport(address)
+
+
+@pytest.mark.parametrize("url", ["mqtts://192.0.2.1", "mqtt://localhost", "mqtt://127.0.0.5", "mqtt://[::1]"])
+def test_no_such_wish_is_needed_with_tls_or_on_this_machine(url):
+    Connection().transport(BrokerAddress.parse(url))
+
+
 def test_options_arrive_as_values():
     result = CliRunner().invoke(program, ["show", "--set", "a.b=1", "--set", "c.d=2", "--username", "me", "--ca", "ca.pem", "--json"])
     assert result.output.strip() == repr((("a.b=1", "c.d=2"), Connection(username="me", ca=Path("ca.pem")), True))
@@ -51,4 +64,4 @@ def test_files_for_tls_without_tls_are_a_mistake():
 
 def test_a_password_file_that_cannot_be_read_is_a_mistake():
     with pytest.raises(ConfigError, match="nowhere"):
-        Connection(username="me", password_file=Path("nowhere")).transport(BrokerAddress("host", 1883))
+        Connection(username="me", password_file=Path("nowhere")).transport(BrokerAddress("localhost", 1883))

@@ -21,6 +21,13 @@ def test_addresses(url, address):
     assert BrokerAddress.parse(str(address)) == BrokerAddress(address.host, address.port, address.tls)
 
 
+@pytest.mark.parametrize(
+    ("host", "local"), [("localhost", True), ("127.0.0.1", True), ("::1", True), ("pi.local", False), ("10.0.0.1", False)]
+)
+def test_loopback_is_recognised(host, local):
+    assert BrokerAddress(host, 1883).loopback is local
+
+
 @pytest.mark.parametrize("url", ["", "host", "host:1883", "http://host", "mqtt:host", "mqtt://", "mqtt://host/path", "mqtt://host?x=1"])
 def test_what_is_no_address_says_how_one_is_written(url):
     with pytest.raises(ConfigError, match=r"write mqtt://\[user@\]host\[:port\]"):

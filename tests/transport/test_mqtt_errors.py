@@ -9,7 +9,7 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
-from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.errors import Refused, TransportError, Unreachable, Untrusted
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.mqtt_errors import explain_disconnect, explain_failure, explain_refusal
 
@@ -23,7 +23,7 @@ ADDRESS = BrokerAddress("broker.example", 8883, tls=True)
         (ConnectionRefusedError(), Unreachable, "nothing listens at mqtts://broker.example:8883"),
         (TimeoutError(), Unreachable, "within 10 s: check the address"),
         (ConnectionResetError(), Unreachable, "hangs up on us"),
-        (ssl.SSLCertVerificationError(), Refused, "--ca"),
+        (ssl.SSLCertVerificationError(), Untrusted, "--ca"),
         (ssl.SSLError(1, "wrong version number"), Unreachable, "mqtt:// without TLS"),
         (OSError(101, "Network is unreachable"), Unreachable, "Network is unreachable"),
         (ValueError("strange"), Unreachable, "strange"),

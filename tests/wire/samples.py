@@ -56,5 +56,7 @@ SAMPLES: dict[str, m.Message] = {
     "wait": m.Wait(contribution=CONTRIBUTION, retry_s=30.0),
     "miss": m.Miss(contribution=CONTRIBUTION, missing="1"),
     "done": m.Done(contribution=CONTRIBUTION),
+    "enrol": m.Enrol(secret="s3cr3t-" * 6 + "_", request="-----BEGIN CERTIFICATE REQUEST-----\n"),
+    "admission": m.Admission(device="porch", certificate="-----BEGIN CERTIFICATE-----\n"),
     "refuse": m.Refuse(contribution=None, code="stale", reason="round 4 is over"),
 }

@@ -11,8 +11,10 @@ from lwfed.wire.messages import (
     DOWN,
     MAX_MESSAGE_BYTES,
     UP,
+    Admission,
     BlobRef,
     Done,
+    Enrol,
     Manifest,
     Run,
     ServerState,
@@ -26,7 +28,7 @@ from lwfed.wire.topics import Topics
 
 from .samples import SAMPLES
 
-MODELS = [*{**UP, **DOWN}.values(), Run, ServerState]
+MODELS = [*{**UP, **DOWN}.values(), Run, ServerState, Enrol, Admission]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -124,3 +126,15 @@ def test_a_manifest_must_cover_its_blob():
 def test_topics_that_nobody_built_parse_to_nothing_or_round_trip(text):
     topic = Topics("f").parse(text)
     assert topic is None or text.startswith("lwfed/f/")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"device": "porch"}, {"certificate": "pem"}, {"device": "porch", "certificate": "pem", "refused": "no"}]
+)
+def test_an_admission_says_one_thing(fields):
+    with pytest.raises(InvalidMessage, match="nor a reason"):
+        decode(Admission, json.dumps(fields).encode())
+
+
+def test_a_secret_is_not_shown_by_accident():
+    assert "s3cr3t" not in repr(SAMPLES["enrol"])

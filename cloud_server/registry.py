@@ -1,0 +1,170 @@
+"""Which devices are invited, enrolled and revoked: one SQLite file, for the server and for `enrol` and `revoke` beside it.
+
+    invited --certify--> enrolled --confirm: it has come--> joined       invited, enrolled or joined --revoke--> revoked
+
+A name that was revoked is never given away again: certificates of it may still be about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lwfed.errors import StateError
+
+FILE_NAME = "devices.sqlite"
+SCHEMA = 1
+TABLES = (
+    """CREATE TABLE IF NOT EXISTS devices (
+        name TEXT PRIMARY KEY,
+        token TEXT NOT NULL UNIQUE,
+        secret TEXT NOT NULL,  -- SHA-256 in hex
+        expires_s REAL NOT NULL,  -- Unix time
+        request TEXT,  -- that was certified
+        certificate TEXT,
+        joined_s REAL,
+        revoked_s REAL
+    ) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS contact (one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, port INTEGER, fleet TEXT)",
+)
+
+
+@dataclass(frozen=True)
+class Contact:
+    """Where devices reach the server."""
+
+    host: str
+    port: int
+    fleet: str
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    token: str
+    secret: str  # its digest
+    expires_s: float
+    request: str | None
+    certificate: str | None
+    joined_s: float | None
+    revoked_s: float | None
+
+    @property
+    def admitted(self) -> bool:
+        return self.certificate is not None and self.revoked_s is None
+
+    def may_enrol(self, now_s: float) -> bool:
+        """Whether its token is still good; until the device has come, the answer to it may have been lost."""
+        return self.revoked_s is None and self.joined_s is None and now_s < self.expires_s
+
+
+class Registry:
+    """Every method is one transaction. Raises StateError when the file is unusable."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = folder / FILE_NAME, clock
+        with self._explained():
+            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
+            self._db = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA:
+                raise StateError(f"{self._path} was written by a newer cloud-server: upgrade this one")
+            with self._transaction():
+                for table in TABLES:
+                    self._db.execute(table)
+                self._db.execute(f"PRAGMA user_version={SCHEMA}")
+
+    def close(self) -> None:
+        self._db.close()
+
+    @property
+    def revision(self) -> int:
+        """Another number whenever another process has changed something."""
+        with self._explained():
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    @property
+    def contact(self) -> Contact | None:
+        with self._explained():
+            row = self._db.execute("SELECT host, port, fleet FROM contact").fetchone()
+        return None if row is None else Contact(*row)
+
+    @contact.setter
+    def contact(self, contact: Contact) -> None:
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO contact VALUES (1, ?, ?, ?)", (contact.host, contact.port, contact.fleet))
+
+    def devices(self) -> list[Device]:
+        """By name."""
+        return self._select("ORDER BY name")
+
+    def device(self, name: str) -> Device | None:
+        return next(iter(self._select("WHERE name = ?", name)), None)
+
+    def of_token(self, token: str) -> Device | None:
+        return next(iter(self._select("WHERE token = ?", token)), None)
+
+    def invite(self, name: str, token: str, secret: str, lifetime_s: float) -> None:
+        """Let a device enrol as `name`; an earlier token for it, unless used, is void. Raises StateError when the name is taken."""
+        with self._transaction():
+            known = self.device(name)
+            if known is not None and known.revoked_s is not None:
+                raise StateError(f"device {name} was revoked, and its certificate may still be about: choose another name")
+            if known is not None and known.certificate is not None:
+                raise StateError(f"device {name} is enrolled: choose another name; if it is lost, `cloud-server revoke {name}` as well")
+            row = (name, token, secret, self._clock() + lifetime_s)
+            self._db.execute("INSERT OR REPLACE INTO devices (name, token, secret, expires_s) VALUES (?, ?, ?, ?)", row)
+
+    def certify(self, token: str, request: str, certificate: str) -> None:
+        """Keep what was issued. Raises KeyError when another process has revoked or replaced the token since, or it is used."""
+        with self._transaction():
+            values = (request, certificate, token)
+            found = self._db.execute(
+                "UPDATE devices SET request = ?, certificate = ? WHERE token = ? AND certificate IS NULL AND revoked_s IS NULL", values
+            )
+            if found.rowcount != 1:
+                raise KeyError(token)
+
+    def confirm(self, name: str) -> None:
+        """The device has come with its certificate: its token is used up."""
+        with self._transaction():
+            self._db.execute("UPDATE devices SET joined_s = ? WHERE name = ?", (self._clock(), name))
+
+    def revoke(self, name: str) -> None:
+        """For ever; idempotent. Raises StateError when there is no such device."""
+        with self._transaction():
+            changed = self._db.execute("UPDATE devices SET revoked_s = coalesce(revoked_s, ?) WHERE name = ?", (self._clock(), name))
+            if changed.rowcount != 1:
+                names = ", ".join(one.name for one in self.devices() if one.revoked_s is None)
+                raise StateError(f"no device {name!r} is invited or enrolled; there are: {names or 'none'}")
+
+    def _select(self, condition: str, *values: Any) -> list[Device]:
+        names = tuple(Device.__dataclass_fields__)
+        with self._explained():
+            rows = self._db.execute(f"SELECT {', '.join(names)} FROM devices {condition}", values).fetchall()  # noqa: S608 - ours
+        return [Device(**dict(zip(names, row, strict=True))) for row in rows]
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._explained():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(f"the record of devices {self._path} is unusable ({error}): check its folder and its disk") from None

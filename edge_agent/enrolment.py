@@ -1,0 +1,178 @@
+"""A device's identity: how it gets one by token, and how it is let in with it afterwards.
+
+Key and signing request are on disk before the token is sent, so that the same command may be given again after a power
+cut or a lost answer: the server certifies the same request again. Nothing is sent to a server that does not prove to be
+of the authority in the token. The certificate is of use only when `identity.json` is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lwfed.cli import Connection
+from lwfed.edge_agent.agent import JOURNAL
+from lwfed.errors import ConfigError, InvalidMessage, ProtocolMismatch, Refused, StateError, TransportError, Unreachable, Untrusted
+from lwfed.private import write_private
+from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
+from lwfed.transport.base import Connected, Disconnected, Event, Received, Transport
+from lwfed.transport.mqtt import MqttTransport
+from lwfed.wire.messages import Admission, Enrol, Name, Record, decode, encode
+from lwfed.wire.token import Token, digest
+from lwfed.wire.topics import Topics
+
+FOLDER = "identity"
+REFUSED_S = 3.0  # the broker hears of a token a second after it was made
+AGAIN_S = 3.0  # after a request that nobody has answered: the server is down, or the broker dropped it
+RENEW = "ask for a new one (`cloud-server enrol NAME` on the server)"
+
+
+class Identity(Record):
+    """What an enrolled device knows beside the files of its key, its certificate and the authority."""
+
+    device: Name
+    fleet: Name
+    broker: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to reach the server and be let in."""
+
+    address: BrokerAddress
+    connection: Connection
+    fleet: str = "default"
+    device: str | None = None  # the name of an enrolled one
+
+    def transport(self) -> Transport:
+        """Not yet open. An enrolled device subscribes to its topics at once: one that was revoked is let in, but not to them."""
+        transport = self.connection.transport(self.address)
+        for filter in Topics(self.fleet).for_device(self.device) if self.device else ():
+            transport.subscribe(filter)
+        return transport
+
+
+def find_way(url: str | None, connection: Connection, state: Path) -> Way:
+    """By `url` and `connection`, and by the identity in `state` for what they leave open. Raises ConfigError and StateError.
+
+    The identity is for TLS without other credentials: those who give some mean another broker.
+    """
+    identity = load(state)
+    if url is None and identity is None:
+        raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol TOKEN`")
+    address = BrokerAddress.parse(url or (identity.broker if identity else ""))
+    if identity is None or not address.tls or connection != Connection():
+        return Way(address, connection)
+    files = state / FOLDER
+    ours = replace(connection, ca=files / "authority.pem", cert=files / "certificate.pem", key=files / "key.pem")
+    return Way(address, ours, identity.fleet, identity.device)
+
+
+def load(state: Path) -> Identity | None:
+    """The identity that is kept in `state`. Raises StateError when it cannot be read."""
+    path = state / FOLDER / "identity.json"
+    if not os.path.isfile(path):
+        return None
+    try:
+        return Identity.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise StateError(f"{path} cannot be read: revoke this device, and enrol it under another name with another --state") from None
+
+
+def enrol(token: Token, state: Path, wait_s: float) -> str:
+    """Become the device that the token is for, within `wait_s`; its name. Raises ConfigError, StateError and TransportError."""
+    known = load(state)
+    if known is not None:
+        raise StateError(f"{state} is enrolled already, as device {known.device}: use another --name or --state")
+    if (state / JOURNAL).exists():
+        raise StateError(f"{state} is of a device that has joined without enrolment: delete it, or use another --name or --state")
+    folder = state / FOLDER
+    request = _prepare(token, folder)
+    admission = _ask(token, request, folder / "authority.pem", time.monotonic() + wait_s)
+    if admission.device is None or admission.certificate is None:
+        raise Refused(f"the server refuses: {admission.refused}")
+    write_private(folder / "certificate.pem", admission.certificate.encode())
+    TlsFiles(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem").context()  # they belong together
+    broker = str(BrokerAddress(token.header.host, token.header.port, tls=True))
+    identity = Identity(device=admission.device, fleet=token.header.fleet, broker=broker)
+    write_private(folder / "identity.json", identity.model_dump_json().encode())
+    return admission.device
+
+
+def _prepare(token: Token, folder: Path) -> str:
+    """The signing request for this token: that of an earlier attempt, or a new one. Key and authority lie beside it."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    path = folder / f"request-{token.header.id}.pem"
+    if path.exists():
+        return path.read_text()
+    try:
+        authority = x509.load_der_x509_certificate(token.authority)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except ValueError:
+        raise ConfigError(f"this token holds no certificate: {RENEW}") from None
+    except OSError as error:
+        raise StateError(f"cannot make {folder}: {error.strerror or error}") from None
+    for other in folder.glob("request-*.pem"):  # of a key that is replaced now
+        other.unlink()
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    write_private(folder / "key.pem", key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    write_private(folder / "authority.pem", authority.public_bytes(pem))
+    write_private(path, request.public_bytes(pem))
+    return path.read_text()
+
+
+def _ask(token: Token, request: str, authority: Path, until: float) -> Admission:
+    header = token.header
+    address = BrokerAddress(header.host, header.port + 1, tls=True)
+    user = f"enrol.{header.id}"
+    transport = MqttTransport(address, Credentials(user, digest(header.secret)), TlsFiles(authority))
+    topics = Topics(header.fleet)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    transport.subscribe(topics.to_token(header.id))
+    transport.open(user, None, events.put)
+    try:
+        question = encode(Enrol(secret=header.secret, request=request))
+        return _converse(transport, events, topics.from_token(header.id), question, until)
+    except Untrusted:
+        text = "its certificate is of another authority or for another host, and it was told nothing"
+        raise Untrusted(f"{address} is not the server of this token: {text}") from None
+    except Refused:
+        raise Refused(f"{address} does not accept this token: it was used, has expired or is of another server; {RENEW}") from None
+    finally:
+        transport.close()
+
+
+def _converse(transport: Transport, events: queue.SimpleQueue[Event], topic: str, question: bytes, until: float) -> Admission:
+    """Ask again and again, over lost connections, until there is an answer. Raises TransportError."""
+    silence = Unreachable("the broker is there, but no server answers: is it running?")
+    reason: TransportError = silence
+    firm_at = time.monotonic() + REFUSED_S
+    while (left_s := until - time.monotonic()) > 0:
+        try:
+            event = events.get(timeout=min(AGAIN_S, left_s))
+        except queue.Empty:
+            transport.publish(topic, question)
+            continue
+        match event:
+            case Connected():
+                reason = silence
+                transport.publish(topic, question)
+            case Disconnected(reason):
+                if isinstance(reason, Untrusted) or (isinstance(reason, Refused) and time.monotonic() >= firm_at):
+                    raise reason
+            case Received(_, payload):
+                try:
+                    return decode(Admission, payload)
+                except (InvalidMessage, ProtocolMismatch) as error:
+                    raise Refused(f"the server's answer cannot be read: {error}") from None
+    raise reason

@@ -1,0 +1,103 @@
+import stat
+
+import pytest
+
+from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
+from lwfed.errors import StateError
+
+
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def registry(tmp_path, clock):
+    made = Registry(tmp_path, clock)
+    yield made
+    made.close()
+
+
+def test_a_token_is_good_until_its_device_has_come_or_its_time_is_over(registry, clock):
+    registry.invite("porch", "t1", "hash", 60)
+    assert registry.of_token("t1").may_enrol(clock())
+    assert not registry.of_token("t1").may_enrol(clock() + 60)
+    assert not registry.device("porch").admitted
+    registry.certify("t1", "request", "certificate")
+    assert registry.device("porch").admitted
+    assert registry.of_token("t1").may_enrol(clock())  # the answer may be lost
+    registry.confirm("porch")
+    assert not registry.of_token("t1").may_enrol(clock())
+    assert registry.device("porch").admitted
+
+
+def test_a_new_token_voids_the_one_before(registry, clock):
+    registry.invite("porch", "t1", "hash", 60)
+    registry.invite("porch", "t2", "other", 60)
+    assert registry.of_token("t1") is None
+    assert [one.token for one in registry.devices()] == ["t2"]
+    with pytest.raises(KeyError):
+        registry.certify("t1", "request", "certificate")
+
+
+def test_a_certificate_is_issued_once(registry):
+    registry.invite("porch", "t1", "hash", 60)
+    registry.certify("t1", "request", "certificate")
+    with pytest.raises(KeyError):
+        registry.certify("t1", "another", "certificate")
+    with pytest.raises(StateError, match="is enrolled"):
+        registry.invite("porch", "t2", "hash", 60)
+
+
+@pytest.mark.parametrize("enrolled", [False, True])
+def test_a_revoked_name_is_never_given_away_again(registry, clock, enrolled):
+    registry.invite("porch", "t1", "hash", 60)
+    if enrolled:
+        registry.certify("t1", "request", "certificate")
+    for _ in range(2):
+        registry.revoke("porch")
+        clock.now_s += 1
+    device = registry.device("porch")
+    assert (device.revoked_s, device.admitted, device.may_enrol(clock())) == (1000.0, False, False)
+    with pytest.raises(KeyError):
+        registry.certify("t1", "request", "certificate")
+    with pytest.raises(StateError, match="was revoked"):
+        registry.invite("porch", "t2", "hash", 60)
+
+
+def test_revoking_a_stranger_names_those_that_there_are(registry):
+    registry.invite("porch", "t1", "hash", 60)
+    with pytest.raises(StateError, match=r"'shed'.*there are: porch"):
+        registry.revoke("shed")
+
+
+def test_the_revision_changes_with_what_another_process_does_and_only_then(registry, tmp_path):
+    other = Registry(tmp_path)
+    before = registry.revision
+    assert registry.revision == before
+    other.invite("porch", "t1", "hash", 60)
+    assert registry.revision != before
+    assert registry.device("porch") is not None
+    other.close()
+
+
+def test_it_is_kept_for_its_owner_alone(registry, tmp_path):
+    registry.contact = Contact("garden.local", 8883, "default")
+    registry.contact = Contact("garden.lan", 8883, "default")
+    again = Registry(tmp_path)
+    assert again.contact == Contact("garden.lan", 8883, "default")
+    again.close()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_an_unusable_file_is_explained(tmp_path):
+    (tmp_path / FILE_NAME).write_text("no database at all, but long enough to be taken for one by its size" * 20)
+    with pytest.raises(StateError, match="unusable"):
+        Registry(tmp_path)

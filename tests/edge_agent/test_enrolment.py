@@ -1,0 +1,68 @@
+"""Which identity a device takes when. How it gets one is tested with the server, in tests/system/test_gate.py."""
+
+import pytest
+
+from lwfed.cli import Connection
+from lwfed.edge_agent.agent import JOURNAL
+from lwfed.edge_agent.enrolment import Identity, enrol, find_way
+from lwfed.edge_agent.journal import Journal
+from lwfed.errors import ConfigError, StateError
+from lwfed.transport.address import BrokerAddress
+from lwfed.wire.token import Header, Token
+
+TOKEN = Token(Header(host="localhost", port=1, fleet="default", id="t1", secret="s" * 43), b"no certificate")
+
+
+@pytest.fixture
+def state(tmp_path):
+    """Of a device that is enrolled."""
+    (tmp_path / "identity").mkdir()
+    identity = Identity(device="porch", fleet="garden", broker="mqtts://garden.local:8883")
+    (tmp_path / "identity" / "identity.json").write_text(identity.model_dump_json())
+    return tmp_path
+
+
+def test_an_enrolled_device_knows_its_way(state):
+    way = find_way(None, Connection(), state)
+    assert (way.address, way.fleet, way.device) == (BrokerAddress("garden.local", 8883, tls=True), "garden", "porch")
+    assert {way.connection.ca, way.connection.cert, way.connection.key} == {
+        state / "identity" / f"{name}.pem" for name in ("authority", "certificate", "key")
+    }
+
+
+def test_it_finds_its_server_at_another_address_too(state):
+    way = find_way("mqtts://garden.lan:9000", Connection(), state)
+    assert (way.address.host, way.device) == ("garden.lan", "porch")
+
+
+@pytest.mark.parametrize(("url", "connection"), [("mqtt://localhost", Connection()), ("mqtts://other", Connection(username="me"))])
+def test_its_identity_goes_to_no_other_broker(state, url, connection):
+    way = find_way(url, connection, state)
+    assert (way.connection, way.fleet, way.device) == (connection, "default", None)
+
+
+def test_a_damaged_identity_is_explained(state):
+    (state / "identity" / "identity.json").write_text("{")
+    with pytest.raises(StateError, match="under another name"):
+        find_way(None, Connection(), state)
+
+
+def test_a_device_that_joined_under_a_name_of_its_own_keeps_it(tmp_path):
+    Journal(tmp_path / JOURNAL).close()
+    with pytest.raises(StateError, match="joined without enrolment"):
+        enrol(TOKEN, tmp_path, 1)
+    with pytest.raises(StateError, match="not of porch"):
+        Journal(tmp_path / JOURNAL, device="porch")
+
+
+def test_an_enrolled_device_is_called_by_its_name_for_ever(tmp_path):
+    for _ in range(2):
+        journal = Journal(tmp_path / JOURNAL, device="porch")
+        assert journal.device == "porch"
+        journal.close()
+
+
+def test_a_token_without_a_certificate_is_refused_before_a_key_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="holds no certificate"):
+        enrol(TOKEN, tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,410 @@
+"""Devices of other machines: enrolment, permissions and revocation, over a real mosquitto and real TLS."""
+
+import contextlib
+import queue
+import signal
+import socket
+import ssl
+import threading
+import time
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from lwfed.cli import Connection
+from lwfed.cloud_server.authority import Authority
+from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
+from lwfed.cloud_server.cli import main as cloud_server
+from lwfed.cloud_server.enrolment import invite
+from lwfed.cloud_server.gate import Gate, Place, find_plugin
+from lwfed.cloud_server.permissions import CONTROL
+from lwfed.cloud_server.registry import Registry
+from lwfed.edge_agent import doctor, enrolment
+from lwfed.edge_agent.cli import main as edge_agent
+from lwfed.edge_agent.enrolment import enrol, find_way
+from lwfed.errors import ConfigError, MissingDependency, Refused, StateError, Unreachable, Untrusted
+from lwfed.transport import mqtt
+from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
+from lwfed.transport.base import Connected, Disconnected, Received, Sent
+from lwfed.transport.mqtt import MqttTransport
+from lwfed.wire.token import Token, digest
+from lwfed.wire.topics import FromDevice, FromToken, Topics
+
+TOPICS = Topics("default")
+PATIENCE_S = 10.0
+
+
+def plugin_missing():
+    try:
+        find_plugin()
+    except MissingDependency:
+        return True
+    return find_mosquitto() is None
+
+
+pytestmark = pytest.mark.skipif(plugin_missing(), reason="mosquitto or its dynamic security plugin is not installed")
+
+
+def free_ports():
+    """The first of two neighbours."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
+            port = one.getsockname()[1]
+            socket.create_server(("127.0.0.1", port + 1)).close()
+            return port
+
+
+class Client:
+    def __init__(self, transport, client_id, *filters):
+        self.transport, self.events = transport, queue.SimpleQueue()
+        for filter in filters:
+            transport.subscribe(filter)
+        transport.open(client_id, None, self.events.put)
+
+    def next(self, *kinds, timeout=PATIENCE_S):
+        while not isinstance(event := self.events.get(timeout=timeout), kinds):
+            pass
+        return event
+
+    def outcome(self):
+        """How the first attempt to connect ended."""
+        return self.next(Connected, Disconnected)
+
+
+class Host:
+    """Gate and broker of a server, and the little that a server does with them, on a thread."""
+
+    def __init__(self, root):
+        self.folder, self.said, self.silent = root / "authority", [], False
+        self.folder.mkdir()
+        self.place = Place("localhost", free_ports())
+        self.beside = Registry(self.folder)  # of `enrol` and `revoke`
+        self._root, self._ready, self._ended = root, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._ready.wait(PATIENCE_S)
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+        self.beside.close()
+
+    def _run(self):
+        with contextlib.ExitStack() as stack:
+            self.gate = Gate(self.folder, self.place, "default")
+            stack.callback(self.gate.close)
+            self.broker = ManagedBroker("mosquitto", 0, self._root / "broker", self.gate)
+            self.broker.start()
+            stack.callback(self.broker.close)
+            transport = self.gate.connection().transport(self.broker.address)
+            self.client = Client(transport, "server", TOPICS.from_all_devices, self.gate.filter)
+            stack.callback(transport.close)
+            self._handle(self.client.next(Connected))
+            self._ready.set()
+            while not self._ended.is_set():
+                with contextlib.suppress(queue.Empty):
+                    self._handle(self.client.events.get(timeout=0.05))
+                self._execute(self.gate.poll(time.monotonic()))
+
+    def _handle(self, event):
+        match event:
+            case Connected():
+                self._execute(self.gate.on_connected())
+            case Disconnected():
+                self.broker.ensure()
+            case Received(topic, payload):
+                match TOPICS.parse(topic):
+                    case FromToken(token) if not self.silent:
+                        self._execute(self.gate.answer(token, payload))
+                    case FromDevice(device):
+                        self.gate.seen(device)
+                        self.said.append((device, payload))
+
+    def _execute(self, commands):
+        for command in commands:
+            self.client.transport.execute(command)
+
+    def invite(self, name):
+        return invite(Authority(self.folder), self.beside, name)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp("host")) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(mqtt, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(mqtt, "LONGEST_DELAY_S", 0.2)
+    monkeypatch.setattr(enrolment, "AGAIN_S", 0.2)
+
+
+@pytest.fixture(scope="module")
+def enrolled(host, tmp_path_factory):
+    """The state folder of a device by name, made once."""
+    states = {}
+
+    def enrolled(name):
+        if name not in states:
+            states[name] = tmp_path_factory.mktemp(name)
+            assert enrol(host.invite(name), states[name], PATIENCE_S) == name
+        return states[name]
+
+    return enrolled
+
+
+@pytest.fixture
+def client():
+    with contextlib.ExitStack() as stack:
+
+        def client(*arguments):
+            made = Client(*arguments)
+            stack.callback(made.transport.close)
+            return made
+
+        yield client
+
+
+@pytest.fixture
+def device(enrolled, client):
+    """An enrolled one that is connected, as the agent would be."""
+
+    def device(name, *filters, client_id=None):
+        way = find_way(None, Connection(), enrolled(name))
+        return client(way.transport(), client_id or name, *filters)
+
+    return device
+
+
+def test_an_enrolled_device_does_what_it_needs_to_and_no_more(host, device):
+    porch = device("porch", *TOPICS.for_device("porch"), TOPICS.blob_chunks("ab"))
+    porch.next(Connected)
+    for topic in (TOPICS.server_state, TOPICS.run, TOPICS.blob_chunk("ab", 0), TOPICS.to_device("porch", "task")):
+        host.client.transport.publish(topic, b"down")
+        assert porch.next(Received, Disconnected) == Received(topic, b"down")
+    porch.transport.publish(TOPICS.from_device("porch", "hello"), b"up")
+    porch.next(Sent)
+    for forbidden in (
+        TOPICS.from_device("shed", "state"), TOPICS.to_device("porch", "task"), TOPICS.to_device("shed", "task"), TOPICS.run,
+        TOPICS.server_state, TOPICS.blob_chunk("ab", 0), TOPICS.from_token("ab"), TOPICS.to_token("ab"), CONTROL,
+    ):  # fmt: skip
+        porch.transport.publish(forbidden, b"forged")
+        assert isinstance(porch.next(Disconnected, Received).reason, Refused), forbidden
+        porch.next(Connected)
+    assert ("porch", b"up") in host.said
+    assert not any(payload == b"forged" for _, payload in host.said)
+
+
+OTHERS = [TOPICS.to_device("shed", "task"), "lwfed/default/d/+/dn/+", "lwfed/default/#", "#", "lwfed/default/enrol/#", "$CONTROL/#"]
+
+
+@pytest.mark.parametrize("filter", OTHERS)
+def test_it_cannot_read_what_is_meant_for_others(device, filter):
+    assert isinstance(device("porch", filter).outcome().reason, Refused)
+
+
+def test_it_cannot_throw_out_another_one_by_its_client_id(device, host):
+    shed = device("shed", *TOPICS.for_device("shed"))
+    shed.next(Connected)
+    device("porch", client_id="shed").next(Connected)
+    host.client.transport.publish(TOPICS.to_device("shed", "task"), b"still there")
+    assert shed.next(Disconnected, Received) == Received(TOPICS.to_device("shed", "task"), b"still there")
+
+
+def test_nobody_comes_in_without_a_certificate_of_this_authority(host, client, tmp_path):
+    strange = Authority(tmp_path)
+    cert, key = strange.issue(tmp_path, "porch")
+    ours = host.gate.connection().ca
+    token = host.invite("nobody").header
+    enrolling = BrokerAddress("localhost", host.place.port + 1, tls=True)
+    for address, credentials, files in (
+        (host.gate.public_address, Credentials(), TlsFiles(ours)),
+        (host.gate.public_address, Credentials("porch", ""), TlsFiles(ours)),
+        (host.gate.public_address, Credentials(f"enrol.{token.id}", digest(token.secret)), TlsFiles(ours)),
+        (host.gate.public_address, Credentials(), TlsFiles(ours, cert, key)),
+        (enrolling, Credentials(), TlsFiles(ours)),
+        (enrolling, Credentials("porch", ""), TlsFiles(ours)),
+        (enrolling, Credentials("lwfed.server", ""), TlsFiles(ours)),
+    ):
+        outcome = client(MqttTransport(address, credentials, files), "stranger").outcome()
+        assert isinstance(outcome, Disconnected), (address, credentials)
+
+
+def test_a_token_reaches_its_own_topics_only(host, client):
+    token, other = host.invite("once").header, host.invite("twice").header
+    address = BrokerAddress("localhost", host.place.port + 1, tls=True)
+    for filter in (TOPICS.run, TOPICS.to_token(other.id), TOPICS.from_all_tokens):
+        transport = MqttTransport(address, Credentials(f"enrol.{token.id}", digest(token.secret)), TlsFiles(host.gate.connection().ca))
+        one = client(transport, "x", filter)
+        outcomes = (one.outcome() for _ in range(100))  # the broker hears of the token within a second
+        assert any("subscribe" in str(outcome.reason) for outcome in outcomes)
+        transport.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def folder(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tmp_path / name
+
+    return folder
+
+
+def test_a_token_is_good_for_one_device(host, folder):
+    token = host.invite("barn")
+    assert enrol(token, folder("barn"), PATIENCE_S) == "barn"
+    with pytest.raises(Refused, match="cloud-server revoke barn"):  # its device has not come yet
+        enrol(token, folder("other"), PATIENCE_S)
+    with pytest.raises(StateError, match="already, as device barn"):
+        enrol(host.invite("stable"), folder("barn"), PATIENCE_S)
+    way = find_way(None, Connection(), folder("barn"))
+    barn = Client(way.transport(), "barn")
+    barn.next(Connected)
+    barn.transport.publish(TOPICS.from_device("barn", "state"), b"here")
+    barn.transport.close()
+    with pytest.raises(Refused, match=r"not valid|was used"):
+        enrol(token, folder("other"), PATIENCE_S)
+
+
+def test_a_lost_answer_and_a_silent_server_cost_nothing_but_time(host, folder):
+    token = host.invite("late")
+    host.silent = True
+    try:
+        with pytest.raises(Unreachable, match="no server answers"):
+            enrol(token, folder("late"), 2.0)
+    finally:
+        host.silent = False
+    key = (folder("late") / "identity" / "key.pem").read_bytes()
+    assert not (folder("late") / "identity" / "identity.json").exists()
+    assert enrol(token, folder("late"), PATIENCE_S) == "late"
+    assert (folder("late") / "identity" / "key.pem").read_bytes() == key
+
+
+def test_what_a_device_keeps_is_its_owner_s_alone(enrolled):
+    files = list((enrolled("porch") / "identity").iterdir())
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (enrolled("porch") / "identity").stat().st_mode & 0o777 == 0o700
+
+
+class Impostor(threading.Thread):
+    """Has taken the server's place on the network, with a certificate of its own authority for the same name."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.heard = b""
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.load_cert_chain(*Authority(folder).issue(folder, "broker", ("localhost",)))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        with self._listener:
+            link, _ = self._listener.accept()
+            with contextlib.suppress(OSError), self._context.wrap_socket(link, server_side=True) as tls:
+                self.heard = tls.recv(1000)
+
+
+def test_a_man_in_the_middle_is_told_nothing(host, folder):
+    impostor = Impostor(folder("impostor"))
+    token = host.invite("middle")
+    led_astray = Token(token.header.model_copy(update={"port": impostor.port - 1}), token.authority)
+    with pytest.raises(Untrusted, match="is not the server of this token"):
+        enrol(led_astray, folder("middle"), PATIENCE_S)
+    impostor.join(PATIENCE_S)
+    assert impostor.heard == b""
+
+
+def test_an_enrolled_device_does_not_follow_an_impostor_either(enrolled, client, folder):
+    impostor = Impostor(folder("impostor"))
+    way = find_way(f"mqtts://localhost:{impostor.port}", Connection(), enrolled("porch"))
+    assert isinstance(client(way.transport(), "porch").outcome().reason, Untrusted)
+    impostor.join(PATIENCE_S)
+    assert impostor.heard == b""
+
+
+def test_a_revoked_device_is_cut_off_within_seconds_and_for_good(host, device):
+    gone, stays = (device(name, *TOPICS.for_device(name)) for name in ("gone", "stays"))
+    gone.next(Connected)
+    stays.next(Connected)
+    before = time.monotonic()
+    host.beside.revoke("gone")
+    gone.next(Disconnected)
+    assert time.monotonic() - before < 5
+    assert isinstance(gone.next(Connected, Disconnected).reason, Refused)
+    host.broker._process.send_signal(signal.SIGKILL)
+    stays.next(Disconnected)
+    stays.next(Connected)
+    while not isinstance(gone.next(Disconnected).reason, Refused):
+        pass  # until the broker is back
+
+
+def test_it_listens_where_it_was_told_to(host):
+    found = psutil.Process(host.broker.pid).net_connections()
+    port = host.place.port
+    assert {one.laddr for one in found if one.status == psutil.CONN_LISTEN} == {("127.0.0.1", port), ("127.0.0.1", port + 1)}
+
+
+def test_keys_of_the_broker_are_its_owner_s_alone(host):
+    names = ("broker.key", "lwfed.server.key", "permissions.json")
+    assert {(host.broker._folder / name).stat().st_mode & 0o777 for name in names} == {0o600}
+
+
+# The programs
+
+
+def call(program, *words):
+    return CliRunner().invoke(program, words)
+
+
+def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    early = call(cloud_server, "enrol", "porch")
+    assert (early.exit_code, "serve --listen" in early.stderr) == (73, True)
+    settings = ("model.width=32", "model.depth=1", "evaluation.data=null", "calibration.every=never", "rounds.min_devices=2")
+    sets = [f"--set={one}" for one in settings]
+    server = start("cloud-server", "serve", "--config", "demo", *sets, "--listen", f"localhost:{free_ports()}", "--json")
+    assert server.wait_for("broker", kind="mosquitto")["url"].startswith("mqtts://localhost:")
+    token = call(cloud_server, "enrol", "porch").stdout.strip()
+    assert call(edge_agent, "enrol", token).stdout.startswith("enrolled as porch")
+    device = start("edge-agent", "join", "--data", "digits", "--json")
+    assert device.wait_for("joined")["device"] == "porch"
+    server.wait_for("device", status="joined", device="porch")
+    before = time.monotonic()
+    assert call(cloud_server, "revoke", "porch").exit_code == 0
+    assert "Administrative action" in device.wait_for("disconnected")["reason"]
+    assert time.monotonic() - before < 5
+    server.wait_for("device", status="is revoked", device="porch")
+    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    assert "does not let" in call(edge_agent, "doctor").stdout
+    again = call(cloud_server, "enrol", "porch")
+    assert (again.exit_code, "choose another name" in again.stderr) == (73, True)
+    assert (device.end(), server.end()) == (0, 0)
+    secret = Token.parse(token).header.secret
+    for said in (server.transcript(), device.transcript(), (tmp_path / "cloud-server" / "demo" / "broker" / "broker.log").read_text()):
+        assert secret not in said
+        assert digest(secret) not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--listen", "0.0.0.0"], "in their tokens"),
+        (["--listen", "garden.local", "--broker", "embedded"], "mosquitto started here"),
+        (["--listen", "garden.local", "--broker", "mqtts://broker.example"], "mosquitto started here"),
+        (["--listen", "garden.local", "--port", "1884"], "garden.local:1884"),
+        (["--broker", "mqtt://broker.example"], "--insecure"),
+    ],
+)
+def test_what_cannot_be_served_safely_is_refused(tmp_path, monkeypatch, options, text):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    settings = ("--set", "evaluation.data=null", "--set", "calibration.every=never", "--state", str(tmp_path / "run"))
+    result = call(cloud_server, "serve", "--config", "demo", *settings, *options)
+    assert (result.exit_code, text in result.stderr) == (ConfigError.exit_code, True), result.stderr
