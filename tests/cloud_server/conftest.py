@@ -27,6 +27,8 @@ from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encod
 from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id
 
+from .postgres import Postgres, find
+
 TINY = [
     "model.image_size=8", "model.width=8", "model.depth=2", "model.heads=2", "ssl.hidden_dim=8", "ssl.output_dim=4",
     "stages.rounds_per_stage=2", "rounds.min_devices=2", "rounds.deadline_s=100", "transfer.chunk_bytes=1024",
@@ -43,6 +45,21 @@ def drawn(shape, *labels):
     """Random tensors that depend on nothing but the labels."""
     stream = derive(0, "test", *labels)
     return np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32]).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    if find("postgres") is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    """The address of an empty one, as `--database` takes it."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres").address()
 
 
 @pytest.fixture
@@ -254,6 +271,8 @@ class World:
     server: Server | None = None
     course: Course | None = None
     state: str = "server"  # folder of the run
+    database: str | None = None
+    durable: bool = False
 
     @property
     def jobs(self):
@@ -265,7 +284,7 @@ class World:
         return [messages.decode(messages.Run, payload) for _, topic, payload in self.broker.log if topic.endswith("all/run")]
 
     def start(self, **options):
-        self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, durable=False)
+        self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, self.durable, self.database)
         news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
         self.server = Server(
             self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self), clock=lambda: self.now, **options
