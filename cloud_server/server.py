@@ -65,8 +65,8 @@ class Server:
         self._course, self._transport, self._news = course, transport, news
         self._until_done, self._revive = until_done, revive
         self._database = course.store.database
-        self._database.tell = news.database
-        self._clock = lambda: clock() - self._database.away_s  # no deadline passes while nothing can be recorded
+        self._database.tell = self._on_database
+        self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
@@ -105,6 +105,17 @@ class Server:
                     self.handle(self._next())
             finally:
                 self.end()
+
+    def _clock(self) -> float:
+        """Stands still while the database is away: no deadline passes when nothing can be recorded."""
+        return self._time() - self._away_s
+
+    def _on_database(self, lost: str | None) -> None:
+        self._news.database(lost)
+        if lost is not None:
+            self._lost_at = self._time()
+        else:
+            self._away_s += self._time() - self._lost_at
 
     def _on_signal(self) -> None:
         if self._database.waiting:  # then nobody looks into the queue, and nothing is half done

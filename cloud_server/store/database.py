@@ -45,7 +45,6 @@ class Database:
         self.path = path
         self.patient = False  # whether a lost connection is waited for, or raised
         self.waiting = False
-        self.away_s = 0.0  # how long connections were waited for so far
         self.tell: Callable[[str | None], None] = lambda reason: None  # why the connection was lost, once; None when there is one again
         self.insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[engine.dialect.name]
         self._engine = engine
@@ -64,7 +63,6 @@ class Database:
         self._engine.dispose()
 
     def _wait(self, work: Callable[[Connection], T], reason: str) -> T:
-        lost_s = time.monotonic()
         self.tell(reason)
         self.waiting = True
         pause = 0.0
@@ -79,7 +77,6 @@ class Database:
                     continue
         finally:
             self.waiting = False
-            self.away_s += time.monotonic() - lost_s
         self.tell(None)
         return found
 
@@ -135,6 +132,8 @@ def open_postgresql(address: str) -> Database:
         engine = create_engine(url, pool_size=1, max_overflow=0, connect_args=arguments)
     except ImportError:
         raise MissingDependency("--database needs psycopg: pip install 'lwfed[postgres]'") from None
+    except ArgumentError:
+        raise ConfigError(f"--database has an option that cannot be: {FORM}") from None
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, record: object) -> None:

@@ -55,7 +55,7 @@ class Postgres:
         self.process.wait(LONG_S)
 
     def close(self):
-        self.stop()
+        self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder)
 
     def connect(self):
