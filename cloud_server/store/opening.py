@@ -6,6 +6,7 @@ The folder holds the blobs of one run. Served for a run of another store it woul
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,12 +71,16 @@ def open_store(root: Path, run: str, address: str | None = None, clock: Callable
 
 
 def bind_folder(root: Path, store: Store) -> None:
-    """Note in the folder to which run it belongs from now on."""
-    if store.database.path is not None:
+    """Note in the folder, durably, to which run it belongs from now on. Raises StateError."""
+    bond = Tie(store.run, store.database.name)
+    if store.database.path is not None or Tie.of(root) == bond:
         return
     temporary = root / f"{TIE_NAME}.new"
     try:
-        temporary.write_text(json.dumps(asdict(Tie(store.run, store.database.name))), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(bond), file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(root / TIE_NAME)
     except OSError as error:
         raise StateError(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions") from None

@@ -25,7 +25,7 @@ from lwfed.locks import in_use
 from lwfed.wire.messages import Hello
 
 T = TypeVar("T")
-HANDOVER_S = 5.0  # a server that was killed keeps its run for a moment
+HANDOVER_S = 30.0  # PostgreSQL notices within 25 s that a machine is gone (`database.SESSION`)
 RETRY_S = 0.05
 
 
