@@ -82,6 +82,11 @@ def bind_folder(root: Path, store: Store) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(root / TIE_NAME)
+        folder = os.open(root, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise StateError(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions") from None
 

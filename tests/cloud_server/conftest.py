@@ -14,6 +14,7 @@ from lwfed.child import Said
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.store import open_store
 from lwfed.cloud_server.worker import part_sizes
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
@@ -60,6 +61,26 @@ def postgres():
 def database(request):
     """The address of an empty one, as `--database` takes it."""
     return None if request.param == "sqlite" else request.getfixturevalue("postgres").address()
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a store of a folder of its own."""
+    stores = []
+
+    def opened(address, run="demo", folder="state"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        stores.append(open_store(tmp_path / folder, run, address, lambda: 1000.0, durable=False))
+        return stores[-1]
+
+    yield opened
+    for one in stores:
+        one.close()
+
+
+@pytest.fixture
+def address(postgres):
+    return postgres.address()
 
 
 @pytest.fixture

@@ -1,19 +1,12 @@
-"""The store in a database that others use too, that goes away, or that is of another version."""
+"""The store in a database that others use too and that goes away, and what belongs to it in folders and on command lines."""
 
 import os
 import signal
-import sqlite3
 import sys
 import threading
-from pathlib import Path
 
 import psycopg
 import pytest
-from alembic import command, op
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 from sqlalchemy import event
 
@@ -21,41 +14,17 @@ from lwfed import blobs
 from lwfed.cloud_server.cli import main
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.rounds import State
-from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Contribution, Judgement, Scores, exclusion, open_store, schema, stored_runs
+from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Contribution, open_store, schema
 from lwfed.cloud_server.store import store as store_module
-from lwfed.cloud_server.store.database import open_postgresql, open_sqlite
-from lwfed.cloud_server.store.versions import prepare
+from lwfed.cloud_server.store.database import open_sqlite
 from lwfed.config import load_config
 from lwfed.errors import DatabaseUnreachable, StateError
 from lwfed.signals import on_signals
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire.messages import Hello, Traffic
+from lwfed.wire.messages import Traffic
 
 from .conftest import TINY, World
-from .fleets import of, undisturbed
-
-HELLO = Hello(boot=1, lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
-OLD = "run-6.sql"  # written by a server that had no migrations yet
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """Opens a store of a folder of its own."""
-    stores = []
-
-    def opened(address, run="demo", folder="state"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        stores.append(open_store(tmp_path / folder, run, address, lambda: 1000.0, durable=False))
-        return stores[-1]
-
-    yield opened
-    for one in stores:
-        one.close()
-
-
-@pytest.fixture
-def address(postgres):
-    return postgres.address()
+from .fleets import HELLO, of, undisturbed
 
 
 @pytest.fixture
@@ -306,156 +275,6 @@ def test_commits_are_durable_whatever_the_database_s_default_is(opened, address,
     file = open_sqlite(tmp_path / FILE_NAME)
     assert file.transact(lambda connection: connection.exec_driver_sql("PRAGMA synchronous").scalar()) == 2  # FULL
     file.close()
-
-
-# Versions
-
-
-@pytest.fixture
-def old(tmp_path):
-    """The folder of a run as it was before there were migrations."""
-    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
-        connection.executescript((Path(__file__).parent / OLD).read_text())
-    connection.close()
-    return tmp_path
-
-
-def asked(path, question):
-    with sqlite3.connect(path) as connection:
-        found = connection.execute(question).fetchall()
-    connection.close()
-    return found
-
-
-def test_a_store_of_before_migrations_is_taken_over_whole(old, tiny):
-    store = open_store(old, "demo", clock=lambda: 2000.0)
-    assert store.config == load_config("demo")
-    assert store.scores() == {(0, "random"): Scores(0.25, None)}
-    assert store.judgements() == {(1, 1): Judgement(False, 0.9, 40.0)}
-    assert store.checkpoints() == {(1, 1): {"stem": "ssss"}}
-    assert [(device.participant, device.id, device.hello) for device in store.devices()] == [(0, "a", HELLO), (1, "b", HELLO)]
-    assert [(one.id, one.participant, one.traffic) for one in store.contributions()] == [("c1", 0, Traffic(down=5_000_000_000, up=3))]
-    state, epoch, resumed = store.begin(load_config("demo"))
-    assert (state.phase, state.chosen, epoch, resumed) == ("training", (0, 1), 2000, True)
-    with store.step(state) as step:
-        step.close_round(1, 1)
-    assert store.rounds()[0].closed_s == 2000.0
-    store.close()
-
-
-def test_a_copy_of_the_file_is_kept_before_it_is_migrated(old):
-    before = asked(old / FILE_NAME, "SELECT * FROM runs")
-    open_store(old, "demo").close()
-    assert asked(old / "run-6.sqlite", "SELECT * FROM runs") == before
-    assert asked(old / "run-6.sqlite", "PRAGMA user_version") == [(6,)]
-    assert asked(old / FILE_NAME, "PRAGMA user_version") == [(int(schema.HEAD),)]  # an old program refuses it
-    assert {path.name for path in old.iterdir()} == {FILE_NAME, "run-6.sqlite"}
-    open_store(old, "demo").close()
-
-
-def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
-    def fail(*arguments):
-        op.execute("CREATE TABLE half (done INTEGER)")
-        raise RuntimeError("the power went")
-
-    monkeypatch.setattr(op, "add_column", fail)
-    with pytest.raises(RuntimeError, match="the power went"):
-        open_store(old, "demo")
-    monkeypatch.undo()
-    tables = {name for (name,) in asked(old / FILE_NAME, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert tables == set(schema.metadata.tables)
-    store = open_store(old, "demo")
-    assert store.has_contribution("c1")
-    store.close()
-
-
-def test_who_only_looks_does_not_migrate(old):
-    with pytest.raises(StateError, match="of version 6, older than 7: `cloud-server serve` migrates it"), stored_runs(old, None):
-        pass
-    assert [path.name for path in old.iterdir()] == [FILE_NAME]
-
-
-def test_a_store_that_is_too_old_is_refused(old):
-    with sqlite3.connect(old / FILE_NAME) as connection:
-        connection.execute("PRAGMA user_version = 5")
-    connection.close()
-    with pytest.raises(StateError, match="of version 5; this cloud-server takes over 6 and later"):
-        open_store(old, "demo")
-
-
-def test_a_store_of_a_newer_program_is_refused(opened, database, tmp_path):
-    store = opened(database)
-    store.database.transact(lambda connection: connection.execute(schema.version.update().values(version_num="99")))
-    store.close()
-    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 7: install"):
-        opened(database)
-    with pytest.raises(StateError, match="newer"), stored_runs(tmp_path / "state", database):
-        pass
-
-
-def connected(database, tmp_path):
-    return open_postgresql(database) if database else open_sqlite(tmp_path / FILE_NAME)
-
-
-def configured(connection):
-    config = Config()
-    config.set_main_option("script_location", "lwfed.cloud_server.store:migrations")
-    config.attributes["connection"] = connection
-    return config
-
-
-def differences(connection):
-    context = MigrationContext.configure(connection, opts={"version_table": schema.version.name})
-    return compare_metadata(context, schema.metadata)
-
-
-def test_migrations_lead_to_the_tables_that_new_stores_get(database, postgres, tmp_path):
-    migrated = connected(database, tmp_path)
-    migrated.transact(lambda connection: command.upgrade(configured(connection), "head"))
-    assert migrated.transact(differences) == []
-    migrated.close()
-    (tmp_path / "made").mkdir()
-    made = connected(database and postgres.address(), tmp_path / "made")
-    prepare(made)
-    assert made.transact(differences) == []
-    made.transact(lambda connection: connection.exec_driver_sql("ALTER TABLE runs ADD COLUMN more INTEGER"))
-    assert len(made.transact(differences)) == 1
-    made.close()
-
-
-def test_the_versions_that_are_named_are_those_of_the_migrations():
-    script = ScriptDirectory.from_config(configured(None))
-    assert (script.get_heads(), script.get_bases()) == ([schema.HEAD], [schema.FIRST])
-
-
-def test_a_database_is_not_migrated_under_a_server_that_is_at_work(opened, address, postgres):
-    older = open_postgresql(address)
-    older.transact(lambda connection: command.upgrade(configured(connection), "6"))
-    row = {"name": "demo", "config": b"{}", "started_s": 0.0, "epoch": 1, "state": "{}"}
-    older.transact(lambda connection: connection.execute(schema.runs.insert().values(row)))
-    assert older.transact(lambda connection: exclusion.hold(connection, "demo"))
-    with pytest.raises(StateError, match="older cloud-servers serve demo in it"):
-        opened(address, "another")
-    older.close()
-    postgres.cut()
-    opened(address, "another")
-
-
-def test_tables_of_another_program_are_left_alone(opened, address):
-    other = open_postgresql(address)
-    other.transact(lambda connection: connection.exec_driver_sql("CREATE TABLE runs (id INTEGER)"))
-    with pytest.raises(StateError, match=r"tables of another program \(runs\): give lwfed a database, or a schema, of its own"):
-        opened(address)
-    other.close()
-
-
-def test_servers_that_begin_at_once_in_an_empty_database_both_do(opened, address, tiny):
-    threads = [threading.Thread(target=opened, args=(address, name, name)) for name in ("first", "second")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [opened(address, name, name).begin(tiny(f"run.name={name}"))[2] for name in ("first", "second")] == [False, False]
 
 
 # The folder of a run

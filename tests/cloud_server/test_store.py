@@ -3,9 +3,9 @@ import pytest
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import FILE_NAME, Contribution, Judgement, Scores, open_store
 from lwfed.errors import StateError
-from lwfed.wire.messages import Hello, Traffic
+from lwfed.wire.messages import Traffic
 
-HELLO = Hello(boot=1, lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
+from .fleets import HELLO
 
 
 @pytest.fixture
