@@ -1,5 +1,6 @@
 """Stores of older and newer programs, and how they are brought up to date."""
 
+import json
 import sqlite3
 import threading
 from pathlib import Path
@@ -13,9 +14,10 @@ from alembic.script import ScriptDirectory
 
 from lwfed.cloud_server.store import FILE_NAME, Judgement, Scores, exclusion, open_store, schema, stored_runs
 from lwfed.cloud_server.store.database import open_postgresql, open_sqlite
+from lwfed.cloud_server.store.store import completed
 from lwfed.cloud_server.store.versions import prepare
 from lwfed.config import load_config
-from lwfed.errors import StateError
+from lwfed.errors import ConfigError, StateError
 from lwfed.wire.messages import Traffic
 
 from .fleets import HELLO
@@ -39,9 +41,11 @@ def asked(path, question):
     return found
 
 
-def test_a_store_of_before_migrations_is_taken_over_whole(old, tiny):
+def test_a_store_of_before_migrations_is_taken_over_whole(old):
+    ((stored,),) = asked(old / FILE_NAME, "SELECT config FROM runs")
     store = open_store(old, "demo", clock=lambda: 2000.0)
-    assert store.config == load_config("demo")
+    config = store.config.model_dump(mode="json")
+    assert [name for name, section in json.loads(stored).items() if not section.items() <= config[name].items()] == []
     assert store.scores() == {(0, "random"): Scores(0.25, None)}
     assert store.judgements() == {(1, 1): Judgement(False, 0.9, 40.0)}
     assert store.checkpoints() == {(1, 1): {"stem": "ssss"}}
@@ -53,6 +57,15 @@ def test_a_store_of_before_migrations_is_taken_over_whole(old, tiny):
         step.close_round(1, 1)
     assert store.rounds()[0].closed_s == 2000.0
     store.close()
+
+
+def test_keys_that_a_configuration_did_not_have_are_as_in_base_yaml(tiny):
+    data = tiny("rounds.deadline_s=7").model_dump(mode="json")
+    del data["rounds"]["quorum"], data["alignment"]
+    config, base = completed(json.dumps(data).encode()), load_config("base")
+    assert (config.rounds.quorum, config.alignment, config.rounds.deadline_s) == (base.rounds.quorum, base.alignment, 7)
+    with pytest.raises(ConfigError, match="forgotten"):
+        completed(json.dumps({**data, "forgotten": {}}).encode())
 
 
 def test_a_copy_of_the_file_is_kept_before_it_is_migrated(old):
