@@ -24,10 +24,19 @@ def main() -> None:
     """Train an encoder on devices that keep their images to themselves."""
 
 
+database_option = click.option(
+    "--database",
+    envvar="LWFED_DATABASE",
+    metavar="URL",
+    help="A PostgreSQL database, postgresql://USER@HOST/NAME; or set LWFED_DATABASE. Default: an SQLite file in the run's folder.",
+)
+
+
 @main.command()
 @click.option("--config", "name", required=True, metavar="NAME|FILE", help="A preset (`lwfed config` lists them) or a YAML file.")
 @setting_option
 @click.option("--state", type=click.Path(path_type=Path), help="Folder of the run, to go on with it later. Default: by the run's name.")
+@database_option
 @click.option(
     "--broker",
     default="auto",
@@ -50,6 +59,7 @@ def serve(
     name: str,
     settings: tuple[str, ...],
     state: Path | None,
+    database: str | None,
     broker: str,
     port: int | None,
     listen: str | None,
@@ -67,7 +77,7 @@ def serve(
 
     config = load_config(name, settings)
     with locked_state((state or default_folder() / config.run.name).absolute(), "use another --state") as root:
-        serve_run(config, root, Options(broker, port, listen, authority_folder(), connection, until_done), Console(as_json))
+        serve_run(config, root, Options(broker, port, listen, authority_folder(), connection, until_done, database), Console(as_json))
 
 
 @main.command()
@@ -95,24 +105,29 @@ def revoke(name: str) -> None:
 
 
 @main.command()
-@click.option("--state", type=click.Path(path_type=Path), help="Folder of one run. Default: all runs of this user.")
-def status(state: Path | None) -> None:
+@click.option("--state", type=click.Path(path_type=Path), help="Folder of one run. Default: all runs of this user, or of --database.")
+@database_option
+def status(state: Path | None, database: str | None) -> None:
     """Where runs stand: round, devices, results."""
-    from lwfed.cloud_server.overview import overview, runs_below
+    from lwfed.cloud_server.overview import overview, overviews, runs_below
 
+    if database and not state:
+        click.echo("\n\n".join(overviews(database)))
+        return
     for number, root in enumerate([state] if state else runs_below(default_folder())):
-        click.echo(("\n" if number else "") + overview(root))
+        click.echo(("\n" if number else "") + overview(root, database))
 
 
 @main.command()
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@database_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.safetensors")
 @click.option("--stage", type=click.IntRange(min=1), help="The model at the end of this stage. Default: the newest.")
-def export(state: Path, out: Path, stage: int | None) -> None:
+def export(state: Path, database: str | None, out: Path, stage: int | None) -> None:
     """Write the trained encoder, with timm's tensor names, for others to load."""
     from lwfed.cloud_server.overview import export_from
 
-    found = export_from(state, out, stage)
+    found = export_from(state, out, stage, database)
     click.echo(f"{out}: encoder after stage {found}")
 
 

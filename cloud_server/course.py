@@ -14,7 +14,7 @@ from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
-from lwfed.cloud_server.store import Step, Store
+from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights
 from lwfed.config import RunConfig
@@ -30,16 +30,19 @@ HEADER_BYTES = 64 * 1024  # names and shapes beside the numbers
 
 
 class Course:
-    def __init__(self, config: RunConfig, root: Path, clock: Callable[[], float] = time.time, durable: bool = True) -> None:
-        """Begin the run below `root`, or take it up again; `clock` gives Unix time. Raises StateError."""
+    def __init__(
+        self, config: RunConfig, root: Path, clock: Callable[[], float] = time.time, durable: bool = True, database: str | None = None
+    ) -> None:
+        """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError."""
         self.config = config
         self.root = root
         self.rules = Rules.of(config)
-        self.store = Store(root, clock, durable)
+        self.store = open_store(root, config.run.name, database, clock, durable)
         try:
             stored = self.store.config
             self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start
             self.state, self.epoch, self.resumed = self.store.begin(config)
+            bind_folder(root, self.store)
             self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here
             self.spool = BlobStore(root / "updates", durable)
             self.config_ref = self.blobs.put(config.to_bytes())

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lwfed.cloud_server.aggregate import Screened
-from lwfed.cloud_server.figures import StageFigures
 from lwfed.cloud_server.fleet import Member
 from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State
-from lwfed.cloud_server.store import Contribution, Judgement, Scores
+from lwfed.cloud_server.store import Contribution, Judgement, Scores, StageFigures
 from lwfed.config import RunConfig
 from lwfed.console import Console, counted
 from lwfed.plan import StagePlan
@@ -50,6 +49,13 @@ class News:
 
     def doing(self, what: str) -> None:
         self._say("doing", "server", what)
+
+    def database(self, lost: str | None) -> None:
+        """Why its connection was lost; None when there is one again."""
+        if lost is None:
+            self.doing("the database answers again")
+        else:
+            self.warning(f"{lost}; until it answers nothing is acknowledged, and nothing is lost")
 
     def waiting(self, here: int, needed: int) -> None:
         text = f"{here} of {counted(needed, 'device')} {'is' if 1 in (here, needed) else 'are'} here; start one with: {self.join_command()}"

@@ -4,72 +4,82 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lwfed.cloud_server import checkpoint
 from lwfed.cloud_server.course import MODEL_FOLDER
 from lwfed.cloud_server.news import NAMES, judgement
 from lwfed.cloud_server.rounds import Rules
-from lwfed.cloud_server.store import FILE_NAME, Store
+from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Store, Tie, stored_runs
 from lwfed.cloud_server.telling import stop_reason
 from lwfed.config import RunConfig
 from lwfed.console import printable
 from lwfed.errors import StateError
-from lwfed.locks import in_use
 
 
 def runs_below(folder: Path) -> list[Path]:
     """The folders of runs. Raises StateError when there is none."""
-    found = sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+    found = sorted({path.parent for name in (FILE_NAME, TIE_NAME) for path in folder.glob(f"*/{name}")})
     if not found:
         raise StateError(f"there is no run in {folder}: begin one with `cloud-server serve --config demo`, or give its --state")
     return found
 
 
-def overview(root: Path) -> str:
-    """Where a run stands, as a few aligned lines. Raises StateError when there is none."""
-    with _opened(root) as (store, config):
-        state, rules = store.state, Rules.of(config)
-        planned = rules.last_round(state.stage, state.round)
-        lines = [
-            ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
-            ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
-        ]
-        if state.phase == "stopped":
-            lines.append(("stopped", stop_reason(state)))
-        running = in_use(root)
-        if not running:
-            lines.append(("server", "no server is running; devices as last seen"))
-        if state.phase == "training":
-            lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
-        for device in store.devices():
-            there = state.devices.get(device.participant, "gone")
-            text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
-            if device.doubled_s is not None:
-                text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
-            lines.append((f"device {device.participant}", text))
-        for (stage, name), scores in store.scores().items():
-            probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
-            lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
-        for (stage, attempt), found in store.judgements().items():
-            again = "" if attempt == 1 else f", attempt {attempt}"
-            lines.append((f"stage {stage}", f"features{again}: {judgement(found)}"))
-        closed = [row for row in store.rounds() if row.closed_s is not None]
-        if closed:
-            loss = store.loss(closed[-1].stage, closed[-1].round)
-            lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
+def overview(root: Path, database: str | None = None) -> str:
+    """Where the run below `root` stands, as a few aligned lines. Raises StateError when there is none."""
+    if database is None and (tie := Tie.of(root)):
+        return f"{'run':<12}{tie.run}, of {root}, is kept in {tie.database}: add its --database"
+    with stored_runs(root, database) as (store,):
+        return _overview(store, str(root))
+
+
+def overviews(database: str) -> list[str]:
+    """Of all runs in a database. Raises StateError when there is none."""
+    with stored_runs(None, database) as stores:
+        return [_overview(store, store.database.name) for store in stores]
+
+
+def _overview(store: Store, where: str) -> str:
+    config, state = _begun(store), store.state
+    rules = Rules.of(config)
+    planned = rules.last_round(state.stage, state.round)
+    lines = [
+        ("run", f"{config.run.name} ({config.stages.strategy}), in {where}"),
+        ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
+    ]
+    if state.phase == "stopped":
+        lines.append(("stopped", stop_reason(state)))
+    running = store.served
+    if not running:
+        lines.append(("server", "no server is running; devices as last seen"))
+    if state.phase == "training":
+        lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
+    for device in store.devices():
+        there = state.devices.get(device.participant, "gone")
+        text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
+        if device.doubled_s is not None:
+            text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
+        lines.append((f"device {device.participant}", text))
+    for (stage, name), scores in store.scores().items():
+        probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
+        lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
+    for (stage, attempt), found in store.judgements().items():
+        again = "" if attempt == 1 else f", attempt {attempt}"
+        lines.append((f"stage {stage}", f"features{again}: {judgement(found)}"))
+    closed = [row for row in store.rounds() if row.closed_s is not None]
+    if closed:
+        loss = store.loss(closed[-1].stage, closed[-1].round)
+        lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
     return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
 
 
-def export_from(root: Path, out: Path, stage: int | None) -> int:
+def export_from(root: Path, out: Path, stage: int | None, database: str | None = None) -> int:
     """Write the encoder of the newest checkpoint, or of the last one of `stage`; returns its stage.
 
     What collapsed and stopped a run is written only when asked for by its stage.
     """
-    with _opened(root) as (store, config):
-        state = store.state
+    with stored_runs(root, database) as (store,):
+        config, state = _begun(store), store.state
         if stage is None and state.phase == "stopped":
             stage = state.sound_stage
             if not stage:
@@ -90,15 +100,7 @@ def _minute(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
-@contextmanager
-def _opened(root: Path) -> Iterator[tuple[Store, RunConfig]]:
-    if not (root / FILE_NAME).is_file():
-        raise StateError(f"there is no run in {root}: give the --state that `cloud-server serve` was given")
-    store = Store(root)
-    try:
-        config = store.config
-        if config is None:
-            raise StateError(f"the run in {root} has not begun: start it with `cloud-server serve`")
-        yield store, config
-    finally:
-        store.close()
+def _begun(store: Store) -> RunConfig:
+    config = store.config
+    assert config is not None  # or it would not be in the store
+    return config

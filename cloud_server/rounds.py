@@ -168,7 +168,7 @@ class State:
 
     @classmethod
     def from_json(cls, text: str) -> State:
-        data = json.loads(text)
+        data = {**json.loads(cls().to_json()), **json.loads(text)}  # one of an older program lacks what came later
         for key in ("devices", "contributed", "failed", "unfit", "losses"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         data["patches"] = {part: tuple((base, blob) for base, blob in steps) for part, steps in data["patches"].items()}

@@ -34,13 +34,14 @@ class Options:
     authority: Path  # folder of the certificates and of the record of enrolled devices
     connection: Connection
     until_done: bool
+    database: str | None  # address of one of PostgreSQL
 
 
 def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
     with ExitStack() as stack:
-        course = Course(config, root)
+        course = Course(config, root, database=options.database)
         stack.callback(course.store.close)
         if course.state.over and options.until_done:
             _say_over(News(console, config, ""), course)
@@ -56,6 +57,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
         news.run(course.rules, status, place(course), root)
+        if options.database is not None:
+            news.doing(f"the run is kept in {course.store.database.name}")
         if not course.rules.judge:
             news.unjudged()
         for change in course.changed:

@@ -9,6 +9,7 @@ It never imports torch. What it must not forget is on disk before anybody hears 
 from __future__ import annotations
 
 import queue
+import sys
 import time
 from collections.abc import Callable
 
@@ -64,7 +65,10 @@ class Server:
         config = course.config
         self.over = False
         self._course, self._transport, self._news = course, transport, news
-        self._until_done, self._revive, self._gate, self._clock = until_done, revive, gate, clock
+        self._until_done, self._revive, self._gate = until_done, revive, gate
+        self._database = course.store.database
+        self._database.tell = self._on_database
+        self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
@@ -96,13 +100,29 @@ class Server:
 
         The run itself begins, or goes on, with the first connection.
         """
-        with on_signals(lambda: self._queue.put(Stop())):
+        with on_signals(self._on_signal):
             try:
                 self.begin()
                 while not self.over:
                     self.handle(self._next())
             finally:
                 self.end()
+
+    def _clock(self) -> float:
+        """Stands still while the database is away: no deadline passes when nothing can be recorded."""
+        return self._time() - self._away_s
+
+    def _on_database(self, lost: str | None) -> None:
+        self._news.database(lost)
+        if lost is not None:
+            self._lost_at = self._time()
+        else:
+            self._away_s += self._time() - self._lost_at
+
+    def _on_signal(self) -> None:
+        if self._database.waiting:  # then nobody looks into the queue, and nothing is half done
+            sys.exit()
+        self._queue.put(Stop())
 
     def begin(self) -> None:
         self._give_up_at = self._clock() + FIRST_CONNECTION_S

@@ -4,6 +4,7 @@
     ├── ConfigError                 78   the configuration is wrong (EX_CONFIG)
     ├── DataError                   66   images are missing or unreadable (EX_NOINPUT)
     ├── StateError                  73   the state directory is unusable, in use, or of another run (EX_CANTCREAT)
+    │   └── DatabaseUnreachable     69   no connection to the database (EX_UNAVAILABLE), try again later
     ├── MissingDependency           72   an optional package is needed for this (EX_OSFILE)
     ├── RunStopped                  65   a stage collapsed, and the run was to stop then (EX_DATAERR)
     ├── WorkerFailed                70   a training process died or raised (EX_SOFTWARE)
@@ -41,6 +42,10 @@ class DataError(LwfedError):
 
 class StateError(LwfedError):
     exit_code = 73
+
+
+class DatabaseUnreachable(StateError):
+    exit_code = 69
 
 
 class MissingDependency(LwfedError):

@@ -14,6 +14,7 @@ from lwfed.child import Said
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.store import open_store
 from lwfed.cloud_server.worker import part_sizes
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
@@ -28,6 +29,7 @@ from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id
 
 from .merging import merge_parts, settings_of
+from .postgres import Postgres, find
 
 TINY = [
     "model.image_size=8", "model.width=8", "model.depth=2", "model.heads=2", "ssl.hidden_dim=8", "ssl.output_dim=4",
@@ -45,6 +47,41 @@ def drawn(shape, *labels):
     """Random tensors that depend on nothing but the labels."""
     stream = derive(0, "test", *labels)
     return np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32]).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    if find("postgres") is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    """The address of an empty one, as `--database` takes it."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres").address()
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a store of a folder of its own."""
+    stores = []
+
+    def opened(address, run="demo", folder="state"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        stores.append(open_store(tmp_path / folder, run, address, lambda: 1000.0, durable=False))
+        return stores[-1]
+
+    yield opened
+    for one in stores:
+        one.close()
+
+
+@pytest.fixture
+def address(postgres):
+    return postgres.address()
 
 
 @pytest.fixture
@@ -256,6 +293,8 @@ class World:
     server: Server | None = None
     course: Course | None = None
     state: str = "server"  # folder of the run
+    database: str | None = None
+    durable: bool = False
 
     @property
     def jobs(self):
@@ -267,7 +306,7 @@ class World:
         return [messages.decode(messages.Run, payload) for _, topic, payload in self.broker.log if topic.endswith("all/run")]
 
     def start(self, **options):
-        self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, durable=False)
+        self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, self.durable, self.database)
         news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
         self.server = Server(
             self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self), clock=lambda: self.now, **options

@@ -1,5 +1,9 @@
 """What the tests of a server in a fleet share."""
 
+from lwfed.wire.messages import Hello
+
+HELLO = Hello(boot=1, lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
+
 
 def undisturbed(world, *settings, collapses=None):
     fleet = world(*settings)

@@ -1,9 +1,10 @@
-"""The tables of the server's store. A change of them is a new VERSION."""
+"""The tables of the server's store. A change of them is a new HEAD, and a file in `migrations/versions`."""
 
 from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -17,9 +18,13 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 6
+FIRST = "6"  # the oldest that is taken over, as SQLite's user_version; from then on the revisions of Alembic
+HEAD = "7"
 
 metadata = MetaData()
+version = Table("lwfed_version", MetaData(), Column("version_num", String(32), primary_key=True))  # Alembic's, under a name of ours
+
+Whole = BigInteger().with_variant(Integer, "sqlite")  # 64 bits on either
 
 
 def _run(primary_key: bool = True) -> Column[str]:
@@ -33,8 +38,9 @@ runs = Table(
     Column("config", LargeBinary, nullable=False),  # RunConfig.to_bytes
     Column("started_s", Float, nullable=False),  # Unix time, as all times here
     Column("finished_s", Float),
-    Column("epoch", Integer, nullable=False),  # of the last start of the server: grows with every start, also of other stores
+    Column("epoch", Whole, nullable=False),  # of the last start of the server: grows with every start, also of other stores
     Column("state", String, nullable=False),  # of the coordinator, JSON
+    Column("steps", Whole, nullable=False, server_default="0"),  # that were written: tells whether one whose answer was lost is among them
 )
 
 devices = Table(
@@ -71,13 +77,13 @@ contributions = Table(
     Column("round", Integer, nullable=False),
     Column("participant", Integer, nullable=False),
     Column("blob", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
-    Column("images", Integer, nullable=False),
+    Column("bytes", Whole, nullable=False),
+    Column("images", Whole, nullable=False),
     Column("loss", Float, nullable=False),  # of the last local epoch
     Column("peak_mb", Float, nullable=False),
     Column("baseline_mb", Float, nullable=False),
-    Column("down_bytes", Integer, nullable=False),  # since the device joined the run
-    Column("up_bytes", Integer, nullable=False),
+    Column("down_bytes", Whole, nullable=False),  # since the device joined the run
+    Column("up_bytes", Whole, nullable=False),
     Column("seconds", Float, nullable=False),  # that the device computed
     Column("received_s", Float, nullable=False),
     Column("report", JSON, nullable=False),  # whole, and last: its pages are not read for the columns before it

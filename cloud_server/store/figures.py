@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, select
 
-from lwfed.cloud_server.schema import contributions
+from lwfed.cloud_server.store.schema import contributions
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class StageFigures:
     bytes_up: int
 
 
-def mean_loss(connection: Connection, stage: int, round: int) -> float | None:
+def mean_loss(connection: Connection, run: str, stage: int, round: int) -> float | None:
     """Of the last local epochs of a round, mean by images; None before the first contribution."""
     table = contributions.c
     mean = func.sum(table.images * table.loss) / func.sum(table.images)
-    found = connection.execute(select(mean).where(table.stage == stage, table.round == round)).scalar()
+    found = connection.execute(select(mean).where(table.run == run, table.stage == stage, table.round == round)).scalar()
     return None if found is None else float(found)
 
 
@@ -34,23 +34,25 @@ class Contributed:
     seconds: float
 
 
-def contributed(connection: Connection) -> dict[tuple[int, int], Contributed]:
+def contributed(connection: Connection, run: str) -> dict[tuple[int, int], Contributed]:
     """(stage, round) -> by how many devices, and the seconds that they computed, added up."""
     place = contributions.c.stage, contributions.c.round
-    rows = connection.execute(select(*place, func.count(), func.sum(contributions.c.seconds)).group_by(*place))
+    wanted = select(*place, func.count(), func.sum(contributions.c.seconds)).where(contributions.c.run == run)
+    rows = connection.execute(wanted.group_by(*place))
     return {(row[0], row[1]): Contributed(row[2], row[3]) for row in rows}
 
 
-def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
+def stage_figures(connection: Connection, run: str, stage: int) -> StageFigures | None:
     """None when nobody has contributed to `stage`."""
-    found = connection.execute(_last_reports(stage)).all()
+    found = connection.execute(_last_reports(run, stage)).all()
     before = {row.participant: row for row in found if not row.ours}
     ours = [row for row in found if row.ours]
     if not ours:
         return None
     used = [_used(row, before.get(row.participant)) for row in ours]
     # Of all stages: a device that trained in other stages has cost nothing in this one, and means add up to the run's.
-    devices = connection.execute(select(func.count(contributions.c.participant.distinct()))).scalar_one()
+    everybody = select(func.count(contributions.c.participant.distinct())).where(contributions.c.run == run)
+    devices = connection.execute(everybody).scalar_one()
     return StageFigures(
         worker_peak_mb=max(row.peak for row in ours),
         worker_baseline_mb=max(row.baseline for row in ours),
@@ -59,7 +61,7 @@ def stage_figures(connection: Connection, stage: int) -> StageFigures | None:
     )
 
 
-def _last_reports(stage: int) -> Select[Any]:
+def _last_reports(run: str, stage: int) -> Select[Any]:
     """Of each device the last contribution before `stage` and the last one in it (`ours`), with the most memory of either time.
 
     To be paired by the caller: SQLite would join them in quadratic time.
@@ -69,7 +71,8 @@ def _last_reports(stage: int) -> Select[Any]:
     place = func.row_number().over(partition_by=each, order_by=(table.stage.desc(), table.round.desc()))
     peak, baseline = (func.max(column).over(partition_by=each) for column in (table.peak_mb, table.baseline_mb))
     columns = (ours.label("ours"), place.label("place"), peak.label("peak"), baseline.label("baseline"))
-    ranked = select(table.participant, table.down_bytes, table.up_bytes, *columns).where(table.stage <= stage).subquery()
+    before = table.run == run, table.stage <= stage
+    ranked = select(table.participant, table.down_bytes, table.up_bytes, *columns).where(*before).subquery()
     return select(ranked).where(ranked.c.place == 1)
 
 
