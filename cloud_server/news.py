@@ -89,6 +89,13 @@ class News:
         text = f"round {round} of {place['rounds']}: done with {counted(devices, 'update')}{shown}"
         self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
 
+    def overdue(self, rules: Rules, participant: int, pace_s: float) -> None:
+        text = (
+            f"device {participant} is over its deadline, {rules.straggler_factor:g} times the {pace_s:.0f} s that it last took: "
+            "it is no longer waited for, and its update counts while the round is open"
+        )
+        self.warning(text, participant=participant, pace_s=pace_s)
+
     def reduced(self, stage: int, round: int, lr_scale: float) -> None:
         text = f"round {round}: the loss no longer falls; from now on the learning rate is {lr_scale:.3g} of its own"
         self._say("reduced", f"stage {stage}", text, stage=stage, round=round, lr_scale=lr_scale)

@@ -7,7 +7,7 @@ import time
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Reduced, Stalled, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled, State
 
 
 def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
@@ -74,6 +74,8 @@ def _notice(news: News, course: Course, notice: Notice) -> None:
         case Joined(participants):
             listed = ", ".join(map(str, participants))
             news.warning(f"asked device {listed} to train as well, in place of those that cannot")
+        case Overdue(participant, pace_s):
+            news.overdue(course.rules, participant, pace_s)
         case Extended(_, round, contributions, needed):
             news.warning(f"round {round}: {contributions} updates at the deadline and {needed} are needed: waiting as long again")
         case Closed(stage, round, devices):
