@@ -148,7 +148,7 @@ def check(rules, before, state, collapsed):
     assert set(state.contributed) <= set(state.chosen)
     assert not set(state.contributed) & set(state.failed)
     assert (state.stage, state.round) >= (before.stage, before.round)
-    if before.phase == "training" and state.phase != "training":
+    if before.phase == "training" and state.phase != "training" and not state.suspended:
         assert state.phase == "aggregating"
         assert len(state.contributed) >= state.needed >= 1
     assert (state.due is not None) == (state.phase == "training" or (state.phase == "waiting" and not state.paused))
