@@ -77,7 +77,7 @@ class Course:
         """Delete what nobody will ask for any more."""
         models = [self.state.parts, self.state.start, *self.store.checkpoints().values()]
         self.blobs.forget({self.config_ref.id, *(blob for parts in models for blob in parts.values())})
-        if self.state.phase not in ("training", "aggregating"):
+        if self.state.phase not in ("training", "aggregating") and not self.state.suspended:
             self.spool.forget(())
 
     def announcement(self) -> Run:
@@ -94,6 +94,7 @@ class Course:
             round=state.round,
             rounds=self.rules.last_round(state.stage, state.round),
             lr_scale=self.lr_scale,
+            paused=state.paused,
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
         )

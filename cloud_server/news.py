@@ -62,6 +62,13 @@ class News:
         lost = [f"device {one} {how.get(state.failed.get(one, ''), 'has left')}" for one in state.chosen if one not in state.contributed]
         self.warning(f"{who} can train in this round: {_listed(lost)}; mend one and start it again")
 
+    def paused(self, state: State, root: Path) -> None:
+        if state.paused:
+            when = "after the present round" if state.phase == "training" else "until then no round begins"
+            self._say("paused", "paused", f"{when}; go on with: cloud-server resume --state {root}", paused=True, phase=state.phase)
+        else:
+            self._say("paused", "resumed", "the run goes on", paused=False, phase=state.phase)
+
     def join_command(self) -> str:
         fleet = self._config.run.fleet
         return f"edge-agent join {self._url} --data FOLDER" + ("" if fleet == "default" else f" --fleet {fleet}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lwfed.cloud_server import checkpoint
+from lwfed.cloud_server import checkpoint, orders
 from lwfed.cloud_server.course import MODEL_FOLDER
 from lwfed.cloud_server.news import NAMES, judgement
 from lwfed.cloud_server.rounds import Rules
@@ -37,11 +37,16 @@ def overview(root: Path) -> str:
             ("run", f"{config.run.name} ({config.stages.strategy}), in {root}"),
             ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
         ]
+        if state.paused and not state.over:
+            until = f"until cloud-server resume --state {root}"
+            lines.append(("paused", f"after this round, {until}" if state.phase == "training" else f"no round begins {until}"))
         if state.phase == "stopped":
             lines.append(("stopped", stop_reason(state)))
         running = in_use(root)
         if not running:
             lines.append(("server", "no server is running; devices as last seen"))
+        for path in orders.waiting(root):
+            lines.append(("ordered", f"{orders.read(path).do}; the server does it when it {'looks next' if running else 'is started'}"))
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
         for device in store.devices():
@@ -61,6 +66,15 @@ def overview(root: Path) -> str:
             loss = store.loss(closed[-1].stage, closed[-1].round)
             lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
     return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
+
+
+def order(root: Path, what: orders.Order) -> bool:
+    """Give the run below `root` an order; whether a server is there to do it now. Raises StateError."""
+    with _opened(root) as (store, config):
+        if store.state.over:
+            raise StateError(f"run {config.run.name} is {store.state.phase}: there is nothing to {what.do}")
+    orders.give(root, what)
+    return in_use(root)
 
 
 def export_from(root: Path, out: Path, stage: int | None) -> int:

@@ -18,6 +18,8 @@ def tell(news: News, course: Course, before: State, notices: list[Notice]) -> No
         _notice(news, course, notice)
     if after.stage > before.stage or (after.over and not before.over):
         stage_ended(news, course, before.stage)
+    if after.paused != before.paused:
+        news.paused(after, course.root)
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
         waiting(news, course)
     if after.stuck and not before.stuck:
@@ -29,7 +31,7 @@ def waiting(news: News, course: Course) -> None:
     state = course.state
     if state.stuck:
         news.stuck(state)
-    if state.phase != "waiting":
+    if state.phase != "waiting" or state.paused:
         return
     needed = course.rules.gathering(state.begun)
     if len(state.here) < needed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
 from lwfed.plan import PrefixEngine
@@ -103,6 +103,12 @@ class Run(Message):
     config: BlobRef
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
     lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
+    paused: bool = False  # no round begins until the operator wants it; said in phase waiting, the tasks of this round are withdrawn
+
+    @model_serializer(mode="wrap")
+    def _readable_before_pauses(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        return fields if self.paused else {name: value for name, value in fields.items() if name != "paused"}
 
     @property
     def over(self) -> bool:

@@ -33,9 +33,21 @@ def test_a_run_that_says_nothing_of_the_rate_is_read_as_one_with_the_whole_rate(
     assert decode(Run, (GOLDEN / "run.json").read_bytes()) == SAMPLES["run"].model_copy(update={"lr_scale": 1.0})
 
 
+def test_a_run_that_is_paused_says_so_and_no_other_says_anything_of_pauses():
+    paused = SAMPLES["run"].model_copy(update={"paused": True, "phase": "waiting"})
+    golden = (GOLDEN / "run-paused.json").read_bytes()
+    assert encode(paused) == golden
+    assert decode(Run, golden) == paused
+    assert b"paused" not in encode(SAMPLES["run"])  # devices from before pauses refuse keys that they do not know
+
+
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run"}
-    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | {"run.json", "blob-manifest.json"}
+    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | {
+        "run.json",
+        "run-paused.json",
+        "blob-manifest.json",
+    }
 
 
 def test_a_blob_is_cut_as_ever(tmp_path):
