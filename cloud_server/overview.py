@@ -15,7 +15,7 @@ from lwfed.cloud_server.rounds import Rules
 from lwfed.cloud_server.store import FILE_NAME, Store
 from lwfed.cloud_server.telling import stop_reason
 from lwfed.config import RunConfig
-from lwfed.console import printable
+from lwfed.console import counted, printable
 from lwfed.errors import StateError
 from lwfed.locks import in_use
 
@@ -45,8 +45,8 @@ def overview(root: Path) -> str:
         running = in_use(root)
         if not running:
             lines.append(("server", "no server is running; devices as last seen"))
-        for path in orders.waiting(root):
-            lines.append(("ordered", f"{orders.read(path).do}; the server does it when it {'looks next' if running else 'is started'}"))
+        if ordered := len(orders.waiting(root)):
+            lines.append(("ordered", f"{counted(ordered, 'order')} wait{'s' if ordered == 1 else ''} for the server to look or be started"))
         if state.phase == "training":
             lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
         for device in store.devices():

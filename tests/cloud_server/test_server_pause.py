@@ -97,7 +97,7 @@ def test_orders_to_a_server_that_is_down_are_obeyed_before_any_round_begins(worl
     orders.give(root(fleet), Order(do="pause"))
     orders.give(root(fleet), Order(do="resume"))
     orders.give(root(fleet), Order(do="pause"))
-    assert "pause; the server does it when it is started" in overview(root(fleet))
+    assert "3 orders wait for the server" in overview(root(fleet))
     fleet.start()
     fleet.server.take_orders()
     for name in ("a", "b"):
