@@ -111,9 +111,10 @@ class Rules:
         return self.quorum_of(chosen if self.sample is None else min(chosen, self.sample))
 
     def completes(self, state: State) -> bool:
-        """Whether the round has all that it was to have, or a quorum and nobody left to wait for."""
+        """Whether the round has a quorum and nobody left to wait for, or, over-selected, all that it was to have."""
         count = len(state.contributed)
-        return count >= state.needed and (not state.expected or (self.sample is not None and count >= self.sample))
+        enough = self.sample is not None and self.oversample > 1 and count >= self.sample
+        return enough or (count >= state.needed and not state.expected)
 
     def gathering(self, begun: bool) -> int:
         """How many devices must be there for a round to begin; the first one wants all that were asked for."""

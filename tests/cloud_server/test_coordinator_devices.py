@@ -115,8 +115,8 @@ def test_others_are_chosen_at_the_deadline_when_those_chosen_are_silent():
     assert state.chosen == (silent,)
     state = after(rules, state, TimeUp(), now=100.0)
     assert state.chosen == (0, 1)
-    for first in (other, silent):  # who may still answer
-        assert after(rules, state, Contributed(first, "x")).phase == "aggregating"
+    assert after(rules, state, Contributed(other, "x")).phase == "training"  # the silent one may still answer
+    assert after(rules, state, Contributed(silent, "x"), TimeUp(), now=300.0).phase == "aggregating"
 
 
 def test_a_restart_gives_the_round_its_whole_time_again():
