@@ -17,6 +17,8 @@ from lwfed.signals import on_signals
 if TYPE_CHECKING:
     from lwfed.cloud_server.registry import Registry
 
+NO_SERVER = "no server is running: it is done when `cloud-server serve` is started"
+
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -116,6 +118,29 @@ def status(state: Path | None, database: str | None) -> None:
         return
     for number, root in enumerate([state] if state else runs_below(default_folder())):
         click.echo(("\n" if number else "") + overview(root, database))
+
+
+@main.command()
+@click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@database_option
+@click.option("--now", is_flag=True, help="Withdraw the round under way; it goes on later with the updates that it has.")
+def pause(state: Path, database: str | None, now: bool) -> None:
+    """Let a run begin no further round until `resume`; devices stay connected, and idle."""
+    from lwfed.cloud_server.orders import Order
+    from lwfed.cloud_server.overview import order
+
+    click.echo("ordered; " + ("the server pauses the run" if order(state, Order(do="pause", now=now), database) else NO_SERVER))
+
+
+@main.command()
+@click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@database_option
+def resume(state: Path, database: str | None) -> None:
+    """Let a run that was paused go on."""
+    from lwfed.cloud_server.orders import Order
+    from lwfed.cloud_server.overview import order
+
+    click.echo("ordered; " + ("the server goes on with the run" if order(state, Order(do="resume"), database) else NO_SERVER))
 
 
 @main.command()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lwfed.cloud_server.deadlines import elapsed, opened, own_deadline, scheduled, slowed
 from lwfed.cloud_server.rounds import (
     MAX_ATTEMPTS,
     Begun,
@@ -27,6 +28,7 @@ from lwfed.cloud_server.rounds import (
     IllegalEvent,
     Joined,
     Notice,
+    Overdue,
     Presence,
     Reaction,
     Reduced,
@@ -117,6 +119,18 @@ class Calibrated(Event):
     residuals: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Paused(Event):
+    """The operator wants no further round to begin."""
+
+    withdraw: bool  # nor the present one to go on
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The operator wants the run to go on."""
+
+
 Result = tuple[State, list[Notice]]
 Transition = Callable[[Rules, State, Any, float], Result]
 
@@ -131,8 +145,10 @@ def advance(rules: Rules, state: State, event: Event, now: float) -> Result:
 
 def _started(rules: Rules, state: State, event: Started, now: float) -> Result:
     devices: dict[int, Presence] = {participant: "away" if there == "here" else there for participant, there in state.devices.items()}
-    due = None if state.due is None else now + (rules.deadline_s if state.phase == "training" else RETURN_S)
-    return replace(state, devices=devices, due=due), []
+    seen = replace(state, devices=devices)
+    if state.phase == "training":
+        return scheduled(rules, opened(rules, seen, now)), []
+    return replace(seen, due=None if state.due is None else now + RETURN_S), []
 
 
 def _present(rules: Rules, state: State, event: Present, now: float) -> Result:
@@ -167,7 +183,9 @@ def _evaluated(rules: Rules, state: State, event: Evaluated, now: float) -> Resu
 def _contributed(rules: Rules, state: State, event: Contributed, now: float) -> Result:
     if event.participant not in state.owing:
         raise IllegalEvent(event, state)
-    return _proceed(rules, replace(state, contributed={**state.contributed, event.participant: event.contribution}), now)
+    contributed = {**state.contributed, event.participant: event.contribution}
+    pace = {**state.pace, **elapsed(state, [event.participant], now)}
+    return _proceed(rules, replace(state, contributed=contributed, pace=pace), now)
 
 
 def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) -> Result:
@@ -184,27 +202,38 @@ def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
     substitute = tuple(free(rules, left)[:1])
     chosen = tuple(sorted({*state.chosen, *substitute} - {event.participant}))
     joined: list[Notice] = [Joined(substitute)] if substitute else []
-    return _with(joined, _proceed(rules, replace(left, chosen=chosen, needed=min(state.needed, rules.quorum_of(len(chosen)))), now))
+    asked = {**state.asked, **dict.fromkeys(substitute, now)}
+    needed = min(state.needed, rules.needed(len(chosen)))
+    return _with(joined, _proceed(rules, replace(left, chosen=chosen, asked=asked, needed=needed), now))
 
 
 def _waited(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
     """Go on without those who did not return, as soon as a quorum is there."""
+    if state.paused:
+        raise IllegalEvent(event, state)
     missing = [participant for participant, there in state.devices.items() if there == "away"]
     given_up = replace(state, devices={**state.devices, **dict.fromkeys(missing, "gone")}, due=now + RETURN_S, patient=False)
     following, notices = _proceed(rules, given_up, now)
     return following, [*(GivenUp(participant) for participant in missing), *notices]
 
 
-def _deadline(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
+def _overdue(rules: Rules, state: State, event: TimeUp, now: float) -> Result:
+    if now >= state.deadline:
+        return _deadline(rules, state, now)
+    slow = [one for one in state.expected if own_deadline(rules, state, one) <= now]
+    overdue: list[Notice] = [Overdue(one, state.pace[one]) for one in slow]
+    return _with(overdue, _proceed(rules, replace(state, stragglers=tuple(sorted((*state.stragglers, *slow)))), now))
+
+
+def _deadline(rules: Rules, state: State, now: float) -> Result:
     if len(state.contributed) >= state.needed:
-        return _close(state)
+        return _close(state, now)
     refused = {participant: how for participant, how in state.failed.items() if how == "refused"}
-    again = replace(state, failed=refused, due=now + rules.deadline_s)
-    following, notices = assign_more(rules, again, ignore_away=True)
+    following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, ignore_away=True)
     ready = [participant for participant in following.owing if participant in following.here]
     if len(following.contributed) + len(ready) < following.needed:
         following = replace(following, failed={})
-    return following, [Extended(state.stage, state.round, len(state.contributed), state.needed), *notices]
+    return scheduled(rules, following), [Extended(state.stage, state.round, len(state.contributed), state.needed), *notices]
 
 
 def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:
@@ -228,6 +257,23 @@ def _moved(state: State, event: Aggregated | Calibrated) -> State:
     )
 
 
+def _paused(rules: Rules, state: State, event: Paused, now: float) -> Result:
+    if state.over:
+        return state, []
+    withdrawn = state.phase == "training" and event.withdraw
+    held = withdrawn or state.phase == "waiting"
+    return replace(state, paused=True, phase="waiting" if withdrawn else state.phase, due=None if held else state.due), []
+
+
+def _resumed(rules: Rules, state: State, event: Resumed, now: float) -> Result:
+    if not state.paused:
+        return state, []
+    resumed = replace(state, paused=False)
+    if state.suspended:
+        return _proceed(rules, opened(rules, resumed, now), now)
+    return _wait(rules, resumed, now) if state.phase == "waiting" else (resumed, [])
+
+
 TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("preparing", Prepared): _prepared,
     ("evaluating", Evaluated): _evaluated,
@@ -235,22 +281,27 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("training", Contributed): _contributed,
     ("training", CannotTrain): _cannot_train,
     ("training", Unfit): _unfit,
-    ("training", TimeUp): _deadline,
+    ("training", TimeUp): _overdue,
     ("aggregating", Aggregated): _aggregated,
     ("calibrating", Calibrated): _calibrated,
 }
-ALWAYS: dict[type[Event], Transition] = {Started: _started, Present: _present, Absent: _absent, Restarted: _restarted}
+ALWAYS: dict[type[Event], Transition] = {
+    Started: _started,
+    Present: _present,
+    Absent: _absent,
+    Restarted: _restarted,
+    Paused: _paused,
+    Resumed: _resumed,
+}
 
 
 def _proceed(rules: Rules, state: State, now: float) -> Result:
     """What follows by itself when devices come, go or answer."""
-    if state.phase == "waiting" and _enough(rules, state):
+    if state.phase == "waiting" and not state.paused and _enough(rules, state):
         return _begin(rules, state, now)
     if state.phase == "training":
-        state, notices = assign_more(rules, state)
-        if not state.expected and len(state.contributed) >= state.needed:
-            return _close(state)
-        return state, notices
+        state, notices = assign_more(rules, state, now)
+        return _close(state, now) if rules.completes(state) else (scheduled(rules, state), notices)
     return state, []
 
 
@@ -260,19 +311,26 @@ def _enough(rules: Rules, state: State) -> bool:
 
 
 def _wait(rules: Rules, state: State, now: float) -> Result:
-    waiting = replace(state, phase="waiting", due=now + RETURN_S, patient=True, chosen=(), contributed={}, failed={}, needed=0)
-    return _proceed(rules, waiting, now)
+    due = None if state.paused else now + RETURN_S
+    return _proceed(rules, replace(_between_rounds(state), phase="waiting", due=due, patient=True), now)
 
 
 def _begin(rules: Rules, state: State, now: float) -> Result:
-    chosen = sample(rules.seed, state.stage, state.round, state.here, rules.sample)
-    needed = rules.quorum_of(len(chosen))
-    training = replace(state, phase="training", begun=True, announced=state.parts, chosen=chosen, needed=needed, due=now + rules.deadline_s)
-    return training, [Begun(state.stage, state.round, chosen)]
+    chosen = sample(rules.seed, state.stage, state.round, state.here, rules.selected)
+    begun = replace(
+        opened(rules, state, now),
+        begun=True,
+        announced=state.parts,
+        chosen=chosen,
+        needed=rules.needed(len(chosen)),
+        asked=dict.fromkeys(chosen, now),
+    )
+    return scheduled(rules, begun), [Begun(state.stage, state.round, chosen)]
 
 
-def _close(state: State) -> Result:
-    return replace(state, phase="aggregating", due=None, trained=True), [Closed(state.stage, state.round, len(state.contributed))]
+def _close(state: State, now: float) -> Result:
+    closed = replace(state, phase="aggregating", due=None, trained=True, pace={**state.pace, **slowed(state, now)})
+    return closed, [Closed(state.stage, state.round, len(state.contributed))]
 
 
 def _end_round(rules: Rules, state: State, now: float) -> Result:
@@ -313,7 +371,12 @@ def _end_stage(rules: Rules, state: State) -> Result:
 
 def _cleared(state: State) -> State:
     """Without what is of one attempt."""
-    return replace(state, chosen=(), contributed={}, failed={}, needed=0, due=None, losses={}, announced={}, residuals={})
+    return replace(_between_rounds(state), due=None, losses={}, announced={}, residuals={})
+
+
+def _between_rounds(state: State) -> State:
+    """Without what is of one round."""
+    return replace(state, chosen=(), contributed={}, failed={}, needed=0, asked={}, stragglers=())
 
 
 def _with(notices: Sequence[Notice], result: Result) -> Result:

@@ -87,7 +87,7 @@ class Course:
         models = [state.parts, state.start, state.announced, state.residuals, *self.store.checkpoints().values()]
         ways = (blob for steps in state.patches.values() for step in steps for blob in step)  # simulated devices borrow the bases
         self.blobs.forget({self.config_ref.id, *ways, *(blob for parts in models for blob in parts.values())})
-        if self.state.phase not in ("training", "aggregating"):
+        if self.state.phase not in ("training", "aggregating") and not self.state.suspended:
             self.spool.forget(())
 
     def announcement(self) -> Run:
@@ -104,6 +104,7 @@ class Course:
             round=state.round,
             rounds=self.rules.last_round(state.stage, state.round),
             lr_scale=self.lr_scale,
+            paused=state.paused,
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
             patches={part: self._patches(steps) for part, steps in state.patches.items()} if state.phase == "training" else {},

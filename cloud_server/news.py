@@ -72,6 +72,13 @@ class News:
         lost = [f"device {one} {how.get(state.failed.get(one, ''), 'has left')}" for one in state.chosen if one not in state.contributed]
         self.warning(f"{who} can train in this round: {_listed(lost)}; mend one and start it again")
 
+    def paused(self, state: State, root: Path) -> None:
+        if state.paused:
+            when = "after the present round" if state.phase == "training" else "until then no round begins"
+            self._say("paused", "paused", f"{when}; go on with: cloud-server resume --state {root}", paused=True, phase=state.phase)
+        else:
+            self._say("paused", "resumed", "the run goes on", paused=False, phase=state.phase)
+
     def join_command(self) -> str:
         fleet = self._config.run.fleet
         if self._gated:
@@ -100,6 +107,13 @@ class News:
         shown = "" if loss is None else f", loss {loss:.4f}"
         text = f"round {round} of {place['rounds']}: done with {counted(devices, 'update')}{shown}"
         self._say("round", f"stage {stage}", text, **place, status="closed", devices=devices, loss=loss)
+
+    def overdue(self, rules: Rules, participant: int, pace_s: float) -> None:
+        text = (
+            f"device {participant} is over its deadline, {rules.straggler_factor:g} times the {pace_s:.0f} s that it last took: "
+            "it is no longer waited for, and its update counts while the round is open"
+        )
+        self.warning(text, participant=participant, pace_s=pace_s)
 
     def reduced(self, stage: int, round: int, lr_scale: float) -> None:
         text = f"round {round}: the loss no longer falls; from now on the learning rate is {lr_scale:.3g} of its own"

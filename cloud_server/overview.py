@@ -6,14 +6,14 @@ import hashlib
 import time
 from pathlib import Path
 
-from lwfed.cloud_server import checkpoint
+from lwfed.cloud_server import checkpoint, orders
 from lwfed.cloud_server.course import MODEL_FOLDER
 from lwfed.cloud_server.news import NAMES, judgement
 from lwfed.cloud_server.rounds import Rules
 from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Store, Tie, stored_runs
 from lwfed.cloud_server.telling import stop_reason
 from lwfed.config import RunConfig
-from lwfed.console import printable
+from lwfed.console import counted, printable
 from lwfed.errors import StateError
 
 
@@ -30,7 +30,7 @@ def overview(root: Path, database: str | None = None) -> str:
     if database is None and (tie := Tie.of(root)):
         return f"{'run':<12}{tie.run}, of {root}, is kept in {tie.database}: add its --database"
     with stored_runs(root, database) as (store,):
-        return _overview(store, str(root))
+        return _overview(store, str(root), len(orders.waiting(root)))
 
 
 def overviews(database: str) -> list[str]:
@@ -39,7 +39,7 @@ def overviews(database: str) -> list[str]:
         return [_overview(store, store.database.name) for store in stores]
 
 
-def _overview(store: Store, where: str) -> str:
+def _overview(store: Store, where: str, ordered: int = 0) -> str:
     config, state = _begun(store), store.state
     rules = Rules.of(config)
     planned = rules.last_round(state.stage, state.round)
@@ -47,11 +47,16 @@ def _overview(store: Store, where: str) -> str:
         ("run", f"{config.run.name} ({config.stages.strategy}), in {where}"),
         ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
     ]
+    if state.paused and not state.over:
+        until = f"until cloud-server resume --state {where}"
+        lines.append(("paused", f"after this round, {until}" if state.phase == "training" else f"no round begins {until}"))
     if state.phase == "stopped":
         lines.append(("stopped", stop_reason(state)))
     running = store.served
     if not running:
         lines.append(("server", "no server is running; devices as last seen"))
+    if ordered:
+        lines.append(("ordered", f"{counted(ordered, 'order')} wait{'s' if ordered == 1 else ''} for the server to look or be started"))
     if state.phase == "training":
         lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
     for device in store.devices():
@@ -71,6 +76,17 @@ def _overview(store: Store, where: str) -> str:
         loss = store.loss(closed[-1].stage, closed[-1].round)
         lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
     return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
+
+
+def order(root: Path, what: orders.Order, database: str | None = None) -> bool:
+    """Give the run below `root` an order; whether a server is there to do it now. Raises StateError."""
+    with stored_runs(root, database) as (store,):
+        config = _begun(store)
+        if store.state.over:
+            raise StateError(f"run {config.run.name} is {store.state.phase}: there is nothing to {what.do}")
+        running = store.served
+    orders.give(root, what)
+    return running
 
 
 def export_from(root: Path, out: Path, stage: int | None, database: str | None = None) -> int:

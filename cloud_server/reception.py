@@ -178,7 +178,7 @@ class Reception:
             return "identity", f"this device is number {member.participant}, not {offer.participant}"
         name = self._course.config.run.name
         if (offer.run, offer.stage, offer.round) != (name, state.stage, state.round) or state.phase != "training":
-            where = f"stage {state.stage}, round {state.round} of run {name}, {state.phase}"
+            where = f"stage {state.stage}, round {state.round} of run {name}, {'paused' if state.suspended else state.phase}"
             return "stale", f"it is of stage {offer.stage}, round {offer.round} of run {offer.run}; the server is at {where}"
         if member.participant not in state.owing:
             return "not_chosen", "this round expects no update of this device"

@@ -41,8 +41,10 @@ class Rules:
     parts: tuple[tuple[str, ...], ...]  # that the model has in each stage
     min_devices: int
     sample: int | None
+    oversample: float
     quorum: float
     deadline_s: float
+    straggler_factor: float | None
     calibrate: Literal["round", "stage", "never"] | int
     evaluate: bool  # there are labelled images
     judge: bool  # there are images, labelled or not, to see by whether a stage has collapsed
@@ -61,8 +63,10 @@ class Rules:
             parts=tuple(config.plan(stage).present for stage in range(1, config.stage_count + 1)),
             min_devices=rounds.min_devices,
             sample=rounds.sample,
+            oversample=rounds.oversample,
             quorum=rounds.quorum,
             deadline_s=rounds.deadline_s,
+            straggler_factor=rounds.straggler_factor,
             calibrate=config.calibration.every,
             evaluate=config.evaluation.data is not None,
             judge=config.evaluation.data is not None or config.calibration.every != "never",
@@ -99,6 +103,21 @@ class Rules:
     def quorum_of(self, count: int) -> int:
         return max(1, math.ceil(self.quorum * count - 1e-9))  # 0.1 * 30 must not need four
 
+    @property
+    def selected(self) -> int | None:
+        """How many devices a round chooses; None: all that are there."""
+        return None if self.sample is None else math.ceil(self.sample * self.oversample - 1e-9)
+
+    def needed(self, chosen: int) -> int:
+        """Contributions that make a round of so many chosen devices valid; those over-selected raise it not."""
+        return self.quorum_of(chosen if self.sample is None else min(chosen, self.sample))
+
+    def completes(self, state: State) -> bool:
+        """Whether the round has a quorum and nobody left to wait for, or, over-selected, all that it was to have."""
+        count = len(state.contributed)
+        enough = self.sample is not None and self.oversample > 1 and count >= self.sample
+        return enough or (count >= state.needed and not state.expected)
+
     def gathering(self, begun: bool) -> int:
         """How many devices must be there for a round to begin; the first one wants all that were asked for."""
         return self.quorum_of(self.min_devices) if begun else self.min_devices
@@ -127,7 +146,12 @@ class State:
     contributed: dict[int, str] = field(default_factory=dict)  # participant -> contribution
     failed: dict[int, str] = field(default_factory=dict)  # participant -> "failed" | "refused"
     unfit: dict[int, str] = field(default_factory=dict)  # participant -> why it is not asked until it begins anew
-    due: float | None = None  # when waiting or training has lasted long enough, by the caller's clock
+    pace: dict[int, float] = field(default_factory=dict)  # participant -> seconds from its task to its update, the last time
+    asked: dict[int, float] = field(default_factory=dict)  # participant -> when it was chosen; absent where a restart came between
+    stragglers: tuple[int, ...] = ()  # chosen, over their own deadline: an update of theirs still counts while the round is open
+    deadline: float = 0.0  # of the round under way
+    due: float | None = None  # when waiting or training has lasted long enough for something to follow; times by the caller's clock
+    paused: bool = False  # by the operator: no round begins
 
     @property
     def here(self) -> list[int]:
@@ -142,8 +166,13 @@ class State:
 
     @property
     def expected(self) -> tuple[int, ...]:
-        """Those among them that are worth waiting for: all but who said goodbye."""
-        return tuple(one for one in self.owing if self.devices.get(one) != "gone")
+        """Those among them that are waited for: all but who said goodbye and stragglers."""
+        return tuple(one for one in self.owing if self.devices.get(one) != "gone" and one not in self.stragglers)
+
+    @property
+    def suspended(self) -> bool:
+        """Paused within a round, which keeps the updates that it has."""
+        return self.phase == "waiting" and bool(self.chosen)
 
     @property
     def over(self) -> bool:
@@ -157,7 +186,7 @@ class State:
     @property
     def stuck(self) -> bool:
         """Training, and nobody is left who could still contribute: free devices are asked as soon as they are needed."""
-        return self.phase == "training" and not self.expected
+        return self.phase == "training" and all(self.devices.get(one) == "gone" for one in self.owing)
 
     def waits_for(self, participant: int) -> bool:
         away = self.phase == "waiting" and self.devices.get(participant) == "away"
@@ -169,10 +198,10 @@ class State:
     @classmethod
     def from_json(cls, text: str) -> State:
         data = {**json.loads(cls().to_json()), **json.loads(text)}  # one of an older program lacks what came later
-        for key in ("devices", "contributed", "failed", "unfit", "losses"):
+        for key in ("devices", "contributed", "failed", "unfit", "losses", "pace", "asked"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         data["patches"] = {part: tuple((base, blob) for base, blob in steps) for part, steps in data["patches"].items()}
-        return cls(**{**data, "chosen": tuple(data["chosen"])})
+        return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "stragglers")}})
 
 
 # Notices: what happened, for people and for the store. The state says what is to be done.
@@ -190,6 +219,14 @@ class Joined:
     """Further devices were chosen in place of those that cannot train."""
 
     participants: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """A device is over its own deadline: it is a straggler."""
+
+    participant: int
+    pace_s: float
 
 
 @dataclass(frozen=True)
@@ -242,7 +279,7 @@ class Collapsed:
     reaction: Reaction  # repeat: the stage begins anew; stop: also after the last attempt
 
 
-Notice = Begun | Joined | Extended | Closed | GivenUp | Reduced | Stalled | Collapsed
+Notice = Begun | Joined | Overdue | Extended | Closed | GivenUp | Reduced | Stalled | Collapsed
 
 # Duties: what a phase wants done.
 
@@ -304,11 +341,12 @@ def free(rules: Rules, state: State) -> list[int]:
     return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in state.chosen]
 
 
-def assign_more(rules: Rules, state: State, ignore_away: bool = False) -> tuple[State, list[Notice]]:
+def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
     """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
     hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
     lacking = state.needed - len(state.contributed) - len(hopeful)
     extra = tuple(free(rules, state)[: max(0, lacking)])
     if not extra:
         return state, []
-    return replace(state, chosen=tuple(sorted((*state.chosen, *extra)))), [Joined(extra)]
+    chosen, asked = tuple(sorted((*state.chosen, *extra))), {**state.asked, **dict.fromkeys(extra, now)}
+    return replace(state, chosen=chosen, asked=asked), [Joined(extra)]

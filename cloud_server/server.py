@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 
 from lwfed.child import Ended, Said
-from lwfed.cloud_server.coordinator import Prepared, Started, TimeUp
+from lwfed.cloud_server import orders
+from lwfed.cloud_server.coordinator import Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.fleet import Fleet
@@ -25,7 +26,7 @@ from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
-from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.errors import Refused, StateError, TransportError, Unreachable
 from lwfed.signals import on_signals
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
@@ -103,8 +104,12 @@ class Server:
         with on_signals(self._on_signal):
             try:
                 self.begin()
+                look_at = self._clock()
                 while not self.over:
-                    self.handle(self._next())
+                    if (now := self._clock()) >= look_at:
+                        self.take_orders()
+                        look_at = now + orders.LOOK_EVERY_S
+                    self.handle(self._next(look_at))
             finally:
                 self.end()
 
@@ -136,6 +141,15 @@ class Server:
         self._transport.publish(self.state_topic, self._state(False), retain=True)
         self._transport.close()
         self._duties.end()
+
+    def take_orders(self) -> None:
+        """Carry out what the operator has ordered since."""
+        for path in orders.waiting(self._course.root):
+            try:
+                self._obey(orders.read(path))
+            except StateError as error:
+                self._news.warning(str(error))
+            path.unlink(missing_ok=True)
 
     def drain(self) -> int:
         """Handle what has happened without waiting for more; how much there was."""
@@ -217,6 +231,15 @@ class Server:
 
     # The run
 
+    def _obey(self, order: orders.Order) -> None:
+        now = self._clock()
+        if order.do == "pause":
+            self._apply(Paused(withdraw=order.now), now, None)
+        else:
+            self._fleet.remind()  # of tasks that were withdrawn
+            self._apply(Resumed(), now, None)
+        self._on_time(now)
+
     def _apply(self, event: Event, now: float, write: Write | None) -> None:
         before = self._course.state
         if isinstance(event, Prepared):
@@ -270,12 +293,13 @@ class Server:
 
     def _announce(self) -> None:
         state = self._course.state
-        where = (state.phase, state.stage, state.round, tuple(state.parts.items()))
+        where = (state.phase, state.stage, state.round, state.paused, tuple(state.parts.items()))
         if where == self._announced:
             return
         self._announced = where
         if state.phase != "training":
-            self._execute(self._inbox.clear("stale", "the round is closed"))
+            ended = "the run is paused, and this round begins again later" if state.suspended else "the round is closed"
+            self._execute(self._inbox.clear("stale", ended))
             self._course.tidy()
         self._inbox.limit_bytes = self._course.update_limit()
         self._publish_announcement()
@@ -295,10 +319,10 @@ class Server:
         for command in commands:
             self._transport.execute(command)
 
-    def _next(self) -> Raw | None:
+    def _next(self, latest: float) -> Raw | None:
         now = self._clock()
         wakeup = self.next_wakeup(now)
         try:
-            return self._queue.get(timeout=None if wakeup is None else max(0.0, wakeup - now))
+            return self._queue.get(timeout=max(0.0, (latest if wakeup is None else min(latest, wakeup)) - now))
         except queue.Empty:
             return None

@@ -7,7 +7,7 @@ import time
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Reduced, Stalled, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled, State
 
 
 def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
@@ -18,6 +18,8 @@ def tell(news: News, course: Course, before: State, notices: list[Notice]) -> No
         _notice(news, course, notice)
     if after.stage > before.stage or (after.over and not before.over):
         stage_ended(news, course, before.stage)
+    if after.paused != before.paused:
+        news.paused(after, course.root)
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
         waiting(news, course)
     if after.stuck and not before.stuck:
@@ -29,7 +31,7 @@ def waiting(news: News, course: Course) -> None:
     state = course.state
     if state.stuck:
         news.stuck(state)
-    if state.phase != "waiting":
+    if state.phase != "waiting" or state.paused:
         return
     needed = course.rules.gathering(state.begun)
     if len(state.here) < needed:
@@ -74,6 +76,8 @@ def _notice(news: News, course: Course, notice: Notice) -> None:
         case Joined(participants):
             listed = ", ".join(map(str, participants))
             news.warning(f"asked device {listed} to train as well, in place of those that cannot")
+        case Overdue(participant, pace_s):
+            news.overdue(course.rules, participant, pace_s)
         case Extended(_, round, contributions, needed):
             news.warning(f"round {round}: {contributions} updates at the deadline and {needed} are needed: waiting as long again")
         case Closed(stage, round, devices):

@@ -227,6 +227,10 @@ class Session:
         if run.over:
             done = before is not None and before.over and before.run == run.run
             return [] if done else [Tell("run", f"run {run.run} is {run.phase}; waiting for another", fields)]
+        was_paused = before is not None and before.run == run.run and before.paused
+        if run.paused != was_paused:
+            how = "is paused by its operator: no further round begins until it goes on" if run.paused else "goes on"
+            return [Tell("run", f"run {run.run} {how}", {**fields, "paused": run.paused})]
         if before is None or before.run != run.run:
             place = f"stage {run.stage} of {run.stages}, round {run.round} of {run.rounds}, {run.phase}"
             return [Tell("run", f"run {run.run}: {place}", fields)]

@@ -124,7 +124,9 @@ class Work:
         self._run = run
         effects: list[Effect] = []
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
-            effects.append(Tell("warning", f"{where(self._task)} went on without this device"))
+            withdrawn = run.paused and _place(self._task) == _place(run)
+            how = "is withdrawn until the run goes on" if withdrawn else "went on without this device"
+            effects.append(Tell("warning", f"{where(self._task)} {how}"))
             effects += self._give_up()
         if self._phase == "fetching":
             self._phase = "called"  # the announcement may name other blobs
@@ -416,5 +418,5 @@ def _is_on(task: Task, run: Run) -> bool:
 def _is_over(task: Task, run: Run) -> bool:
     """Whether `run`, of the same name, has left the round of `task`."""
     if (task.stage, task.round) == (run.stage, run.round):
-        return run.phase not in ("preparing", "waiting", "training")
+        return run.phase not in ("preparing", "waiting", "training") or (run.paused and run.phase == "waiting")
     return (task.stage, task.round) < (run.stage, run.round)

@@ -170,8 +170,18 @@ class ViewsSection(Section):
 class RoundsSection(Section):
     min_devices: Positive
     sample: Positive | None
+    oversample: Annotated[Number, Field(ge=1, le=10)]
     quorum: Annotated[Number, Field(gt=0, le=1)]
     deadline_s: Annotated[Number, Field(gt=0, le=MAX_WAIT_S)]
+    straggler_factor: Annotated[Number, Field(ge=1)] | None
+
+    @model_validator(mode="after")
+    def _samples(self) -> RoundsSection:
+        if self.oversample > 1 and self.sample is None:
+            raise ValueError(
+                f"oversample {self.oversample:g} adds to rounds.sample, which is null: all devices are chosen; set it to a number"
+            )
+        return self
 
 
 class CalibrationSection(Section):

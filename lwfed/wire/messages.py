@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
 from lwfed.plan import PrefixEngine
@@ -114,6 +114,13 @@ class Run(Message):
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
     lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
     patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = {}  # ways to parts from what they were before
+    paused: bool = False  # no round begins until the operator wants it; said in phase waiting, the tasks of this round are withdrawn
+
+    @model_serializer(mode="wrap")
+    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Devices from before patches and pauses refuse keys that they do not know."""
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value or name not in ("patches", "paused")}
 
     @property
     def over(self) -> bool:

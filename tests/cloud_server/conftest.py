@@ -152,9 +152,20 @@ class FakeDevice:
     """What a device does on the wire; its training is a function of the model, the participant, the stage and the round."""
 
     def __init__(
-        self, broker, root, name, *, images=10, fails=0, code="memory", spoil=lambda update: update, loss=lambda stage, round: 1.0
+        self,
+        broker,
+        root,
+        name,
+        *,
+        images=10,
+        fails=0,
+        code="memory",
+        spoil=lambda update: update,
+        loss=lambda stage, round: 1.0,
+        takes=lambda stage, round: 0.0,  # seconds
     ):
         self.name, self.images, self.fails, self.code, self.spoil, self.loss = name, images, fails, code, spoil, loss
+        self.takes = takes
         self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
@@ -166,7 +177,7 @@ class FakeDevice:
     def open(self):
         self.downloads = Downloads(self.topics, self.name, self.held, seed=1)
         self.upload = self.task = self.run = self.done_task = None
-        self.online = None
+        self.online = self.ready_at = None
         for filter in self.topics.for_device(self.name):
             self.transport.subscribe(filter)
         self.transport.open(self.name, Will(self.topics.from_device(self.name, "state"), encode(self.state("lost"))), self.handle)
@@ -216,6 +227,13 @@ class FakeDevice:
     def on_run(self, run):
         if (run.epoch, run.seq) >= self.seen:
             self.seen, self.run = (run.epoch, run.seq), run
+            if self.task and self.over(self.task, run):
+                self.task = self.ready_at = None
+
+    def over(self, task, run):
+        there = (run.stage, run.round) == (task.stage, task.round)
+        withdrawn = run.phase not in ("preparing", "waiting", "training") or (run.paused and run.phase == "waiting")
+        return withdrawn if there else (run.stage, run.round) > (task.stage, task.round)
 
     def on_order(self, message):
         match message:
@@ -231,6 +249,7 @@ class FakeDevice:
                 handlers[type(message).__name__](message)
                 if isinstance(message, messages.Refuse):
                     self.refusals.append(message.code)
+                    self.done_task = None if message.code == "stale" else self.done_task
             case messages.Refuse():
                 self.refusals.append(message.code)
 
@@ -240,7 +259,10 @@ class FakeDevice:
         if self.task and self.run and (self.run.stage, self.run.round, self.run.phase) == (self.task.stage, self.task.round, "training"):
             self.downloads.want([self.run.config, *self.run.parts.values()])
             if self.downloads.complete:
-                self.train()
+                if self.ready_at is None:
+                    self.ready_at = now + self.takes(self.task.stage, self.task.round)
+                if now >= self.ready_at:
+                    self.train()
         commands = self.downloads.poll(now)
         if self.upload:
             commands += self.upload.poll(now, self.upload.window - self.transport.pending, Traffic(down=self.sent * 100, up=self.sent * 10))
@@ -250,6 +272,7 @@ class FakeDevice:
     def train(self):
         config = RunConfig.from_bytes(self.held.read(self.run.config.id))
         task, plan = self.task, config.plan(self.task.stage)
+        self.ready_at = None
         if self.fails:
             self.fails, self.task = self.fails - 1, None
             place = {"run": task.run, "stage": task.stage, "round": task.round}
@@ -275,7 +298,7 @@ class FakeDevice:
     def next_wakeup(self, now):
         if self.online is None or not self.online.online:
             return None
-        times = [self.downloads.next_wakeup(now), self.upload.next_wakeup(now) if self.upload else None]
+        times = [self.ready_at, self.downloads.next_wakeup(now), self.upload.next_wakeup(now) if self.upload else None]
         return min((time for time in times if time is not None), default=None)
 
 

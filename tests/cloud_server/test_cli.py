@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load
 from safetensors.torch import load_file
 
-from lwfed.cloud_server import serve
+from lwfed.cloud_server import orders, serve
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
@@ -65,6 +65,35 @@ def test_asking_for_the_status_keeps_no_server_out(finished, run, monkeypatch):
     run("status", "--state", root)
     with locked_state(root, "use another"):
         pass
+
+
+def test_a_run_is_paused_and_resumed_while_its_server_runs_or_is_down(world, run, monkeypatch):
+    fleet = world()
+    fleet.start()
+    fleet.join("a")
+    root = fleet.root / "server"
+    monkeypatch.undo()
+    assert "it is done when `cloud-server serve` is started" in run("pause", "--state", root).output
+    assert "1 order waits" in run("status", "--state", root).output
+    fleet.server.take_orders()
+    assert f"no round begins until cloud-server resume --state {root}" in run("status", "--state", root).output
+    with locked_state(root, "use another"):
+        assert "the server goes on with the run" in run("resume", "--state", root).output
+    fleet.server.take_orders()
+    assert "no round begins" not in run("status", "--state", root).output
+    run("pause", "--now", "--state", root)
+    assert [orders.read(path) for path in orders.waiting(root)] == [orders.Order(do="pause", now=True)]
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+def test_there_is_nothing_to_pause_in_a_run_that_is_over_nor_where_there_is_none(finished, run, command, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    over = run(command, "--state", finished.root / "server")
+    assert (over.exit_code, over.output) == (73, f"error: run small is finished: there is nothing to {command}\n")
+    none = run(command, "--state", tmp_path / "nowhere")
+    assert none.exit_code == 73
+    assert "there is no run" in none.output
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_status_finds_the_runs_of_this_user(run, tmp_path, monkeypatch, finished):

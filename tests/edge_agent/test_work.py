@@ -179,6 +179,39 @@ def test_a_round_that_closed_is_left_even_before_the_next_one(world):
     assert state(world).state == "ready"
 
 
+def test_a_round_that_is_withdrawn_is_left_and_begun_anew_when_the_run_goes_on(world):
+    server, device = world.training()
+    server.announce("waiting", paused=True)
+    world.settle(0.2)
+    assert device.worker[-1] == EndWorker()
+    assert state(world).state == "ready"
+    assert device.texts("warning") == ["stage 1, round 1 is withdrawn until the run goes on"]
+    server.assign(device.id)  # late
+    world.settle(0.2)
+    assert device.worker[-1] == EndWorker()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker[-1] == StartWorker(1)
+    said = device.texts("run")
+    assert said[1:] == ["run demo is paused by its operator: no further round begins until it goes on", "run demo goes on"]
+
+
+def test_a_pause_lets_the_present_round_be_trained_and_costs_no_bytes(world):
+    server, device = world.training()
+    server.announce(paused=True)
+    world.settle(0.2)
+    assert isinstance(device.worker[-1], Train)
+    device.finish(b"the update")
+    world.settle(2)
+    assert server.received == [b"the update"]
+    server.announce("waiting", round=2, paused=True)
+    world.settle(0.2)
+    world.broker.log.clear()
+    world.settle(3600)
+    assert not [topic for client, topic, _ in world.broker.log if client == device.id]
+
+
 @pytest.mark.parametrize("phase", ["finished", "stopped"])
 def test_a_run_that_is_over_is_said_once_and_the_device_stays(world, phase):
     server, device = world.training()

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from lwfed.cloud_server.store import Store
 from lwfed.errors import ConfigError, StateError, WorkerFailed
 from lwfed.tools.cli import main
 from lwfed.tools.simulation.command import Simulation, plan, run_one, simulate
@@ -99,6 +100,27 @@ def test_an_interrupted_simulation_goes_on_to_the_same_bits(undisturbed, tmp_pat
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
     assert [one["loss"] for one in first["rounds"]] == [one["loss"] for one in second["rounds"]]
     assert first["stages"][0]["bytes_down"] == pytest.approx(second["stages"][0]["bytes_down"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_over_selection_takes_the_same_devices_however_fast_their_processes_are(tmp_path):
+    found = []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        simulate(told(out, "rounds.oversample=1.5", "stages.rounds_per_stage=2", "data.devices=4", dropout=0.25, workers=workers))
+        (run,) = report(out)["runs"]
+        found.append((run["encoder_sha256"], contributors(out)))
+    assert found[0] == found[1]
+    assert [round for round, _ in found[0][1]] == [1, 1, 2, 2]
+    assert {participant for _, participant in found[0][1]} - {0, 1}, "not those that are asked first"
+
+
+def contributors(out):
+    store = Store(next(out.glob("**/run.sqlite")).parent)
+    try:
+        return [(one.round, one.participant) for one in store.contributions()]
+    finally:
+        store.close()
 
 
 def test_a_finished_simulation_is_not_made_again(undisturbed):

@@ -34,9 +34,17 @@ def test_a_run_that_says_nothing_of_the_rate_or_of_patches_is_read_as_one_with_t
     assert decode(Run, (GOLDEN / f"{earlier}.json").read_bytes()) == SAMPLES["run"].model_copy(update=silent)
 
 
+def test_a_run_that_is_paused_says_so_and_no_other_says_anything_of_pauses():
+    paused = SAMPLES["run"].model_copy(update={"paused": True, "phase": "waiting", "patches": {}})
+    golden = (GOLDEN / "run-paused.json").read_bytes()
+    assert encode(paused) == golden
+    assert decode(Run, golden) == paused
+    assert b"paused" not in encode(SAMPLES["run"])  # devices from before pauses refuse keys that they do not know
+
+
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
-    earlier = {"run.json", "run-lr-scale.json", "blob-manifest.json"}
+    earlier = {"run.json", "run-lr-scale.json", "run-paused.json", "blob-manifest.json"}
     assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier
 
 

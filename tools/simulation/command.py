@@ -70,7 +70,7 @@ def plan(told: Simulation) -> dict[Path, RunConfig]:
     for setting in told.settings:
         if (key := setting.partition("=")[0].strip()) in OURS:
             raise ConfigError(f"--set {setting}: for a simulation {key} follows from {OURS[key]}")
-    base = load_config(told.config, [*told.settings, "rounds.sample=null"])
+    base = load_config(told.config, [*told.settings, "rounds.sample=null", "rounds.oversample=1.0"])
     settings = [*told.settings, f"rounds.min_devices={base.data.devices}"]
     source = open_source(told.data)
     if base.evaluation.data is None and source.divided and _has_labels(source):

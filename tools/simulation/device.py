@@ -33,6 +33,11 @@ def drops_out(seed: int, stage: int, round: int, participant: int, probability: 
     return derive(seed, "dropout", stage, round, participant) < probability * 2**63
 
 
+def arrival(seed: int, order: Mapping[str, Any]) -> int:
+    """The smaller, the earlier the result of this order to train arrives, among those of its round."""
+    return derive(seed, "arrival", order["stage"], order["round"], order["participant"])
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What all devices of a simulation have in common."""

@@ -20,6 +20,7 @@ OURS = ("died", "OutOfMemory", "WorkerFailed")  # errors that are of this machin
 
 Client = Hashable
 Post = Callable[[Any, WorkerEvent], None]
+Rank = Callable[[Mapping[str, Any]], int]  # of an order
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class Seat:
 class Pool:
     """`workers` processes at most; None: one on an accelerator, else as many as there are cores for their threads.
 
-    `deliver` enqueues what processes say, for `hear`; `post` hands a client the events of its worker.
+    `deliver` enqueues what processes say, for `hear`; `post` hands a client the events of its worker. With `rank`, results
+    wait until all are there and are posted by `release`, lowest first: which process was faster must not show.
     """
 
-    def __init__(self, config: RunConfig, workers: int | None, deliver: Callable[[FromChild], None], post: Post) -> None:
-        self._config, self._workers, self._deliver, self._post = config, workers, deliver, post
+    def __init__(
+        self, config: RunConfig, workers: int | None, deliver: Callable[[FromChild], None], post: Post, rank: Rank | None = None
+    ) -> None:
+        self._config, self._workers, self._deliver, self._post, self._rank = config, workers, deliver, post, rank
+        self._results: list[tuple[Job, WorkerDone]] = []
         self._seats: list[Seat] = []
         self._queue: deque[Job] = deque()
         self._ready: WorkerReady | None = None  # what all processes say of themselves
@@ -75,6 +80,7 @@ class Pool:
         """Do no more for `client`; what is under way ends with its process, as on a device."""
         self._greeting = [one for one in self._greeting if one != client]
         self._queue = deque(job for job in self._queue if job.client != client)
+        self._results = [one for one in self._results if one[0].client != client]
         for seat in [seat for seat in self._seats if seat.job and seat.job.client == client]:
             self._close(seat)
 
@@ -93,10 +99,23 @@ class Pool:
                 raise WorkerFailed(f"a simulated device could not train: {message}; take fewer --workers if memory is short")
             case _:
                 assert seat.job is not None
-                self._post(seat.job.client, event)
+                if self._rank is not None and isinstance(event, WorkerDone):
+                    self._results.append((seat.job, event))
+                else:
+                    self._post(seat.job.client, event)
                 if isinstance(event, WorkerDone | WorkerError):
                     seat.job = None
         self._fill()
+
+    def release(self) -> bool:
+        """Post the next result that waited for all others; whether there was one."""
+        if self._rank is None or not self._results or self.busy:
+            return False
+        rank = self._rank
+        first = min(self._results, key=lambda one: rank(one[0].order))
+        self._results.remove(first)
+        self._post(first[0].client, first[1])
+        return True
 
     def sample(self) -> None:
         for seat in self._seats:

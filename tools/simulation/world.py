@@ -30,7 +30,7 @@ from lwfed.edge_agent.agent import check_data, make_hello
 from lwfed.edge_agent.events import Event, Tell, WorkerError, WorkerEvent
 from lwfed.errors import StateError, WorkerFailed
 from lwfed.tools.endings import leave, on_endings
-from lwfed.tools.simulation.device import BOOT, DROPPED, DROPPED_OUT, SimulatedDevice, Surroundings, drops_out
+from lwfed.tools.simulation.device import BOOT, DROPPED, DROPPED_OUT, SimulatedDevice, Surroundings, arrival, drops_out
 from lwfed.tools.simulation.pool import Pool
 from lwfed.transport.memory import MemoryBroker
 from lwfed.wire.topics import Topics
@@ -73,7 +73,8 @@ class World:
         self._devices: list[SimulatedDevice] = []
         self._broker = MemoryBroker(log_length=0)
         self._voice = Voice(listen)
-        self._pool = Pool(config, workers, self._events.put, self._post)
+        rank = partial(arrival, config.run.seed) if config.rounds.oversample > 1 else None
+        self._pool = Pool(config, workers, self._events.put, self._post, rank)
         news = News(self._voice, config, "memory")
         self._server = Server(course, self._broker.transport(), news, self._start_server_worker, until_done=True, clock=lambda: self._now)
         self._kept_at: tuple[int, int] | None = None  # stage and round
@@ -129,7 +130,7 @@ class World:
             count = self._broker.pump() + self._server.drain() + self._hear() + self._deliver()
             if count == 0:
                 self._server.handle(None)
-                if self._broker.pump() == 0:
+                if self._broker.pump() == 0 and not self._pool.release():
                     break
         place = (self._course.state.stage, self._course.state.round)
         if place != self._kept_at:
