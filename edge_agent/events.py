@@ -57,6 +57,14 @@ class WorkerProgress:
 
 
 @dataclass(frozen=True)
+class WorkerOver:
+    """It has taken more than its budget; said once a task."""
+
+    peak_mb: float
+    budget_mb: float
+
+
+@dataclass(frozen=True)
 class WorkerDone:
     file: Path  # the update
     images: int
@@ -80,7 +88,7 @@ class Stop:
     """Somebody wants the agent to end."""
 
 
-WorkerEvent = WorkerReady | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerDone | WorkerError
+WorkerEvent = WorkerReady | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerOver | WorkerDone | WorkerError
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

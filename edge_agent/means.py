@@ -59,12 +59,13 @@ def find_means(
 
     `budget_mb` is what this process may take in all; None: a share of what is available. Raises Unfit.
     """
-    plan, device = config.plan(stage), next(iter(tensors.values())).device
+    plan, device, pairs = config.plan(stage), next(iter(tensors.values())).device, config.train.views_per_round
+    drawn = pairs * len(images) if pairs != "fresh" and plan.frozen else 0
     batch_size = min(config.train.batch_size, len(images))
     terms = Terms(config.alignment, config.train.proximal)
 
     def fit(prefix: Prefix | None, room: float) -> int:
-        need = fitting.measure(config, tensors, plan.trained, terms, batch_size, Means(prefix))
+        need = fitting.measure(config, tensors, plan.trained, terms, batch_size, Means(prefix), drawn)
         try:
             return fitting.micro_batch(config, need, batch_size, device, room)
         except Unfit as error:

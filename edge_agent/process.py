@@ -71,6 +71,8 @@ class TrainingProcess:
                 return events.WorkerPlanned(**said)
             case "progress":
                 return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
+            case "over":
+                return events.WorkerOver(**said)
             case "done":
                 self.next_sample = None
                 accelerated = said.pop("accelerator")

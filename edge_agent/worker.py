@@ -7,6 +7,7 @@ Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, o
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
+      {"event": "over", "peak_mb", "budget_mb"}             once, when its high-water mark passes the budget
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds",
        "accelerator": {"peak_mb", "free_mb"}, or null}
 
@@ -34,6 +35,7 @@ from lwfed.edge_agent import trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -62,8 +64,11 @@ class Worker:
         parts, found = self._plan(data, config, device, images)
         say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
 
+        ceiling = Ceiling(data["budget_mb"], say)
+
         def on_step(report: StepReport) -> None:
             meter.sample()
+            ceiling.check()
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
@@ -98,6 +103,7 @@ class Worker:
             forget(kept)
         write_durably(Path(data["out"]), encoded)
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
+        ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
 
     def _plan(self, data: Json, config: RunConfig, device: torch.device, images: Images) -> tuple[dict[str, Tensor], Found]:
@@ -143,6 +149,19 @@ class Worker:
             found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
             self._images = key, found
         return self._images[1]
+
+
+class Ceiling:
+    """Tells when this process has taken more than `budget_mb` since its task began, by the mark that its agent has set back then."""
+
+    def __init__(self, budget_mb: float | None, say: Say) -> None:
+        self._budget_mb, self._say = budget_mb, say
+
+    def check(self) -> None:
+        peak_mb = status_mb(Path("/proc/self"), HIGH_WATER)
+        if self._budget_mb is not None and peak_mb is not None and peak_mb > self._budget_mb:
+            self._say({"event": "over", "peak_mb": round(peak_mb, 1), "budget_mb": round(self._budget_mb, 1)})
+            self._budget_mb = None
 
 
 def main() -> None:
