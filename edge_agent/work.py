@@ -300,7 +300,8 @@ class Work:
         if self._job is None:
             return []
         self._over = True
-        text = f"{where(self._job.task)} takes {event.peak_mb:.0f} MB for training, and {event.budget_mb:.0f} MB of --memory-budget are left for it"
+        beside = f"{event.budget_mb:.0f} MB of --memory-budget are left for it"
+        text = f"{where(self._job.task)} takes {event.peak_mb:.0f} MB for training, and {beside}"
         return [Tell("warning", text, {"peak_mb": event.peak_mb, "budget_mb": event.budget_mb})]
 
     def _finish(self, event: events.WorkerDone, now: float) -> list[Effect]:
