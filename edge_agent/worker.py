@@ -36,6 +36,7 @@ from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
+from lwfed.errors import StateError
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -46,6 +47,7 @@ from lwfed.wire import tensors as wire
 
 OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
 SHOWN_EVERY = 50  # images
+UPDATES = 2  # that a cache of features leaves room for on the disk
 
 Say = Callable[[Json], None]
 
@@ -98,10 +100,10 @@ class Worker:
         let_code_go()
         encoded = wire.encode(update)
         if own:
-            own.keep(data["round"], encoded)
+            on_disk(data, lambda: own.keep(data["round"], encoded))
         else:
             forget(kept)
-        write_durably(Path(data["out"]), encoded)
+        on_disk(data, lambda: write_durably(Path(data["out"]), encoded))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
@@ -129,12 +131,13 @@ class Worker:
 
     def _cache(self, data: Json, config: RunConfig) -> FeatureCache | None:
         """For views that are used again; what another run or stage left goes if there are none."""
-        folder, frozen = Path(data["kept"]) / "features", config.plan(data["stage"]).frozen
+        folder, frozen = features(data), config.plan(data["stage"]).frozen
         if config.train.views_per_round == "fresh" or not frozen:
             forget_features(folder)
             return None
         digests = tuple(hashlib.sha256(Path(data["parts"][part]).read_bytes()).hexdigest() for part in frozen)
-        return FeatureCache(folder, digests, config.train.features_mb * 1e6)
+        update = sum(Path(data["parts"][part]).stat().st_size for part in config.plan(data["stage"]).uploaded)
+        return FeatureCache(folder, digests, config.train.features_mb * 1e6, UPDATES * update)
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
         """The device's images: read again only when another run or participant number asks."""
@@ -149,6 +152,24 @@ class Worker:
             found = device_images(data["data"], config, data["participant"], Path(data["kept"]), show, shared=data["shared"])
             self._images = key, found
         return self._images[1]
+
+
+def features(data: Json) -> Path:
+    """Where a cache of features lies."""
+    return Path(data["kept"]) / "features"
+
+
+def on_disk(data: Json, write: Callable[[], None]) -> None:
+    """Write an update; features, which are kept to save time, give way to it where the disk is full. Raises StateError."""
+    try:
+        try:
+            write()
+        except OSError:
+            forget_features(features(data))
+            write()
+    except OSError as error:
+        place = str(Path(data["out"]).parent)
+        raise StateError(f"the update cannot be written to {place!r} ({error.strerror}): free some disk space") from None
 
 
 class Ceiling:

@@ -1,16 +1,19 @@
 """How a device computes a stage: chosen within its memory, kept over rounds, the same in every repetition."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from lwfed.config import load_config
+from lwfed.edge_agent import worker
 from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
-from lwfed.errors import Unfit
+from lwfed.errors import StateError, Unfit
 from lwfed.models.initial import init_parts
+from lwfed.models.reuse import forget
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
@@ -105,8 +108,6 @@ def test_a_repetition_in_another_process_gives_the_same_bits(tmp_path, prefix):
 
 @needs_onnx
 def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, monkeypatch):
-    from lwfed.edge_agent import worker
-
     made = []
     find = worker.find_means
     monkeypatch.setattr(worker, "find_means", lambda *given: made.append(1) or find(*given))
@@ -128,3 +129,38 @@ def test_what_an_earlier_round_has_fixed_wins_over_the_configuration(tmp_path):
     device = Device(tmp_path, config("train.prefix=torch", "train.micro_batch=16"), 2)
     device.train(1, {"prefix": "torch", "micro_batch": 3})
     assert device.planned == [{"prefix": "torch", "micro_batch": 3}]
+
+
+class Disk:
+    """Writing updates fails as long as more than `free` bytes of features are kept."""
+
+    def __init__(self, monkeypatch, device, free):
+        self.features, self.write, self.free = device.root / "kept" / "features", worker.write_durably, free
+        monkeypatch.setattr(worker, "write_durably", self)
+
+    def __call__(self, path, data):
+        if sum(file.stat().st_size for file in self.features.glob("*")) > self.free:
+            raise OSError(28, "No space left on device")
+        self.write(path, data)
+
+
+def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
+    device = Device(tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3)
+    expected = device.train(1)
+    assert list((tmp_path / "kept" / "features").iterdir())
+    Disk(monkeypatch, device, free=0)
+    assert device.train(1) == expected
+    assert not list((tmp_path / "kept" / "features").iterdir())
+    Disk(monkeypatch, device, free=-1)
+    with pytest.raises(StateError, match=r"the update cannot be written to .* \(No space left on device\): free some disk space"):
+        device.train(2)
+
+
+def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
+    device = Device(tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3)
+    update = len(device.train(1))
+    forget(tmp_path / "kept" / "features")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2.5 * update))
+    device.train(2)
+    assert sum(file.stat().st_size for file in (tmp_path / "kept" / "features").iterdir()) <= 0.5 * update
