@@ -23,6 +23,7 @@ needs_onnx = pytest.mark.skipif(
 )
 SMALL = ["model={image_size: 8, patch_size: 4, width: 32, heads: 2, depth: 3}", "ssl={hidden_dim: 8, output_dim: 8}", "train.epochs=1"]
 AMPLE_MB = 1e6
+REUSED = ["train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"]
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +146,9 @@ class Disk:
 
 
 def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
-    device = Device(tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3)
+    device = Device(
+        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
+    )
     expected = device.train(1)
     assert list((tmp_path / "kept" / "features").iterdir())
     Disk(monkeypatch, device, free=0)
@@ -157,7 +160,9 @@ def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
-    device = Device(tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3)
+    device = Device(
+        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
+    )
     update = len(device.train(1))
     forget(tmp_path / "kept" / "features")
     usage = shutil.disk_usage(tmp_path)
