@@ -22,6 +22,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
-from lwfed.errors import StateError
+from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -119,15 +120,31 @@ class Worker:
         known = self._found and self._found[1]
         parts = trainer.load_parts(config, stage, files, layers if known and known.engine != "torch" else ())
         if known is None:
-            wanted = config if fixed is None else config.model_copy(update={"train": config.train.model_copy(update=fixed)})
-            graphs = Path(data["out"]).parent / "graphs"
-            known = find_means(wanted, stage, move(parts, device), images.pixels, data["budget_mb"], graphs)
+            known = self._find(data, config, move(parts, device), images)
             self._found = key, known
             give_back()
             let_code_go()
         if known.engine == "torch":
             return move(parts, device), known
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
+
+    def _find(self, data: Json, config: RunConfig, tensors: dict[str, Tensor], images: Images) -> Found:
+        """As in an earlier round of the stage; with fewer images at a time where that has no room any more. Raises Unfit."""
+        fixed, graphs = data["execution"], Path(data["out"]).parent / "graphs"
+
+        def find(train: Json) -> Found:
+            wanted = config.model_copy(update={"train": config.train.model_copy(update=train)})
+            return find_means(wanted, data["stage"], tensors, images.pixels, data["budget_mb"], graphs)
+
+        if fixed is None:
+            return find({})
+        try:
+            return find(fixed)
+        except Unfit as error:
+            if config.train.micro_batch != "auto":
+                raise
+            found = find({"prefix": fixed["prefix"]})
+            return replace(found, reason=f"{found.reason}; not as before, for {error}")
 
     def _cache(self, data: Json, config: RunConfig) -> FeatureCache | None:
         """For views that are used again; what another run or stage left goes if there are none."""

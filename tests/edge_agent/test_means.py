@@ -12,6 +12,7 @@ from lwfed.edge_agent import worker
 from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
+from lwfed.models import fitting
 from lwfed.models.initial import init_parts
 from lwfed.models.reuse import forget
 from lwfed.plan import by_part
@@ -77,7 +78,7 @@ class Device:
 
     def __init__(self, root, made, stage):
         self.config, self.root, self.stage = made, root, stage
-        self.planned, self.worker = [], Worker()
+        self.planned, self.reasons, self.worker = [], [], Worker()
         (root / "config").write_bytes(made.to_bytes())
         self.parts = {}
         for part, held in by_part(init_parts(made, made.plan(stage).present)).items():
@@ -96,6 +97,7 @@ class Device:
     def hear(self, said):
         if said["event"] == "planned":
             self.planned.append({name: said[name] for name in ("prefix", "micro_batch")})
+            self.reasons.append(said["reason"])
 
 
 @needs_onnx
@@ -169,3 +171,19 @@ def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2.5 * update))
     device.train(2)
     assert sum(file.stat().st_size for file in (tmp_path / "kept" / "features").iterdir()) <= 0.5 * update
+
+
+def test_what_has_no_room_any_more_is_computed_with_fewer_images_at_a_time(tmp_path, monkeypatch):
+    """Only where an earlier round has fixed how many, and not the configuration."""
+    monkeypatch.setattr(fitting, "micro_batch", lambda config, *_: 2 if config.train.micro_batch == "auto" else refuse())
+
+    def refuse():
+        raise Unfit("there is room for 9 MB")
+
+    fixed = {"prefix": "torch", "micro_batch": 3}
+    device = Device(tmp_path, config("train.prefix=torch"), 2)
+    device.train(1, fixed)
+    assert device.planned == [{"prefix": "torch", "micro_batch": 2}]
+    assert "not as before, for stage 2: there is room for 9 MB" in device.reasons[0]
+    with pytest.raises(Unfit, match="room for 9 MB"):
+        Device(tmp_path, config("train.prefix=torch", "train.micro_batch=3"), 2).train(1, fixed)
