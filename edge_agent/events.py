@@ -44,6 +44,7 @@ class WorkerPlanned:
     prefix: PrefixEngine
     micro_batch: int
     reason: str  # for people
+    needs_mb: float  # with so much for itself, the training process would plan the same
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,11 @@ def status_mb(proc: Path, field: str) -> float | None:
     return None
 
 
+def own_mb() -> float:
+    """What this process has in memory."""
+    return float(psutil.Process().memory_info().rss) / MB
+
+
 def own_share_bytes() -> float:
     """What training takes at most where nobody said a budget."""
     return SHARE * available_bytes()

@@ -47,7 +47,7 @@ class Places:
     data: str  # the source of images, as the person named it
     kept: Path  # decoded images
     out: Path  # where the worker writes its update
-    budget_mb: float | None = None  # memory that the worker may take; None: a share of what is there
+    budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
     shared: bool = False  # several devices of a simulation share a folder of images
 
 

@@ -5,7 +5,7 @@ In:   {"do": "train", "config", "parts": {part: file}, "stage", "round", "partic
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
-      {"event": "planned", "prefix", "micro_batch", "reason"}
+      {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "over", "peak_mb", "budget_mb"}             once, when its high-water mark passes the budget
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds",
@@ -65,7 +65,7 @@ class Worker:
         device = choose(config.worker.device)
         images = self._load(data, config, say)
         parts, found = self._plan(data, config, device, images)
-        say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
+        say({"event": "planned", **found.fixed, "reason": found.reason, "needs_mb": round(found.needs_mb, 1)})
 
         ceiling = Ceiling(data["budget_mb"], say)
 

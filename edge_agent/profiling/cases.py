@@ -81,7 +81,7 @@ def measured(records: Iterable[Record]) -> list[Record]:
 def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) -> dict[str, Any]:
     """The first strategy whose measured stages all fit, with the fastest number of threads; and sentences for people.
 
-    `memory_mb` is what the agent should be allowed. Cases under each limit are judged apart.
+    `memory_mb` is what the agent should be allowed, for which it plans as it has been measured. Cases under each limit are judged apart.
     """
     texts, best = [], None
     for strategy, limit in dict.fromkeys((record["strategy"], record["limit_mb"]) for record in records):
@@ -98,7 +98,9 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
         return {"strategy": None, "texts": [*texts, *_advice(config)]}
     times = {count: _time([record for record in best if record["threads"] == count]) for count in {record["threads"] for record in best}}
     threads = min(times, key=lambda count: (times[count], count))
-    wished = math.ceil(MARGIN * largest([record for record in best if record["threads"] == threads]) / 10) * 10
+    own = [record for record in best if record["threads"] == threads]
+    needs = max(record["planned"]["needs_mb"] for record in own)
+    wished = math.ceil(max(MARGIN * largest(own), needs) / 10) * 10
     allow = min(wished, math.floor(best[0]["limit_mb"] or budget_mb))
     strategy = best[0]["strategy"]
     texts.append(f"Recommended: {strategy} with train.threads {threads}; allow the agent {allow} MB.")

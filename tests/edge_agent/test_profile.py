@@ -52,12 +52,15 @@ def test_a_stage_that_does_not_exist_is_named_with_those_that_do(strategies, sta
 
 def record(strategy="layer_wise", stage=1, peak=500.0, threads=1, limit=None, step=2.0, **changes):
     memory = {"peak_mb": peak, "baseline_mb": 300.0, "training_mb": peak - 300, "swap_mb": 0.0, "files_mb": 1.0, "group_peak_mb": None}
-    figures = {"memory": memory, "step_s": step, "epoch_s": 9 * step, "bytes_down": 10, "bytes_up": 10}
+    planned = {"prefix": "torch", "micro_batch": 10, "reason": "as configured", "needs_mb": 0.0}
+    figures = {"memory": memory, "planned": planned, "step_s": step, "epoch_s": 9 * step, "bytes_down": 10, "bytes_up": 10}
     return {"strategy": strategy, "stage": stage, "threads": threads, "limit_mb": limit, **figures, **changes}
 
 
 def left_out(reason, **changes):
-    return {name: value for name, value in record(**changes).items() if name not in ("memory", "step_s", "epoch_s")} | {"reason": reason}
+    return {name: value for name, value in record(**changes).items() if name not in ("memory", "planned", "step_s", "epoch_s")} | {
+        "reason": reason
+    }
 
 
 def advise(*records, budget=600.0, settings=()):
@@ -157,7 +160,7 @@ def measured(monkeypatch, tmp_path):
     """Runs the command with figures in place of measurements: MB of each (strategy, stage); None dies."""
     asked = []
 
-    def run(*arguments, peaks, baseline=300.0, problem=""):
+    def run(*arguments, peaks, baseline=300.0, problem="", needs_mb=0.0):
         def sampled(config, stage, steps):
             return contextlib.nullcontext(Sample(tmp_path, tmp_path, {}, "", 100, 4_000_000, 2_000_000, 5e9))
 
@@ -168,7 +171,8 @@ def measured(monkeypatch, tmp_path):
             if peak is None:
                 raise DidNotFit("ended by SIGKILL")
             on_step(1, 2)
-            return Measured((2.0, 3.0), (), Footprint(peak, baseline, peak - 30, 30.0, 0.0, 1.0, False, "VmHWM", None))
+            planned = {"prefix": "onnx_int8", "micro_batch": 10, "reason": "onnx_int8 531 views/s", "needs_mb": needs_mb}
+            return Measured((2.0, 3.0), (), Footprint(peak, baseline, peak - 30, 30.0, 0.0, 1.0, False, "VmHWM", None), planned)
 
         monkeypatch.setattr(measure, "sampled", sampled)
         monkeypatch.setattr(measure, "agent", agent)
@@ -195,6 +199,11 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert "3.34x less" in page
     assert "$" not in page
     assert not any(word in page for word in ("<script", '<link rel="stylesheet', "http-equiv", "<img"))
+
+
+def test_the_recommended_memory_is_what_planning_wants_where_that_is_more_than_the_peak(measured, tmp_path):
+    done = measured("--stages", "12", "--budget", "900", peaks={("layer_wise", 12): 420.0}, needs_mb=507.0)
+    assert "allow the agent 510 MB" in done.stdout
 
 
 def test_it_ends_with_1_where_the_strategy_does_not_fit(measured):

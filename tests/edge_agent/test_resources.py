@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
+from lwfed.edge_agent import process
 from lwfed.edge_agent.resources import Meter, available_bytes
 from lwfed.wire.messages import MAX_CURVE
 
@@ -93,3 +96,14 @@ def test_what_is_available_is_within_the_limits_of_all_control_groups(tmp_path):
     assert available_bytes(proc, groups) == 0
     proc.write_text("1:memory:/version-1\n")
     assert available_bytes(proc, groups) > 10_000_000
+
+
+@pytest.mark.parametrize("budget_mb", [None, 400.0, 1.0])
+def test_of_the_budget_the_training_process_gets_what_its_agent_leaves(monkeypatch, budget_mb):
+    sent = []
+    child = SimpleNamespace(pid=os.getpid(), send=sent.append)
+    monkeypatch.setattr(process, "Child", lambda *_: child)
+    monkeypatch.setattr(process, "Meter", lambda _: SimpleNamespace(begin=lambda now: None))
+    monkeypatch.setattr(process, "own_mb", lambda: 57.0)
+    process.TrainingProcess(sent.append, 1).train({"do": "train", "budget_mb": budget_mb}, 1.0)
+    assert sent == [{"do": "train", "budget_mb": {None: None, 400.0: 343.0, 1.0: 0.0}[budget_mb]}]
