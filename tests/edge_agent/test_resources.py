@@ -94,8 +94,26 @@ def test_what_is_available_is_within_the_limits_of_all_control_groups(tmp_path):
     assert available_bytes(proc, groups) == 3_000_000
     (leaf / "memory.max").write_text("4000000\n")
     assert available_bytes(proc, groups) == 0
-    proc.write_text("1:memory:/version-1\n")
+    (leaf / "memory.stat").write_text("anon 1000000\ninactive_file 3500000\n")
+    assert available_bytes(proc, groups) == 2_500_000, "cached files give way"
+    (leaf / "memory.high").write_text("3000000\n")
+    assert available_bytes(proc, groups) == 1_500_000, "beyond it all is slow"
+    proc.write_text("0::/elsewhere\n")
     assert available_bytes(proc, groups) > 10_000_000
+    assert available_bytes(tmp_path / "none", groups) > 10_000_000
+
+
+@pytest.mark.parametrize("path", ["/docker/1", "/"])
+def test_limits_of_control_groups_of_version_1_count(tmp_path, path):
+    proc, group = tmp_path / "self", tmp_path / "cgroup" / "memory" / path.lstrip("/")
+    group.mkdir(parents=True)
+    proc.write_text(f"11:cpu,cpuacct:/other\n4:memory:{path}\n0::/\n")
+    (group / "memory.limit_in_bytes").write_text("9000000\n")
+    (group / "memory.usage_in_bytes").write_text("8000000\n")
+    (group / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 500000\n")
+    assert available_bytes(proc, tmp_path / "cgroup") == 1_500_000
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert available_bytes(proc, tmp_path / "cgroup") > 10_000_000
 
 
 @pytest.mark.parametrize("budget_mb", [None, 400.0, 1.0])
