@@ -74,6 +74,10 @@ def judge(record: Record, budget_mb: float) -> dict[str, Any]:
     return {**record, "fits": "memory" in record and record["memory"]["peak_mb"] <= (record["limit_mb"] or budget_mb)}
 
 
+def tried(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if not record.get("skipped")]
+
+
 def measured(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "memory" in record]
 
@@ -95,7 +99,7 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
             verb = "was not tried in" if first.get("skipped") else "does not fit into"
             texts.append(f"{strategy} {verb} {room}: {first.get('reason') or f'it takes {largest(measured(own)):.0f} MB'}.")
     if best is None:
-        return {"strategy": None, "texts": [*texts, *_advice(config)]}
+        return {"strategy": None, "texts": [*texts, *(_advice(config) if tried(records) else ["Nothing was tried."])]}
     times = {count: _time([record for record in best if record["threads"] == count]) for count in {record["threads"] for record in best}}
     threads = min(times, key=lambda count: (times[count], count))
     own = [record for record in best if record["threads"] == threads]
