@@ -144,14 +144,22 @@ def agent(
 
 
 def published(
-    config: RunConfig, stage: int, steps: int, on_step: OnStep, enough_s: float, micro_batch: int | None = None, compiled: bool = False
+    config: RunConfig,
+    stage: int,
+    steps: int,
+    on_step: OnStep,
+    enough_s: float,
+    micro_batch: int | None = None,
+    compiled: bool = False,
+    kernels: bool = False,
 ) -> Measured:
     """The plain baseline; after `enough_s` seconds with at least one step that counts. Raises DidNotFit and WorkerFailed."""
     with _scratch() as folder:
         file, state = folder / "config", folder / "state"
         state.mkdir()
         file.write_bytes(config.to_bytes())
-        told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch, "compile": compiled}
+        told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch}
+        told |= {"compile": compiled, "kernels": kernels}
         environment = {
             "OMP_NUM_THREADS": str(config.train.threads),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
