@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.edge_agent.resources import MB, own_mb, own_share_bytes
 from lwfed.errors import Unfit
@@ -76,6 +77,8 @@ def find_means(
     def with_torch(reason: str) -> Found:
         held, room = _memory(budget_mb)
         size, takes = fit(None, room)
+        if config.train.micro_batch is not None and config.model.backbone in CONVOLUTIONAL:
+            reason += "; batches whole, for this backbone has statistics of the batch"
         return Found(Means(None, size), reason, (held + takes) / MB)
 
     if device.type != "cpu":

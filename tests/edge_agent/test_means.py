@@ -48,6 +48,13 @@ def test_where_nothing_is_frozen_torch_does_it_all(tmp_path):
     assert (found.engine, found.micro_batch, found.reason) == ("torch", 20, "no layer is frozen")
 
 
+def test_a_backbone_with_batch_statistics_says_why_batches_stay_whole(tmp_path):
+    made = load_config("resnet18", ["model.image_size=8", "train.prefix=torch", "train.micro_batch=auto"])
+    found = means(made, 1, tmp_path)
+    assert found.micro_batch == 20
+    assert found.reason.endswith("; batches whole, for this backbone has statistics of the batch")
+
+
 @needs_onnx
 @pytest.mark.parametrize("engine", ["onnx", "onnx_int8"])
 def test_an_engine_that_is_asked_for_is_used(tmp_path, engine):
