@@ -25,11 +25,11 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.process import FromChild, TrainingProcess
-from lwfed.edge_agent.resources import MB
+from lwfed.edge_agent.resources import own_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
-from lwfed.errors import MissingDependency, TransportError
+from lwfed.errors import ConfigError, MissingDependency, TransportError
 from lwfed.signals import on_signals
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
@@ -71,7 +71,7 @@ def check_data(spec: str) -> tuple[Source, int]:
 
 class Agent:
     def __init__(self, join: Join, transport: Transport, screen: Screen) -> None:
-        """Raises DataError, MissingDependency and StateError; connects to nothing."""
+        """Raises ConfigError, DataError, MissingDependency and StateError; connects to nothing."""
         source, images = check_data(join.data)
         self._transport, self._screen = transport, screen
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # may be filled by a signal handler, unlike Queue
@@ -79,9 +79,12 @@ class Agent:
         self._journal = Journal(join.state / JOURNAL, join.name, join.device)
         self._topics = Topics(join.fleet)
         device = self._journal.device
-        ours = psutil.Process().memory_info().rss / MB
-        budget_mb = None if join.budget_mb is None else max(0.0, join.budget_mb - ours)
-        places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors", budget_mb=budget_mb)
+        if join.budget_mb is not None and join.budget_mb <= (ours := own_mb()):
+            raise ConfigError(
+                f"--memory-budget {join.budget_mb:g}MB: the agent takes {ours:.0f} MB here before it trains, and torch several times "
+                "as much; give it more: `edge-agent profile` says how much"
+            )
+        places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors", budget_mb=join.budget_mb)
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
         hello = make_hello(self._journal.boot, source, images)

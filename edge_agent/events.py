@@ -44,6 +44,7 @@ class WorkerPlanned:
     prefix: PrefixEngine
     micro_batch: int
     reason: str  # for people
+    needs_mb: float  # with so much for itself, the training process would plan the same
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class WorkerProgress:
     steps: int
     loss: float
     rss_mb: float
+
+
+@dataclass(frozen=True)
+class WorkerOver:
+    """It has taken more than its budget; said once a task."""
+
+    peak_mb: float
+    budget_mb: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class WorkerPatched:
     files: tuple[Path, ...]
 
 
-WorkerEvent = WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerDone | WorkerError
+WorkerEvent = WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerOver | WorkerDone | WorkerError
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

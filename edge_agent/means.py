@@ -7,19 +7,18 @@ rounding of a micro-batch are part of what the bits of an update depend on.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.edge_agent.resources import MB, own_share_bytes
+from lwfed.edge_agent.resources import MB, own_mb, own_share_bytes
 from lwfed.errors import Unfit
 from lwfed.models import fitting
 from lwfed.models.allocator import give_back
@@ -36,6 +35,7 @@ ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
 class Found:
     means: Means
     reason: str  # for people
+    needs_mb: float  # what this process has to be allowed for the same plan
 
     @property
     def engine(self) -> PrefixEngine:
@@ -59,43 +59,54 @@ def find_means(
 
     `budget_mb` is what this process may take in all; None: a share of what is available. Raises Unfit.
     """
-    plan, device = config.plan(stage), next(iter(tensors.values())).device
+    plan, device, pairs = config.plan(stage), next(iter(tensors.values())).device, config.train.views_per_round
+    drawn = pairs * len(images) if pairs != "fresh" and plan.frozen else 0
     batch_size = min(config.train.batch_size, len(images))
     terms = Terms(config.alignment, config.train.proximal)
 
-    def fit(prefix: Prefix | None, room: float) -> int:
-        need = fitting.measure(config, tensors, plan.trained, terms, batch_size, Means(prefix))
+    def fit(prefix: Prefix | None, room: float) -> tuple[int, float]:
+        """Images at a time, and the bytes that training takes with them."""
+        need = fitting.measure(config, tensors, plan.trained, terms, batch_size, Means(prefix), drawn)
         try:
-            return fitting.micro_batch(config, need, batch_size, device, room)
+            size = fitting.micro_batch(config, need, batch_size, device, room)
         except Unfit as error:
-            raise Unfit(
-                f"stage {stage}: {error}; {'raise --memory-budget' if budget_mb else 'free memory'} or lower train.batch_size"
-            ) from None
+            way = "free memory" if budget_mb is None else "raise --memory-budget"
+            raise Unfit(f"stage {stage}: {error}; {way} or lower train.batch_size") from None
+        return size, need.of(size)
+
+    def with_torch(reason: str) -> Found:
+        held, room = _memory(budget_mb)
+        size, takes = fit(None, room)
+        if config.train.micro_batch is not None and config.model.backbone in CONVOLUTIONAL:
+            reason += "; batches whole, for this backbone has statistics of the batch"
+        return Found(Means(None, size), reason, (held + takes) / MB)
 
     if device.type != "cpu":
-        return Found(Means(None, fit(None, torch.cuda.mem_get_info(device)[0])), "a GPU, on which torch runs all layers")
-    room = _room(budget_mb)
+        size, _ = fit(None, torch.cuda.mem_get_info(device)[0])
+        return Found(Means(None, size), "a GPU, on which torch runs all layers", own_mb())
     if not layers_of(plan):
-        return Found(Means(None, fit(None, room)), "no layer is frozen")
-    if config.train.prefix == "torch" or not _fits(fit, room - ONNX_BYTES):
-        return Found(
-            Means(None, fit(None, room)), "as configured" if config.train.prefix == "torch" else "too little memory for ONNX Runtime"
-        )
-    trial = _tokens(config, tensors, images, fit(None, math.inf))
-    chosen = make_prefix(load_encoder(config.model, tensors), len(layers_of(plan)), config.model, config.train.prefix, graphs, trial)
-    if chosen.prefix.engine != "torch":
-        weights = 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in layers_of(plan))
-        with contextlib.suppress(Unfit):
-            return Found(Means(chosen.prefix, fit(chosen.prefix, _room(budget_mb) + weights)), chosen.reason)
-        return Found(Means(None, fit(None, room)), f"{chosen.prefix.engine} leaves too little memory")
-    return Found(Means(None, fit(None, room)), chosen.reason)
-
-
-def _fits(fit: Callable[[Prefix | None, float], int], room: float) -> bool:
+        return with_torch("no layer is frozen")
+    if config.train.prefix == "torch":
+        return with_torch("as configured")
+    held, room = _memory(budget_mb)
     try:
-        return fit(None, room) > 0
+        size, takes = fit(None, room - ONNX_BYTES)
     except Unfit:
-        return False
+        return with_torch("too little memory for ONNX Runtime")
+    least = held + ONNX_BYTES + takes
+    trial = _tokens(config, tensors, images, size)
+    chosen = make_prefix(load_encoder(config.model, tensors), len(layers_of(plan)), config.model, config.train.prefix, graphs, trial)
+    del trial
+    engine, reason = chosen.prefix.engine, chosen.reason
+    if engine != "torch":
+        weights = 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in layers_of(plan))
+        held, room = _memory(budget_mb)
+        with contextlib.suppress(Unfit):
+            size, takes = fit(chosen.prefix, room + weights)
+            return Found(Means(chosen.prefix, size), reason, max(least, held - weights + takes) / MB)
+        reason = f"{engine} leaves too little memory"
+    del chosen
+    return with_torch(reason)
 
 
 def layers_of(plan: StagePlan) -> list[str]:
@@ -103,12 +114,11 @@ def layers_of(plan: StagePlan) -> list[str]:
     return [part for part in plan.frozen if part != STEM]
 
 
-def _room(budget_mb: float | None) -> float:
-    """Bytes that this process may take beside those that it has."""
+def _memory(budget_mb: float | None) -> tuple[float, float]:
+    """Bytes that this process has, and that it may take beside them."""
     give_back()
-    if budget_mb is None:
-        return own_share_bytes()
-    return budget_mb * MB - psutil.Process().memory_info().rss
+    held = own_mb() * MB
+    return held, own_share_bytes() if budget_mb is None else budget_mb * MB - held
 
 
 @torch.no_grad()

@@ -54,8 +54,12 @@ def forget(kind: Kind, folder: Path, but: Collection[Path | None] = ()) -> None:
 def write_durably(path: Path, data: bytes) -> None:
     """All of it or nothing, also after a power cut."""
     temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

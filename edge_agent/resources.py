@@ -8,6 +8,8 @@ parent's. Where there is no /proc the peak is that of the samples, and marked so
 from __future__ import annotations
 
 import contextlib
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -98,19 +100,56 @@ def status_mb(proc: Path, field: str) -> float | None:
     return None
 
 
+def own_mb() -> float:
+    """What this process has in memory."""
+    return float(psutil.Process().memory_info().rss) / MB
+
+
 def own_share_bytes() -> float:
     """What training takes at most where nobody said a budget."""
     return SHARE * available_bytes()
 
 
+@dataclass(frozen=True)
+class Hierarchy:
+    """How one version of control groups says memory."""
+
+    controller: str  # as /proc/self/cgroup has it
+    root: str  # below the groups
+    limits: tuple[str, ...]
+    taken: str
+    reclaimable: str  # of memory.stat: cached files, which give way when memory is wanted
+
+
+HIERARCHIES = (
+    Hierarchy("", "", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    Hierarchy("memory", "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def available_bytes(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """What this process may still take: of the system's memory, and of the limits of its control groups (version 2)."""
+    """What this process may still take: of the system's memory, and of the limits of its control groups (both versions)."""
     found = float(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, StopIteration):
-        own = next(line for line in proc.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
-        for group in (groups / own, *(groups / own).parents):
-            if not group.is_relative_to(groups):
-                break
-            with contextlib.suppress(OSError, ValueError):  # no limit is said by a word, or by no file
-                found = min(found, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return found
+    for hierarchy in HIERARCHIES:
+        root = groups / hierarchy.root
+        for own in (path for _, controllers, path in lines if hierarchy.controller in controllers.split(",")):
+            group = root / own.lstrip("/")
+            for one in (group, *group.parents):
+                if one.is_relative_to(root):
+                    found = min(found, _left_bytes(one, hierarchy))
     return max(0.0, found)
+
+
+def _left_bytes(group: Path, hierarchy: Hierarchy) -> float:
+    """Until the lowest limit of `group`; infinity where there is none, which is said by a word, or by no file."""
+    left = math.inf
+    for limit in hierarchy.limits:
+        with contextlib.suppress(OSError, ValueError):
+            left = min(left, int((group / limit).read_text()) - int((group / hierarchy.taken).read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        left += int(dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[hierarchy.reclaimable])
+    return left

@@ -47,7 +47,7 @@ class Places:
     data: str  # the source of images, as the person named it
     kept: Path  # decoded images
     out: Path  # where the worker writes its update
-    budget_mb: float | None = None  # memory that the worker may take; None: a share of what is there
+    budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
     shared: bool = False  # several devices of a simulation share a folder of images
 
 
@@ -102,6 +102,7 @@ class Work:
         self._linger_until: float | None = None
         self._next_beat = float("-inf")
         self._losses: list[float] = []  # of the present epoch
+        self._over = False  # the present task has taken more than its budget
         self._to_fetch = 0
         self._few_said_in: str | None = None  # run
         self._ways: dict[str, Way] = {}  # to the parts of the present round
@@ -190,6 +191,8 @@ class Work:
                 return self._fix_execution(event)
             case events.WorkerProgress():
                 return self._progress(event, now)
+            case events.WorkerOver():
+                return self._note_over(event)
             case events.WorkerDone():
                 return self._finish(event, now)
             case events.WorkerError("InvalidPayload", message) if self._job is not None and self._doubt(self._job):
@@ -290,7 +293,7 @@ class Work:
         """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
         if self._job is None or self._ready is None:
             return []
-        job, ready = self._job, self._ready
+        job, ready, self._over = self._job, self._ready, False
         now = Execution(
             prefix=event.prefix,
             micro_batch=event.micro_batch,
@@ -338,6 +341,15 @@ class Work:
             effects.append(self._send("beat", Beat(run=task.run, **place, **vars(event))))
         return effects
 
+    def _note_over(self, event: events.WorkerOver) -> list[Effect]:
+        """The round goes on as it is, for its bits depend on how it began."""
+        if self._job is None:
+            return []
+        self._over = True
+        beside = f"{event.budget_mb:.0f} MB of --memory-budget are left for it"
+        text = f"{where(self._job.task)} takes {event.peak_mb:.0f} MB for training, and {beside}"
+        return [Tell("warning", text, {"peak_mb": event.peak_mb, "budget_mb": event.budget_mb})]
+
     def _finish(self, event: events.WorkerDone, now: float) -> list[Effect]:
         if self._job is None:
             return []
@@ -349,6 +361,8 @@ class Work:
             effects = self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
         except ConfigError as error:
             return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
+        if self._over:
+            effects += self._take_less(job, "to keep to --memory-budget") or []
         self._job, self._task, self._phase = None, None, "idle"
         self._linger_until = now + job.config.worker.linger_s
         return few + effects
@@ -365,8 +379,9 @@ class Work:
         """The agent stays; the server may assign the task again, but not where images are the trouble."""
         effects = self._end_worker(died=event.kind == "died")
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
-        if code == "memory" and self._job is not None and not self._take_less(self._job):
-            code = "unfit"
+        if code == "memory" and self._job is not None:
+            less = self._take_less(self._job, "since memory ran out")
+            code, effects = ("unfit", effects) if less is None else ("memory", effects + less)
         self._give_up()
         reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
         fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])
@@ -375,16 +390,20 @@ class Work:
             text += "; this device stays connected, and is not asked again until it is restarted"
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
 
-    def _take_less(self, job: Job) -> bool:
-        """Plan half of the micro-batch for the next try, after memory ran out; whether that is possible."""
+    def _take_less(self, job: Job, why: str) -> list[Effect] | None:
+        """Plan half of the micro-batch for the next try, and say so; None where that is not possible."""
         before = self._journal.execution(job.task.run, job.task.stage)
         if before is None:
-            return True  # before anything was planned: perhaps others took the memory
+            return []  # before anything was planned: perhaps others took the memory
         if before.micro_batch == 1 or job.config.model.backbone in CONVOLUTIONAL:
-            return False
+            return None
         less = before.model_copy(update={"micro_batch": before.micro_batch // 2})
         self._journal.fix_execution(job.task.run, job.task.stage, less)
-        return True
+        text = (
+            f"stage {job.task.stage} goes on with {counted(less.micro_batch, 'image')} at a time instead of {before.micro_batch}, {why}: "
+            "its updates cannot be repeated bit for bit"
+        )
+        return [Tell("warning", text, {"micro_batch": less.micro_batch})]
 
     def _give_up(self) -> list[Effect]:
         """Forget the task; a training that is under way, or a start, can only be ended with its process."""

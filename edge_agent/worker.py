@@ -7,8 +7,9 @@ In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "da
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
-      {"event": "planned", "prefix", "micro_batch", "reason"}
+      {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
+      {"event": "over", "peak_mb", "budget_mb"}             once, when its high-water mark passes the budget
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds",
        "accelerator": {"peak_mb", "free_mb"}, or null}
 
@@ -23,7 +24,10 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +40,8 @@ from lwfed.edge_agent import trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.resources import HIGH_WATER, status_mb
+from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -46,8 +52,10 @@ from lwfed.wire import tensors as wire
 
 OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
 SHOWN_EVERY = 50  # images
+UPDATES = 2  # that a cache of features leaves room for on the disk
 
 Say = Callable[[Json], None]
+Written = TypeVar("Written")
 
 
 class Worker:
@@ -63,10 +71,13 @@ class Worker:
         images = self._load(data, config, say)
         sources = _sources(config, data, say)
         parts, found = self._plan(data, config, device, images, sources)
-        say({"event": "planned", "prefix": found.engine, "micro_batch": found.micro_batch, "reason": found.reason})
+        say({"event": "planned", **found.fixed, "reason": found.reason, "needs_mb": round(found.needs_mb, 1)})
+
+        ceiling = Ceiling(data["budget_mb"], say)
 
         def on_step(report: StepReport) -> None:
             meter.sample()
+            ceiling.check()
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
@@ -75,6 +86,7 @@ class Worker:
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
         cache, meter = self._cache(data, config, sources), AcceleratorMeter(device)
+        del sources  # whose memory training may need
 
         def on_rows(done: int, total: int) -> None:
             say({"event": "loading", "what": VIEWS, "done": done, "total": total})
@@ -95,11 +107,12 @@ class Worker:
         give_back()
         let_code_go()
         if own:
-            own.keep(data["round"], wire.encode(update))
+            on_disk(data, lambda: own.keep(data["round"], wire.encode(update)))
         else:
             forget("previous", kept)
-        write_durably(Path(data["out"]), _encode(config, place, update, parts, kept))
+        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, place, update, parts, kept)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
+        ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
 
     def _plan(
@@ -114,9 +127,7 @@ class Worker:
         known = self._found and self._found[1]
         parts = trainer.load_parts(config, stage, sources, layers if known and known.engine != "torch" else ())
         if known is None:
-            wanted = config if fixed is None else config.model_copy(update={"train": config.train.model_copy(update=fixed)})
-            graphs = Path(data["out"]).parent / "graphs"
-            known = find_means(wanted, stage, move(parts, device), images.pixels, data["budget_mb"], graphs)
+            known = self._find(data, config, move(parts, device), images)
             self._found = key, known
             give_back()
             let_code_go()
@@ -124,14 +135,33 @@ class Worker:
             return move(parts, device), known
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
 
+    def _find(self, data: Json, config: RunConfig, tensors: dict[str, Tensor], images: Images) -> Found:
+        """As in an earlier round of the stage; with fewer images at a time where that has no room any more. Raises Unfit."""
+        fixed, graphs = data["execution"], Path(data["out"]).parent / "graphs"
+
+        def find(train: Json) -> Found:
+            wanted = config.model_copy(update={"train": config.train.model_copy(update=train)})
+            return find_means(wanted, data["stage"], tensors, images.pixels, data["budget_mb"], graphs)
+
+        if fixed is None:
+            return find({})
+        try:
+            return find(fixed)
+        except Unfit as error:
+            if config.train.micro_batch != "auto":
+                raise
+            found = find({"prefix": fixed["prefix"]})
+            return replace(found, reason=f"{found.reason}; not as before, for {error}")
+
     def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source]) -> FeatureCache | None:
         """For views that are used again; what another run or stage left goes if there are none."""
-        folder, frozen = Path(data["kept"]) / "features", config.plan(data["stage"]).frozen
+        folder, frozen = features(data), config.plan(data["stage"]).frozen
         if config.train.views_per_round == "fresh" or not frozen:
             forget_features(folder)
             return None
         digests = tuple(hashlib.sha256(_read(sources[part])).hexdigest() for part in frozen)
-        return FeatureCache(folder, digests, config.train.features_mb * 1e6)
+        update = sum(len(_read(sources[part])) for part in config.plan(data["stage"]).uploaded)
+        return FeatureCache(folder, digests, config.train.features_mb * 1e6, UPDATES * update)
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
         """The device's images: read again only when another run or participant number asks."""
@@ -158,7 +188,7 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
             continue
         found[part] = made = trainer.patch(config, part, Path(told["base"]), [Path(file) for file in told["patches"]], told["id"])
         file = Path(data["out"]).with_name(f"{part}.patched")
-        file.write_bytes(made)
+        on_disk(data, partial(file.write_bytes, made))
         files.append(str(file))
     if files:
         say({"event": "patched", "files": files})
@@ -187,6 +217,37 @@ def _name(told: str | Json | None) -> str | None:
 
 def _read(source: trainer.Source) -> bytes:
     return source.read_bytes() if isinstance(source, Path) else source
+
+
+def features(data: Json) -> Path:
+    """Where a cache of features lies."""
+    return Path(data["kept"]) / "features"
+
+
+def on_disk(data: Json, write: Callable[[], Written]) -> Written:
+    """Do `write`; features, which are kept to save time, give way to it where the disk is full. Raises StateError."""
+    try:
+        try:
+            return write()
+        except OSError:
+            forget_features(features(data))
+            return write()
+    except OSError as error:
+        place = str(Path(data["out"]).parent)
+        raise StateError(f"model and update cannot be written to {place!r} ({error.strerror}): free some disk space") from None
+
+
+class Ceiling:
+    """Tells when this process has taken more than `budget_mb` since its task began, by the mark that its agent has set back then."""
+
+    def __init__(self, budget_mb: float | None, say: Say) -> None:
+        self._budget_mb, self._say = budget_mb, say
+
+    def check(self) -> None:
+        peak_mb = status_mb(Path("/proc/self"), HIGH_WATER)
+        if self._budget_mb is not None and peak_mb is not None and peak_mb > self._budget_mb:
+            self._say({"event": "over", "peak_mb": round(peak_mb, 1), "budget_mb": round(self._budget_mb, 1)})
+            self._budget_mb = None
 
 
 def main() -> None:

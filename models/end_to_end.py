@@ -2,7 +2,8 @@
 
 ``python -m lwfed.models.end_to_end``, a process of its own (`lwfed.child`):
 
-In:   {"config": file, "stage", "steps", "micro_batch": images, or null for whole batches, "compile": true for torch.compile}
+In:   {"config": file, "stage", "steps", "micro_batch": images, or null for whole batches, "compile": true for torch.compile,
+       "kernels": true for the matrix products of `lwfed.models.kernels` in place of torch's}
 Out:  {"event": "ready", "torch"} after the imports, once
       {"event": "progress", "step", "steps", "loss", "views_s"}
       {"event": "done"}
@@ -30,6 +31,7 @@ from lwfed.child import Json, serve
 from lwfed.config import RunConfig
 from lwfed.config.schema import ViewsSection
 from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.models.kernels import Linear
 from lwfed.seeds import derive
 
 
@@ -53,6 +55,16 @@ def encoder(config: RunConfig, layers: int) -> nn.Module:
         num_classes=0,
     )
     return made
+
+
+def with_our_products(model: nn.Module) -> None:
+    """Replace torch's linear layers by those of this package, with their weights."""
+    for module in list(model.modules()):
+        for name, one in list(module.named_children()):
+            if type(one) is nn.Linear:
+                ours = Linear(one.in_features, one.out_features, one.bias is not None, device="meta")
+                ours.weight, ours.bias = one.weight, one.bias
+                setattr(module, name, ours)
 
 
 def head(widths: list[int]) -> nn.Sequential:
@@ -121,7 +133,9 @@ class MoCo(nn.Module):
             mine.mul_(self.momentum).add_(theirs, alpha=1 - self.momentum)
 
 
-def train(config: RunConfig, stage: int, steps: int, micro_batch: int | None, compiled: bool, say: Callable[[Json], None]) -> None:
+def train(
+    config: RunConfig, stage: int, steps: int, micro_batch: int | None, compiled: bool, kernels: bool, say: Callable[[Json], None]
+) -> None:
     """Train `steps` batches of images of noise."""
     from PIL import Image
 
@@ -132,6 +146,8 @@ def train(config: RunConfig, stage: int, steps: int, micro_batch: int | None, co
     images = [Image.fromarray(one if channels == 3 else one[:, :, 0]) for one in noise]
     transforms = [transform(config.views, view, size) for view in (0, 1)]
     model = MoCo(config, stage)
+    if kernels:
+        with_our_products(model)
     forward: Any = torch.compile(model) if compiled else model
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay)
@@ -153,7 +169,7 @@ def train(config: RunConfig, stage: int, steps: int, micro_batch: int | None, co
 
 def handle(data: Json, say: Callable[[Json], None]) -> None:
     config = RunConfig.from_bytes(Path(data["config"]).read_bytes())
-    train(config, data["stage"], data["steps"], data["micro_batch"], data["compile"], say)
+    train(config, data["stage"], data["steps"], data["micro_batch"], data["compile"], data["kernels"], say)
     say({"event": "done"})
 
 

@@ -1,15 +1,16 @@
 """What a local call takes of a device's memory, and how it is made to fit: measured on the model itself, not assumed.
 
 Most of it does not depend on how many images go through the layers at a time: the process as it is, weights with gradients
-and moments, the prefix's tokens of a whole batch, and what heads and loss keep. The rest grows with the micro-batch. A pass of
-two images through the real layers tells both.
+and moments, the images, the prefix's tokens of a whole batch, and what heads and loss keep. The rest grows with the micro-batch:
+what its layers keep, or, where that is more, what its views take while they are made. A pass of two images through the real
+layers tells both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.errors import Unfit
 from lwfed.models.ssl import METHODS
-from lwfed.models.step import AT_ONCE, Means, Terms, draw_batch, kept_for_backward, prepare
+from lwfed.models.step import AT_ONCE, Batch, Means, Terms, draw_batch, kept_for_backward, prepare, views_at_once
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
-CODE_BYTES = 45e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
+VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
+CODE_BYTES = 48e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
 
 
 @dataclass(frozen=True)
@@ -32,28 +34,52 @@ class Need:
     """Bytes of a local call, above what the process holds before it."""
 
     fixed: float
-    per_image: float  # of the micro-batch
+    per_image: float  # of the micro-batch, kept by the layers
+    view: float = 0.0  # one of one image, in float32
+    batch_size: int = 0
 
     def of(self, micro_batch: int) -> float:
-        return SPARE * (self.fixed + micro_batch * self.per_image)
+        block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
+        return SPARE * (self.fixed + max(VIEW_COPIES * block, block + micro_batch * self.per_image))
 
 
 def measure(
-    config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, batch_size: int, means: Means = AT_ONCE
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    trained: Iterable[str],
+    terms: Terms,
+    batch_size: int,
+    means: Means = AT_ONCE,
+    drawn: int = 0,
 ) -> Need:
-    """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`."""
+    """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`.
+
+    `drawn` views of an image and patches are drawn ahead, to be used again.
+    """
     branches = prepare(config, tensors, trained, terms, means=means)
     model = config.model
     images = torch.zeros(2, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
-    kept = kept_for_backward(branches, draw_batch(config, 0, 0, images, branches.prefix_layers), config)
+    batch = draw_batch(config, 0, 0, images, branches.prefix_layers)
+    kept = kept_for_backward(branches, batch, config)
     weights = 4 * sum(tensor.numel() for tensor in branches.trained)
     token_bytes = ((branches.prefix and branches.prefix.kept_as) or torch.float32).itemsize
-    copies = 5 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
+    copies = 6 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
     views = METHODS[config.ssl.method].view_count
     return Need(
-        fixed=CODE_BYTES + copies * weights + batch_size * views * (kept.tokens * token_bytes + kept.heads),
+        fixed=CODE_BYTES
+        + copies * weights
+        + batch_size * (images[0].nbytes + views * (kept.tokens * token_bytes + kept.heads))
+        + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
         per_image=kept.layers,
+        view=4 * images[0].numel(),
+        batch_size=batch_size,
     )
+
+
+def _record_bytes(batch: Batch) -> int:
+    """Of every random draw of `batch`."""
+    params = [getattr(view, one.name) for view in batch.views for one in fields(view)]
+    return sum(one.nbytes for one in (*params, *([] if batch.keep is None else [batch.keep])))
 
 
 def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.device, room: float = math.inf) -> int:
@@ -63,10 +89,10 @@ def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.de
     """
     size = piece_size(config, batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
     least = 1 if config.train.micro_batch == "auto" and config.model.backbone not in CONVOLUTIONAL else size
-    fitting = (room / SPARE - need.fixed) / need.per_image
-    if fitting < least:
-        raise Unfit(f"training in this stage takes {need.of(least) / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
-    return int(min(size, fitting))
+    for fitting in range(size, least - 1, -1):
+        if need.of(fitting) <= room:
+            return fitting
+    raise Unfit(f"training in this stage takes {need.of(least) / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
 
 
 def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes: float = PIECE_BYTES) -> int:

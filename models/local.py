@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
+from lwfed.data.kept import KeptPixels
 from lwfed.errors import DataError, Diverged
 from lwfed.models import fitting
 from lwfed.models.reuse import FeatureCache, Progress, Reuse, Views
@@ -27,7 +28,8 @@ from lwfed.models.step import METHOD_ALONE, Batch, Branches, Means, Terms, draw_
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
 
-Images = np.ndarray[Any, np.dtype[np.uint8]] | Tensor  # uint8 [N, C, H, W]; a memmap is an ndarray
+Images = np.ndarray[Any, np.dtype[np.uint8]] | KeptPixels | Tensor  # uint8 [N, C, H, W]
+HASHED_AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,16 @@ def _draws(
         return lambda step, indices: draw_batch(config, task.seed, step, choose(indices), branches.prefix_layers)
     views = Views(config, task.reuse, branches, len(images), choose)
     if cache is not None:
-        pixels = images.cpu().numpy() if isinstance(images, Tensor) else images
-        views.keep(cache, hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest(), on_rows)
+        views.keep(cache, _digest(images), on_rows)
     return partial(views.batch, task.seed)
+
+
+def _digest(images: Images) -> str:
+    found = hashlib.sha256()
+    for first in range(0, len(images), HASHED_AT_ONCE):
+        some = images[first : first + HASHED_AT_ONCE]
+        found.update(np.ascontiguousarray(some.cpu().numpy() if isinstance(some, Tensor) else some).data)
+    return found.hexdigest()
 
 
 def _choose(images: Images, indices: Tensor, device: torch.device) -> Tensor:

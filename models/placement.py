@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lwfed.data.images import Pixels
+from lwfed.data.kept import KeptPixels
 from lwfed.errors import ConfigError
 
 
@@ -57,6 +59,6 @@ def move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def move_images(pixels: Pixels, device: torch.device) -> Pixels | Tensor:
-    """Images [N, C, H, W]: all of them on an accelerator; in main memory, where they may be mapped from a file, as they are."""
-    return pixels if device.type == "cpu" else torch.from_numpy(pixels).to(device)
+def move_images(pixels: Pixels | KeptPixels, device: torch.device) -> Pixels | KeptPixels | Tensor:
+    """Images [N, C, H, W]: all of them on an accelerator; on the processor, where they may be in a file, as they are."""
+    return pixels if device.type == "cpu" else torch.from_numpy(np.asarray(pixels)).to(device)

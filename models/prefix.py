@@ -9,14 +9,15 @@ An engine is used for a stage only after its tokens have been compared with torc
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ TRIAL_S = 0.3  # for timing one engine
 GRAPH_S = 60.0
 
 Array = npt.NDArray[Any]
+Found = TypeVar("Found")
 
 
 class Prefix(Protocol):
@@ -92,54 +94,72 @@ def make_prefix(
     if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
         return Chosen(plain, "as configured" if wanted == "torch" else "nothing to gain")
     reference = plain(trial, ())
+
+    def judge(made: Prefix) -> tuple[float, float]:
+        return relative_error(made(trial, ()), reference), _time(made, trial) if wanted == "auto" else 0.0
+
     seconds: dict[str, float] = {}
     refused: list[str] = []
     for engine in (wanted,) if wanted != "auto" else ("onnx", "onnx_int8"):
-        made = _attempt(encoder, layers, model, engine, folder)  # the one before has gone: memory holds one at a time
-        if isinstance(made, str):
-            refused.append(f"{engine}: {made}")
+        tried = _attempt(encoder, layers, model, engine, folder, judge)  # the one before has gone: memory holds one at a time
+        if isinstance(tried, str):
+            refused.append(f"{engine}: {tried}")
             continue
-        error = relative_error(made(trial, ()), reference)
+        made, (error, taken) = tried
         if not error <= TOLERANCE[engine]:  # nor is a NaN
             refused.append(f"{engine}: off by {error:.2%} of torch's tokens, more than {TOLERANCE[engine]:.2%}")
         elif wanted != "auto":
             return Chosen(made, "as configured")
         else:
-            seconds[engine] = _time(made, trial)
-        del made
+            seconds[engine] = taken
+        del made, tried
         give_back()
     if wanted != "auto":
         return Chosen(plain, "; ".join(refused))
     seconds["torch"] = _time(plain, trial)
     best = min(seconds, key=lambda engine: seconds[engine])
-    chosen = plain if best == "torch" else _attempt(encoder, layers, model, best, folder)
     speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
-    if isinstance(chosen, str):  # it could be had a moment ago
-        return Chosen(plain, chosen)
-    return Chosen(chosen, "; ".join([speeds, *refused]))
+    again = (plain, 0) if best == "torch" else _attempt(encoder, layers, model, best, folder, lambda made: made(trial, ()))
+    if isinstance(again, str):  # it could be had a moment ago
+        return Chosen(plain, again)
+    return Chosen(again[0], "; ".join([speeds, *refused]))
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:
     return float((found - reference).norm() / reference.norm())
 
 
-def _attempt(encoder: VisionTransformer, layers: int, model: ModelSection, engine: str, folder: Path) -> Prefix | str:
-    """The engine, or why it cannot be had."""
+def _attempt(
+    encoder: VisionTransformer, layers: int, model: ModelSection, engine: str, folder: Path, judge: Callable[[Prefix], Found]
+) -> tuple[Prefix, Found] | str:
+    """The engine and what `judge` says of it, or why it cannot be had. A graph that does not work is made anew, once."""
+    graph = graph_path(folder, model, engine == "onnx_int8")
+    kept = graph.is_file()
     try:
-        return OnnxPrefix(encoder, layers, model, engine == "onnx_int8", folder)
+        made = OnnxPrefix(encoder, layers, model, engine == "onnx_int8", folder)
+        return made, judge(made)
     except ImportError:
         return "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
         return f"its graph cannot be made ({last[-1] if last else error}): pip install 'lwfed[onnx]'"
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    with contextlib.suppress(OSError):
+        graph.unlink(missing_ok=True)
+    if kept and not graph.exists():
+        return _attempt(encoder, layers, model, engine, folder, judge)
+    return f"its graph {graph} does not work ({said}): pip install --upgrade 'lwfed[onnx]'"
+
+
+def graph_path(folder: Path, model: ModelSection, int8: bool) -> Path:
+    hidden = int(model.width * model.mlp_ratio)
+    return folder / f"layer-{model.width}-{model.heads}-{hidden}{'-int8' if int8 else ''}.onnx"
 
 
 def graph_file(folder: Path, model: ModelSection, int8: bool) -> Path:
     """The layer's graph, made at first use."""
-    hidden = int(model.width * model.mlp_ratio)
-    path = folder / f"layer-{model.width}-{model.heads}-{hidden}{'-int8' if int8 else ''}.onnx"
+    path, hidden = graph_path(folder, model, int8), int(model.width * model.mlp_ratio)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".layer-", delete=False) as file:

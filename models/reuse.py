@@ -70,6 +70,7 @@ class FeatureCache:
     folder: Path
     parts: tuple[str, ...]  # digests of the frozen parts, in model order
     room_bytes: float  # at most
+    spare_bytes: float = 0.0  # of the free disk, left to others
 
     def prefixes(self) -> list[str]:
         """Names of all that the prefix begins with, the stem alone first, and of itself."""
@@ -84,7 +85,8 @@ class FeatureCache:
         for unfinished in self.folder.glob(f"*{UNFINISHED}"):
             unfinished.unlink()
         held = sum(file.stat().st_size for file in self.folder.iterdir())
-        return min(self.room_bytes - held, FREE_SHARE * shutil.disk_usage(self.folder).free)
+        free = shutil.disk_usage(self.folder).free
+        return min(self.room_bytes - held, FREE_SHARE * free, free - self.spare_bytes)
 
     def forget(self, but: Path | None = None) -> None:
         forget(self.folder, but)

@@ -85,7 +85,15 @@ class Terms:
 
 
 METHOD_ALONE = Terms()
-VIEWS_AT_ONCE = 64  # made at a time, also where fewer go through the layers: hardly faster with more, much slower with few
+# Views made at a time, also where fewer go through the layers: hardly faster with more, much slower with few. Transforms hold
+# several times what they give, so of large images fewer.
+VIEWS_AT_ONCE, VIEW_BYTES_AT_ONCE = 64, 4e6
+
+
+def views_at_once(micro_batch: int, image_bytes: float) -> int:
+    """How many views of `image_bytes` in float32 are made at a time for micro-batches: of several of these, all."""
+    wanted = min(VIEWS_AT_ONCE, int(VIEW_BYTES_AT_ONCE // image_bytes))
+    return micro_batch * max(1, -(-wanted // micro_batch))
 
 
 def prepare(
@@ -324,7 +332,7 @@ class _Run:
     def _pixels(self, number: int, rows: slice) -> Tensor:
         if self.pieces == 1:
             return self._view(number, rows)
-        block = self._size * -(-VIEWS_AT_ONCE // self._size)
+        block = views_at_once(self._size, 4 * self._batch.images[0].numel())
         first = rows.start // block * block
         if self._made is None or self._made[0] != (number, first):
             self._made = (number, first), self._view(number, slice(first, first + block))

@@ -74,6 +74,10 @@ def judge(record: Record, budget_mb: float) -> dict[str, Any]:
     return {**record, "fits": "memory" in record and record["memory"]["peak_mb"] <= (record["limit_mb"] or budget_mb)}
 
 
+def tried(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if not record.get("skipped")]
+
+
 def measured(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "memory" in record]
 
@@ -81,7 +85,7 @@ def measured(records: Iterable[Record]) -> list[Record]:
 def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) -> dict[str, Any]:
     """The first strategy whose measured stages all fit, with the fastest number of threads; and sentences for people.
 
-    `memory_mb` is what the agent should be allowed. Cases under each limit are judged apart.
+    `memory_mb` is what the agent should be allowed, for which it plans as it has been measured. Cases under each limit are judged apart.
     """
     texts, best = [], None
     for strategy, limit in dict.fromkeys((record["strategy"], record["limit_mb"]) for record in records):
@@ -95,10 +99,12 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
             verb = "was not tried in" if first.get("skipped") else "does not fit into"
             texts.append(f"{strategy} {verb} {room}: {first.get('reason') or f'it takes {largest(measured(own)):.0f} MB'}.")
     if best is None:
-        return {"strategy": None, "texts": [*texts, *_advice(config)]}
+        return {"strategy": None, "texts": [*texts, *(_advice(config) if tried(records) else ["Nothing was tried."])]}
     times = {count: _time([record for record in best if record["threads"] == count]) for count in {record["threads"] for record in best}}
     threads = min(times, key=lambda count: (times[count], count))
-    wished = math.ceil(MARGIN * largest([record for record in best if record["threads"] == threads]) / 10) * 10
+    own = [record for record in best if record["threads"] == threads]
+    needs = max(record["planned"]["needs_mb"] for record in own)
+    wished = math.ceil(max(MARGIN * largest(own), needs) / 10) * 10
     allow = min(wished, math.floor(best[0]["limit_mb"] or budget_mb))
     strategy = best[0]["strategy"]
     texts.append(f"Recommended: {strategy} with train.threads {threads}; allow the agent {allow} MB.")

@@ -19,11 +19,11 @@ from lwfed.config import RunConfig, load_config
 from lwfed.console import counted
 from lwfed.edge_agent.agent import torch_version
 from lwfed.edge_agent.profiling import measure
-from lwfed.edge_agent.profiling.cases import PAPER, Case, judge, make_cases, measured, recommend
+from lwfed.edge_agent.profiling.cases import PAPER, Case, judge, make_cases, measured, recommend, tried
 from lwfed.edge_agent.profiling.condition import condition
 from lwfed.edge_agent.profiling.limits import NO_LIMIT, limited
 from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit
-from lwfed.edge_agent.profiling.page import page
+from lwfed.edge_agent.profiling.page import page, reasons
 from lwfed.edge_agent.resources import MB, own_share_bytes
 from lwfed.errors import ConfigError, MissingDependency, StateError
 from lwfed.plan import Strategy
@@ -50,7 +50,10 @@ class Profile:
 
 
 def run_profile(told: Profile) -> int:
-    """Measure, print, and leave report.json and report.html; returns the exit code: 1 where the first strategy does not fit."""
+    """Measure, print, and leave report.json and report.html; returns the exit code.
+
+    1 where the first strategy does not fit, and that of MissingDependency where nothing was tried for want of limits.
+    """
     if torch_version() is None:
         raise MissingDependency("measuring needs torch: `edge-agent doctor` says which")
     config = load_config(told.config, told.settings)
@@ -74,7 +77,8 @@ def run_profile(told: Profile) -> int:
         click.echo(
             "\n".join((*table(report), "", f"Before: {before.text}.", f"After:  {after.text}.", f"report: {told.out / 'report.html'}"))
         )
-    return int(not all(record["fits"] for record in records if record["strategy"] == records[0]["strategy"]))
+    first = tried(record for record in records if record["strategy"] == records[0]["strategy"])
+    return int(not all(record["fits"] for record in first)) if first else MissingDependency.exit_code
 
 
 def measure_case(case: Case, told: Profile, on_step: Callable[[int, int], None]) -> dict[str, Any]:
@@ -134,20 +138,24 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield start + (_figures(record) if "memory" in record else f"  {record['reason']}")
     if measured(report["cases"]):
         yield "Peak: the training process by its high-water mark, the control process by its share. Training: beside libraries."
+        yield ""
+    yield from reasons(report["cases"])
     yield ""
     yield from report["recommended"]["texts"]
     yield ""
     yield "The paper (Table 2, ViT-Tiny, batch 512, GPU memory) has end to end 8.72 GB, layer-wise 2.61 GB: 3.34x; progressive 8.69 GB."
 
 
-HEAD = {"peak": 8, "training": 10, "swap": 6, "files": 7, "s/step": 9, "s/epoch": 9, "MB down": 9, "MB up": 7, "fits": 6}
+HEAD = {"peak": 8, "training": 10, "swap": 6, "files": 7, "s/step": 9, "s/epoch": 9, "MB down": 9, "MB up": 7}
+HEAD |= {"frozen by": 11, "at a time": 11, "fits": 6}
 
 
 def _figures(record: dict[str, Any]) -> str:
     memory = record["memory"]
     megabytes = "".join(f"{memory[key]:{HEAD[name]}.0f}" for name, key in MEMORY.items())
     travels = f"{record['bytes_down'] / 1e6:9.1f}{record['bytes_up'] / 1e6:7.1f}"
-    return f"{megabytes}{record['step_s']:9.2f}{record['epoch_s']:9.1f}{travels}{'yes' if record['fits'] else 'NO':>6}"
+    planned = f"{record['planned']['prefix']:>11}{record['planned']['micro_batch']:11}"
+    return f"{megabytes}{record['step_s']:9.2f}{record['epoch_s']:9.1f}{travels}{planned}{'yes' if record['fits'] else 'NO':>6}"
 
 
 MEMORY = {"peak": "peak_mb", "training": "training_mb", "swap": "swap_mb", "files": "files_mb"}

@@ -2,7 +2,7 @@
 
 In:   {"order": what `lwfed.edge_agent.worker` reads, "threads", "sample_s", "state": folder}
 Out:  {"event": "ready", "pid", "before_mb"}  the training process and its high-water mark, when it has made its imports
-      what the training process says from then on
+      what the training process says from then on; its "needs_mb" with what this one takes
 
 It holds what `edge-agent join` holds, journal, blob stores, session and MQTT client, made the same way, and drives the
 training process with the same code; it is only connected to nothing.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lwfed.child import Json, Said, serve
@@ -20,7 +21,7 @@ from lwfed.console import Console
 from lwfed.edge_agent import events
 from lwfed.edge_agent.agent import Agent, Join
 from lwfed.edge_agent.process import FromChild, TrainingProcess
-from lwfed.edge_agent.resources import HIGH_WATER, status_mb
+from lwfed.edge_agent.resources import HIGH_WATER, own_mb, status_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.mqtt import MqttTransport
@@ -50,6 +51,8 @@ class Control:
             elif isinstance(event, events.WorkerError):
                 say({"event": "error", "kind": event.kind, "message": event.message})
                 running = False
+            elif isinstance(event, events.WorkerPlanned):
+                say({"event": "planned", **asdict(replace(event, needs_mb=round(event.needs_mb + own_mb(), 1)))})
             elif isinstance(said, Said):
                 say(said.data)
                 running = said.data["event"] != "done"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import queue
 import shutil
 import statistics
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.config import RunConfig
@@ -36,6 +39,7 @@ SAMPLE_S = 0.25
 CONTROL = "lwfed.edge_agent.profiling.control"
 SAMPLE = "lwfed.edge_agent.profiling.sample"
 PUBLISHED = "lwfed.models.end_to_end"
+SCRATCH = "profile-"  # and the process that it belongs to
 
 OnStep = Callable[[int, int], None]  # done, of how many
 OnReady = Callable[[float], None]  # MB that the program holds with its imports made
@@ -140,14 +144,22 @@ def agent(
 
 
 def published(
-    config: RunConfig, stage: int, steps: int, on_step: OnStep, enough_s: float, micro_batch: int | None = None, compiled: bool = False
+    config: RunConfig,
+    stage: int,
+    steps: int,
+    on_step: OnStep,
+    enough_s: float,
+    micro_batch: int | None = None,
+    compiled: bool = False,
+    kernels: bool = False,
 ) -> Measured:
     """The plain baseline; after `enough_s` seconds with at least one step that counts. Raises DidNotFit and WorkerFailed."""
     with _scratch() as folder:
         file, state = folder / "config", folder / "state"
         state.mkdir()
         file.write_bytes(config.to_bytes())
-        told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch, "compile": compiled}
+        told = {"config": str(file), "stage": stage, "steps": WARM_UP + steps, "micro_batch": micro_batch}
+        told |= {"compile": compiled, "kernels": kernels}
         environment = {
             "OMP_NUM_THREADS": str(config.train.threads),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
@@ -232,6 +244,8 @@ def _failed(kind: str, message: str) -> Exception:
 
 def _ask(order: Json) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", SAMPLE], input=json.dumps(order), capture_output=True, text=True)
+    if done.returncode == StateError.exit_code:
+        raise OSError(done.stderr.strip())
     if done.returncode != 0:
         problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise WorkerFailed(f"no model could be made to measure with ({problem}): `edge-agent doctor` checks torch")
@@ -244,12 +258,20 @@ def _scratch() -> Iterator[Path]:
     place = state_home() / "edge-agent"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="profile-", dir=place))
+        for left in place.glob(f"{SCRATCH}*"):  # by one that was killed
+            if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=place))
     except OSError as error:
-        raise StateError(
-            f"{place} cannot hold what is measured with ({error.strerror}): check its permissions, or set XDG_STATE_HOME"
-        ) from None
+        raise _unusable(place, error) from None
     try:
         yield folder
+    except OSError as error:
+        raise _unusable(place, error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unusable(place: Path, error: OSError) -> StateError:
+    why = error.strerror or error
+    return StateError(f"{place} cannot hold what is measured with ({why}): check its permissions and free space, or set XDG_STATE_HOME")

@@ -36,6 +36,7 @@ def page(report: Mapping[str, Any]) -> str:
         + (", further to the right" if memory and budget_mb > FAR * max(sum(one[1]) for one in memory) else ""),
         times=bars(times, "s"),
         rows="\n".join(_row(one) for one in report["cases"]),
+        reasons="\n".join(f"<li>{escape(text)}</li>" for text in reasons(report["cases"])),
         paper="\n".join(_paper(report["paper"], found)),
         before=escape(Condition(**report["before"]).text),
         after=escape(Condition(**report["after"]).text),
@@ -46,6 +47,11 @@ def page(report: Mapping[str, Any]) -> str:
 def name(record: Record) -> str:
     limit = "" if record["limit_mb"] is None else f", {record['limit_mb']} MB"
     return f"{record['strategy']} {record['stage']}, {record['threads']} thr.{limit}"
+
+
+def reasons(records: Sequence[Record]) -> list[str]:
+    """Why each measured case is computed as it is."""
+    return [f"{name(record)}: {record['planned']['reason']}" for record in measured(records)]
 
 
 def bars(rows: Sequence[tuple[str, tuple[float, float], bool]], unit: str, mark: float | None = None) -> str:
@@ -87,12 +93,20 @@ def _line(x: float, height: int, value: float, unit: str) -> str:
 def _row(record: Record) -> str:
     head = f'<tr><th scope="row">{escape(name(record))}</th>'
     if "memory" not in record:
-        return f'{head}<td colspan="9" class="reason">{escape(record["reason"])}</td></tr>'
+        return f'{head}<td colspan="11" class="reason">{escape(record["reason"])}</td></tr>'
     memory, group = record["memory"], record["memory"]["group_peak_mb"]
     cells = [f"{memory[key]:.0f}" for key in ("peak_mb", "baseline_mb", "training_mb", "swap_mb", "files_mb")]
     cells += ["" if group is None else f"{group:.0f}", f"{record['step_s']:.2f}", f"{record['epoch_s']:.1f}"]
     cells.append(f"{record['bytes_down'] / 1e6:.1f} / {record['bytes_up'] / 1e6:.1f}")
+    cells += [record["planned"]["prefix"], str(record["planned"]["micro_batch"])]
     return head + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _beside(own: Sequence[Record]) -> list[str]:
+    """Of the cases of one strategy: largest peak, mean operations of a step, mean bytes of a round."""
+    gmacs = sum(record["gmacs"] for record in own) / len(own)
+    travels = sum(record["bytes_down"] + record["bytes_up"] for record in own) / len(own)
+    return [f"{largest(own):.0f}", f"{gmacs:.0f}", f"{travels / 1e6:.1f}"]
 
 
 def _paper(paper: Mapping[str, Mapping[str, float]], found: Sequence[Record]) -> Iterator[str]:
@@ -100,5 +114,5 @@ def _paper(paper: Mapping[str, Mapping[str, float]], found: Sequence[Record]) ->
     for strategy, row in paper.items():
         cells = [f"{row[key]:g} ({whole[key] / row[key]:.2f}x less)" if row is not whole else f"{row[key]:g}" for key in whole]
         own = [record for record in found if record["strategy"] == strategy]
-        cells.append(f"{largest(own):.0f}" if own else "not measured")
+        cells += _beside(own) if own else ["not measured", "", ""]
         yield f'<tr><th scope="row">{strategy}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -4,7 +4,8 @@ In:   {"config": file, "stage", "images": count, "folder"}, one line of JSON
 Out:  {"parts": {part: file}, "data": file, "bytes_down", "bytes_up", "macs"}
 
 Images are seeded noise, which is honest for time and memory: neither depends on what the pixels show. Bytes are those of
-the files that travel in a round; `macs` are multiply-accumulates of one optimiser step. A process of its own, for torch.
+the files that travel in a round; `macs` are multiply-accumulates of one optimiser step. A process of its own, for torch. It ends
+with the exit code of StateError where the folder does not take its files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lwfed.config import RunConfig
+from lwfed.errors import StateError
 from lwfed.models.cost import true_macs
 from lwfed.models.initial import init_part
 from lwfed.models.measure import measure
@@ -51,7 +53,12 @@ def make_sample(config: RunConfig, stage: int, images: int, folder: Path) -> dic
 def main() -> None:
     order = json.load(sys.stdin)
     config = RunConfig.from_bytes(Path(order["config"]).read_bytes())
-    sys.stdout.write(json.dumps(make_sample(config, order["stage"], order["images"], Path(order["folder"]))) + "\n")
+    try:
+        made = make_sample(config, order["stage"], order["images"], Path(order["folder"]))
+    except OSError as error:
+        sys.stderr.write(error.strerror or str(error))
+        sys.exit(StateError.exit_code)
+    sys.stdout.write(json.dumps(made) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoded images on disk: made once, then memory-mapped, so that they cost address space and not RAM."""
+"""Decoded images on disk: made once, then read as they are wanted (`lwfed.data.kept`)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lwfed.data.images import Pixels, Shape
+from lwfed.data.kept import KeptPixels
 
 
-def load(folder: Path, name: str, key: str) -> tuple[Pixels, npt.NDArray[np.int64]] | None:
+def load(folder: Path, name: str, key: str) -> tuple[KeptPixels, npt.NDArray[np.int64]] | None:
     """The images kept under `key`, and the row numbers that `store` was given for them; None if there are none."""
     pixels_file, index_file = _files(folder, name, key)
     try:
         rows = np.asarray(json.loads(index_file.read_text("utf-8")), dtype=np.int64)
-        # Copy on write: torch wants writable arrays, and nothing may ever reach the file.
-        pixels = np.load(pixels_file, mmap_mode="c")[: len(rows)]
-    except (OSError, ValueError, EOFError):
+        return KeptPixels(pixels_file, len(rows)), rows
+    except (OSError, ValueError):
         return None
-    return (pixels, rows) if len(pixels) == len(rows) else None
 
 
 def store(folder: Path, name: str, key: str, count: int, shape: Shape, found: Iterable[tuple[int, Pixels]]) -> None:

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from lwfed.data import cache, images, scan
 from lwfed.data.images import Images, Pixels, Shape
+from lwfed.data.kept import KeptPixels
 from lwfed.data.source import Progress
 from lwfed.errors import DataError, StateError
 
 
 def read(folder: Path, files: list[Path], shape: Shape, name: str, kept: Path | None, progress: Progress | None) -> Images:
-    """The readable images among `files` below `folder`; with `kept`, memory-mapped from there under `name`.
+    """The readable images among `files` below `folder`; with `kept`, in a file there under `name`.
 
     Raises DataError when no file can be read, StateError when `kept` cannot be written.
     """
@@ -42,7 +43,7 @@ def _decode_in_memory(files: list[Path], shape: Shape, progress: Progress | None
 
 def _decode_to_disk(
     folder: Path, files: list[Path], shape: Shape, name: str, kept: Path, progress: Progress | None
-) -> tuple[Pixels, npt.NDArray[np.int64]]:
+) -> tuple[KeptPixels, npt.NDArray[np.int64]]:
     key = digest(shape.size, shape.channels, [_version(folder, path) for path in files])
     return cache.load(kept, name, key) or keep(kept, name, key, len(files), shape, _decode(files, shape, progress))
 
@@ -68,7 +69,7 @@ def _version(folder: Path, path: Path) -> tuple[str, int, int]:
 
 def keep(
     kept: Path, name: str, key: str, count: int, shape: Shape, found: Iterator[tuple[int, Pixels]]
-) -> tuple[Pixels, npt.NDArray[np.int64]]:
+) -> tuple[KeptPixels, npt.NDArray[np.int64]]:
     """`cache.store` and `cache.load` of it, with errors that say what to do."""
     try:
         cache.store(kept, name, key, count, shape, found)

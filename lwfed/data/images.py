@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from lwfed.data.kept import KeptPixels
 from lwfed.data.scan import open_image
 
 Pixels = npt.NDArray[np.uint8]
@@ -19,7 +20,7 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Images:
-    pixels: Pixels  # [N, C, H, W]; may be memory-mapped
+    pixels: Pixels | KeptPixels  # [N, C, H, W]
     labels: Labels | None  # [N], indices into `classes`
     classes: tuple[str, ...]
     skipped: int = 0  # files that look like images but cannot be read

@@ -122,7 +122,7 @@ def _labelled(source: Source, config: RunConfig) -> Images:
 
 
 def _share(source: Source, config: RunConfig, participant: int | None, kept: Path | None, progress: Progress | None) -> Images:
-    """The rows of a divided source that `participant` trains on, or the server's auxiliary ones; memory-mapped where they are kept."""
+    """The rows of a divided source that `participant` trains on, or the server's auxiliary ones; in a file where they are kept."""
     shape, name = _shape(config), "auxiliary" if participant is None else "device"
     key = folder.digest(fingerprint(source, config), participant, shape.size, shape.channels)
     if kept and (ready := cache.load(kept, name, key)):
@@ -133,7 +133,7 @@ def _share(source: Source, config: RunConfig, participant: int | None, kept: Pat
     else:
         rows = divide_set(found, source, config).shares.devices[participant]
     arrays = _counted(found.read(rows), len(rows), progress)
-    if kept:  # mapped in this call as in later ones, so that every round has the same memory
+    if kept:  # read from there in this call as in later ones, so that every round has the same memory
         return Images(folder.keep(kept, name, key, len(rows), shape, enumerate(images.resize_each(arrays, shape)))[0], None, ())
     return Images(images.resize_all(arrays, len(rows), shape), None, ())
 

@@ -11,6 +11,7 @@ import pytest
 from lwfed.cloud_server.serve import check_sources
 from lwfed.config import load_config
 from lwfed.data import archive, open_source
+from lwfed.data.kept import KeptPixels
 from lwfed.data.load import auxiliary_images, device_images, labelled_images
 from lwfed.errors import DataError
 
@@ -46,7 +47,7 @@ def make(tmp_path):
 
 
 def values(images):
-    return images.pixels[:, 0, 0, 0].tolist()
+    return images.pixels[:][:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -56,7 +57,7 @@ def test_devices_share_what_is_for_training_and_no_image_twice(make, tmp_path, s
     shares = [device_images(spec, settings, number, tmp_path / f"kept{number}" if kept else None) for number in range(3)]
     assert sorted(chain(*map(values, shares))) == list(range(42))
     assert [len(share) for share in shares] == [14] * 3
-    assert isinstance(shares[0].pixels, np.memmap) == kept
+    assert isinstance(shares[0].pixels, KeptPixels) == kept
     assert all(share.pixels.shape[1:] == (3, 16, 16) for share in shares)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from lwfed.config import load_config
 from lwfed.data import downloads, open_source, torchvision_sets
 from lwfed.data.division import divide
+from lwfed.data.kept import KeptPixels
 from lwfed.data.load import auxiliary_images, device_images, labelled_images
 from lwfed.errors import DataError, MissingDependency
 
@@ -173,14 +174,14 @@ def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path):
     assert calls == [(1, 3), (2, 3), (3, 3)]
     again = decode()
     assert not calls
-    assert isinstance(again.pixels, np.memmap)
+    assert isinstance(again.pixels, KeptPixels)
     assert np.array_equal(first.pixels, again.pixels)
-    again.pixels[0] = 0  # writable, as torch wants, and private
+    again.pixels[:1][0] = 0  # writable, as torch wants, and nobody else's
     paint(folder / "b.png", colour=(1, 2, 3), size=(9, 9))
     changed = decode()
     assert len(calls) == 3
-    assert changed.pixels[1, :, 0, 0].tolist() == [1, 2, 3]
-    assert changed.pixels[0, 0, 0, 0] == 200
+    assert changed.pixels[:][1, :, 0, 0].tolist() == [1, 2, 3]
+    assert changed.pixels[:][0, 0, 0, 0] == 200
     assert len(list(kept.iterdir())) == 2, "the old images went"
 
 
@@ -194,7 +195,7 @@ def test_kept_images_that_a_power_cut_emptied_are_decoded_again(folder, tmp_path
 def test_every_call_gives_the_same_kind_of_thing(folder, tmp_path, spec):
     source = str(folder) if spec == "folder" else spec
     first, later = (device_images(source, config(), 1, tmp_path / "kept") for _ in range(2))
-    assert isinstance(first.pixels, np.memmap)
+    assert isinstance(first.pixels, KeptPixels)
     assert type(first.pixels) is type(later.pixels)
     assert np.array_equal(first.pixels, later.pixels)
     assert first.labels is later.labels is None
@@ -206,7 +207,7 @@ def test_digits_are_split_without_overlap_and_cover_everything(tmp_path):
     parts = [device_images("digits", settings, number, tmp_path) for number in range(3)]
     parts += [auxiliary_images(settings), labelled_images(settings)]
     assert sum(map(len, parts)) == 1797
-    assert parts[0].pixels.max() == 255
+    assert parts[0].pixels[:].max() == 255
     again = device_images("digits", settings, 2, tmp_path)
     assert np.array_equal(again.pixels, device_images("digits", settings, 2).pixels)
 
@@ -222,7 +223,7 @@ def sites(tmp_path):
 
 def shares(spec, *settings, kept=None):
     found = config("evaluation.data=null", "calibration.every=never", *settings)
-    return [device_images(spec, found, number, kept, shared=True).pixels[:, :2, 0, 0].tolist() for number in range(found.data.devices)]
+    return [device_images(spec, found, number, kept, shared=True).pixels[:][:, :2, 0, 0].tolist() for number in range(found.data.devices)]
 
 
 @pytest.mark.parametrize("partition", ["even", "dirichlet", "classes", "quantity", "folders"])

@@ -161,7 +161,7 @@ class Device:
 
     def planned(self, order):
         fixed = order["execution"] or {"prefix": "torch", "micro_batch": 16}
-        self.queue.append(events.WorkerPlanned(**fixed, reason="as configured"))
+        self.queue.append(events.WorkerPlanned(**fixed, reason="as configured", needs_mb=250.0))
 
     def finish(self, content=b"update" * 1000):
         self.places.out.write_bytes(content)

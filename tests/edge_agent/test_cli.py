@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,3 +196,10 @@ def test_what_is_no_size_is_refused(size):
     result = CliRunner().invoke(main, ["join", "mqtt://localhost", "--data", "digits", "--memory-budget", size])
     assert result.exit_code == 2
     assert "write it like 600MB or 1.5GB" in result.stderr
+
+
+def test_a_budget_below_the_agent_itself_is_refused_before_anything_starts(tmp_path):
+    arguments = ["mqtt://localhost", "--data", "digits", "--state", str(tmp_path / "state"), "--memory-budget", "5MB"]
+    result = CliRunner().invoke(main, ["join", *arguments])
+    assert result.exit_code == 78
+    assert re.search(r"--memory-budget 5MB: the agent takes \d+ MB here before it trains", result.stderr)

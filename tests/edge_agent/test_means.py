@@ -1,16 +1,20 @@
 """How a device computes a stage: chosen within its memory, kept over rounds, the same in every repetition."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from lwfed.config import load_config
+from lwfed.edge_agent import worker
 from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
-from lwfed.errors import Unfit
+from lwfed.errors import StateError, Unfit
+from lwfed.models import fitting
 from lwfed.models.initial import init_parts
+from lwfed.models.reuse import forget
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
@@ -20,6 +24,7 @@ needs_onnx = pytest.mark.skipif(
 )
 SMALL = ["model={image_size: 8, patch_size: 4, width: 32, heads: 2, depth: 3}", "ssl={hidden_dim: 8, output_dim: 8}", "train.epochs=1"]
 AMPLE_MB = 1e6
+REUSED = ["train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +46,13 @@ def means(made, stage, tmp_path, budget_mb=AMPLE_MB):
 def test_where_nothing_is_frozen_torch_does_it_all(tmp_path):
     found = means(config("train.prefix=auto"), 1, tmp_path)
     assert (found.engine, found.micro_batch, found.reason) == ("torch", 20, "no layer is frozen")
+
+
+def test_a_backbone_with_batch_statistics_says_why_batches_stay_whole(tmp_path):
+    made = load_config("resnet18", ["model.image_size=8", "train.prefix=torch", "train.micro_batch=auto"])
+    found = means(made, 1, tmp_path)
+    assert found.micro_batch == 20
+    assert found.reason.endswith("; batches whole, for this backbone has statistics of the batch")
 
 
 @needs_onnx
@@ -73,7 +85,7 @@ class Device:
 
     def __init__(self, root, made, stage):
         self.config, self.root, self.stage = made, root, stage
-        self.planned, self.worker = [], Worker()
+        self.planned, self.reasons, self.worker = [], [], Worker()
         (root / "config").write_bytes(made.to_bytes())
         self.parts = {}
         for part, held in by_part(init_parts(made, made.plan(stage).present)).items():
@@ -92,6 +104,7 @@ class Device:
     def hear(self, said):
         if said["event"] == "planned":
             self.planned.append({name: said[name] for name in ("prefix", "micro_batch")})
+            self.reasons.append(said["reason"])
 
 
 @needs_onnx
@@ -105,8 +118,6 @@ def test_a_repetition_in_another_process_gives_the_same_bits(tmp_path, prefix):
 
 @needs_onnx
 def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, monkeypatch):
-    from lwfed.edge_agent import worker
-
     made = []
     find = worker.find_means
     monkeypatch.setattr(worker, "find_means", lambda *given: made.append(1) or find(*given))
@@ -128,3 +139,58 @@ def test_what_an_earlier_round_has_fixed_wins_over_the_configuration(tmp_path):
     device = Device(tmp_path, config("train.prefix=torch", "train.micro_batch=16"), 2)
     device.train(1, {"prefix": "torch", "micro_batch": 3})
     assert device.planned == [{"prefix": "torch", "micro_batch": 3}]
+
+
+class Disk:
+    """Writing updates fails as long as more than `free` bytes of features are kept."""
+
+    def __init__(self, monkeypatch, device, free):
+        self.features, self.write, self.free = device.root / "kept" / "features", worker.write_durably, free
+        monkeypatch.setattr(worker, "write_durably", self)
+
+    def __call__(self, path, data):
+        if sum(file.stat().st_size for file in self.features.glob("*")) > self.free:
+            raise OSError(28, "No space left on device")
+        self.write(path, data)
+
+
+def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
+    device = Device(
+        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
+    )
+    expected = device.train(1)
+    assert list((tmp_path / "kept" / "features").iterdir())
+    Disk(monkeypatch, device, free=0)
+    assert device.train(1) == expected
+    assert not list((tmp_path / "kept" / "features").iterdir())
+    Disk(monkeypatch, device, free=-1)
+    with pytest.raises(StateError, match=r"model and update cannot be written to .* \(No space left on device\): free some disk space"):
+        device.train(2)
+
+
+def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
+    device = Device(
+        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
+    )
+    update = len(device.train(1))
+    forget(tmp_path / "kept" / "features")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2.5 * update))
+    device.train(2)
+    assert sum(file.stat().st_size for file in (tmp_path / "kept" / "features").iterdir()) <= 0.5 * update
+
+
+def test_what_has_no_room_any_more_is_computed_with_fewer_images_at_a_time(tmp_path, monkeypatch):
+    """Only where an earlier round has fixed how many, and not the configuration."""
+    monkeypatch.setattr(fitting, "micro_batch", lambda config, *_: 2 if config.train.micro_batch == "auto" else refuse())
+
+    def refuse():
+        raise Unfit("there is room for 9 MB")
+
+    fixed = {"prefix": "torch", "micro_batch": 3}
+    device = Device(tmp_path, config("train.prefix=torch"), 2)
+    device.train(1, fixed)
+    assert device.planned == [{"prefix": "torch", "micro_batch": 2}]
+    assert "not as before, for stage 2: there is room for 9 MB" in device.reasons[0]
+    with pytest.raises(Unfit, match="room for 9 MB"):
+        Device(tmp_path, config("train.prefix=torch", "train.micro_batch=3"), 2).train(1, fixed)

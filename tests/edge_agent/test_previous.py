@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lwfed.config import load_config
-from lwfed.edge_agent.previous import Previous, forget
+from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.edge_agent.worker import Worker
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
@@ -120,3 +120,13 @@ def test_nothing_is_kept_without_moon(tmp_path, method):
     plain.train(2)
     shutil.rmtree(plain.kept)
     assert plain.train(1) == first
+
+
+def test_what_could_not_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_durably(tmp_path / "update.safetensors", b"update")
+    assert not list(tmp_path.iterdir())

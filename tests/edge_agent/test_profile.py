@@ -16,7 +16,7 @@ from lwfed.edge_agent.profiling.limits import Limit
 from lwfed.edge_agent.profiling.measure import DidNotFit, Measured, Sample
 from lwfed.edge_agent.profiling.memory import Footprint
 from lwfed.edge_agent.profiling.page import WIDTH, bars
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, MissingDependency
 
 
 def cases(*settings, **asked):
@@ -52,12 +52,15 @@ def test_a_stage_that_does_not_exist_is_named_with_those_that_do(strategies, sta
 
 def record(strategy="layer_wise", stage=1, peak=500.0, threads=1, limit=None, step=2.0, **changes):
     memory = {"peak_mb": peak, "baseline_mb": 300.0, "training_mb": peak - 300, "swap_mb": 0.0, "files_mb": 1.0, "group_peak_mb": None}
-    figures = {"memory": memory, "step_s": step, "epoch_s": 9 * step, "bytes_down": 10, "bytes_up": 10}
+    planned = {"prefix": "torch", "micro_batch": 10, "reason": "as configured", "needs_mb": 0.0}
+    figures = {"memory": memory, "planned": planned, "step_s": step, "epoch_s": 9 * step, "bytes_down": 10, "bytes_up": 10, "gmacs": 5.0}
     return {"strategy": strategy, "stage": stage, "threads": threads, "limit_mb": limit, **figures, **changes}
 
 
 def left_out(reason, **changes):
-    return {name: value for name, value in record(**changes).items() if name not in ("memory", "step_s", "epoch_s")} | {"reason": reason}
+    return {name: value for name, value in record(**changes).items() if name not in ("memory", "planned", "step_s", "epoch_s")} | {
+        "reason": reason
+    }
 
 
 def advise(*records, budget=600.0, settings=()):
@@ -157,7 +160,7 @@ def measured(monkeypatch, tmp_path):
     """Runs the command with figures in place of measurements: MB of each (strategy, stage); None dies."""
     asked = []
 
-    def run(*arguments, peaks, baseline=300.0, problem=""):
+    def run(*arguments, peaks, baseline=300.0, problem="", needs_mb=0.0):
         def sampled(config, stage, steps):
             return contextlib.nullcontext(Sample(tmp_path, tmp_path, {}, "", 100, 4_000_000, 2_000_000, 5e9))
 
@@ -168,7 +171,8 @@ def measured(monkeypatch, tmp_path):
             if peak is None:
                 raise DidNotFit("ended by SIGKILL")
             on_step(1, 2)
-            return Measured((2.0, 3.0), (), Footprint(peak, baseline, peak - 30, 30.0, 0.0, 1.0, False, "VmHWM", None))
+            planned = {"prefix": "onnx_int8", "micro_batch": 10, "reason": "onnx_int8 531 views/s", "needs_mb": needs_mb}
+            return Measured((2.0, 3.0), (), Footprint(peak, baseline, peak - 30, 30.0, 0.0, 1.0, False, "VmHWM", None), planned)
 
         monkeypatch.setattr(measure, "sampled", sampled)
         monkeypatch.setattr(measure, "agent", agent)
@@ -197,6 +201,11 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert not any(word in page for word in ("<script", '<link rel="stylesheet', "http-equiv", "<img"))
 
 
+def test_the_recommended_memory_is_what_planning_wants_where_that_is_more_than_the_peak(measured, tmp_path):
+    done = measured("--stages", "12", "--budget", "900", peaks={("layer_wise", 12): 420.0}, needs_mb=507.0)
+    assert "allow the agent 510 MB" in done.stdout
+
+
 def test_it_ends_with_1_where_the_strategy_does_not_fit(measured):
     done = measured("--stages", "12", "--json", peaks={("layer_wise", 12): None})
     assert done.exit_code == 1
@@ -208,7 +217,20 @@ def test_it_ends_with_1_where_the_strategy_does_not_fit(measured):
 def test_a_limit_that_cannot_be_had_is_left_out_with_its_reason(measured):
     done = measured("--stages", "12", "--limits", "512", peaks={}, problem="there is no systemd-run here")
     assert "layer_wise was not tried in 512 MB: no such limit: there is no systemd-run here" in done.stdout
-    assert (done.exit_code, measured.asked) == (1, [])
+    assert "Nothing was tried." in done.stdout
+    assert "train.batch_size" not in done.stdout
+    assert (done.exit_code, measured.asked) == (MissingDependency.exit_code, [])
+
+
+def test_what_was_planned_and_why_is_in_the_table_and_on_the_page(measured, tmp_path):
+    done = measured("--stages", "12", "--budget", "600", peaks={("layer_wise", 12): 500.0})
+    row = next(line for line in done.stdout.splitlines() if line.startswith("layer_wise "))
+    assert row.split()[-3:] == ["onnx_int8", "10", "yes"]
+    assert "layer_wise 12, 1 thr.: onnx_int8 531 views/s" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<td>onnx_int8</td><td>10</td>" in page
+    assert "<li>layer_wise 12, 1 thr.: onnx_int8 531 views/s</li>" in page
+    assert "<td>500</td><td>5</td><td>6.0</td>" in page, "beside the paper: peak, operations, bytes"
 
 
 @pytest.mark.parametrize(

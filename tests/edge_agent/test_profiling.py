@@ -1,5 +1,7 @@
 """The measuring core, on processes whose memory is known and on a small model."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lwfed.config import load_config
-from lwfed.edge_agent.profiling import limits, measure, memory
+from lwfed.edge_agent.profiling import limits, measure, memory, sample
 from lwfed.edge_agent.profiling.limits import limited
 from lwfed.edge_agent.profiling.measure import DidNotFit
 from lwfed.edge_agent.profiling.memory import Watch, filesystem, size_mb
@@ -206,3 +208,49 @@ def test_a_limit_that_is_not_in_force_is_not_pretended(systemd_run, script, text
 def test_without_control_groups_there_is_no_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "GROUPS", tmp_path)
     assert "control groups of version 2" in limited(512).problem
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    place = measure.state_home() / "edge-agent"
+    place.mkdir(parents=True)
+    return place
+
+
+def test_what_a_killed_measurement_has_left_goes_with_the_next(home, monkeypatch):
+    monkeypatch.setattr(measure, "_ask", lambda order: {"parts": {}, "data": "", "bytes_down": 0, "bytes_up": 0, "macs": 0.0})
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    kept = [f"profile-{os.getpid()}-other", "profile-x", "device"]
+    for name in (f"profile-{dead.pid}-abc", *kept):
+        (home / name).mkdir()
+    with measure.sampled(load_config("demo"), 1, 1):
+        assert len(list(home.iterdir())) == len(kept) + 1
+    assert sorted(one.name for one in home.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("where", ["here", "in the process that makes the model"])
+def test_a_full_disk_is_said_with_the_folder(home, monkeypatch, where):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if where == "here":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        done = subprocess.CompletedProcess([], StateError.exit_code, stderr="No space left on device")
+        monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: done)
+    told = pytest.raises(StateError, match=r"edge-agent cannot hold what is measured with \(No space left on device\).*free space")
+    with told, measure.sampled(load_config("demo"), 1, 1):
+        pass
+    assert not list(home.iterdir())
+
+
+def test_making_a_sample_on_a_full_disk_ends_with_the_code_of_a_state_error(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config").write_bytes(load_config("demo").to_bytes())
+    order = {"config": str(tmp_path / "config"), "stage": 1, "images": 2, "folder": str(tmp_path / "gone")}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(order)))
+    with pytest.raises(SystemExit) as ended:
+        sample.main()
+    assert ended.value.code == StateError.exit_code
+    assert capsys.readouterr().err == "No such file or directory"

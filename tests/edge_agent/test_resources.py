@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
+from lwfed.edge_agent import process
 from lwfed.edge_agent.resources import Meter, available_bytes
 from lwfed.wire.messages import MAX_CURVE
 
@@ -91,5 +94,34 @@ def test_what_is_available_is_within_the_limits_of_all_control_groups(tmp_path):
     assert available_bytes(proc, groups) == 3_000_000
     (leaf / "memory.max").write_text("4000000\n")
     assert available_bytes(proc, groups) == 0
-    proc.write_text("1:memory:/version-1\n")
+    (leaf / "memory.stat").write_text("anon 1000000\ninactive_file 3500000\n")
+    assert available_bytes(proc, groups) == 2_500_000, "cached files give way"
+    (leaf / "memory.high").write_text("3000000\n")
+    assert available_bytes(proc, groups) == 1_500_000, "beyond it all is slow"
+    proc.write_text("0::/elsewhere\n")
     assert available_bytes(proc, groups) > 10_000_000
+    assert available_bytes(tmp_path / "none", groups) > 10_000_000
+
+
+@pytest.mark.parametrize("path", ["/docker/1", "/"])
+def test_limits_of_control_groups_of_version_1_count(tmp_path, path):
+    proc, group = tmp_path / "self", tmp_path / "cgroup" / "memory" / path.lstrip("/")
+    group.mkdir(parents=True)
+    proc.write_text(f"11:cpu,cpuacct:/other\n4:memory:{path}\n0::/\n")
+    (group / "memory.limit_in_bytes").write_text("9000000\n")
+    (group / "memory.usage_in_bytes").write_text("8000000\n")
+    (group / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 500000\n")
+    assert available_bytes(proc, tmp_path / "cgroup") == 1_500_000
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert available_bytes(proc, tmp_path / "cgroup") > 10_000_000
+
+
+@pytest.mark.parametrize("budget_mb", [None, 400.0, 1.0])
+def test_of_the_budget_the_training_process_gets_what_its_agent_leaves(monkeypatch, budget_mb):
+    sent = []
+    child = SimpleNamespace(pid=os.getpid(), send=sent.append)
+    monkeypatch.setattr(process, "Child", lambda *_: child)
+    monkeypatch.setattr(process, "Meter", lambda _: SimpleNamespace(begin=lambda now: None))
+    monkeypatch.setattr(process, "own_mb", lambda: 57.0)
+    process.TrainingProcess(sent.append, 1).train({"do": "train", "budget_mb": budget_mb}, 1.0)
+    assert sent == [{"do": "train", "budget_mb": {None: None, 400.0: 343.0, 1.0: 0.0}[budget_mb]}]

@@ -1,6 +1,6 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
@@ -82,6 +82,29 @@ def test_after_memory_ran_out_each_try_takes_less_until_there_is_nothing_to_leav
     assert sizes == [16, 8, 4, 2, 1]
     assert codes == ["memory"] * 4 + ["unfit"]
     assert "not asked again until it is restarted" in device.texts("warning")[-1]
+    said = [text for text in device.texts("warning") if "at a time instead of" in text]
+    assert (
+        said[0] == "stage 1 goes on with 8 images at a time instead of 16, since memory ran out: its updates cannot be repeated bit for bit"
+    )
+    assert len(said) == 4
+
+
+def test_a_round_that_takes_more_than_the_budget_is_finished_as_it_began_and_the_next_takes_less(world):
+    server, device = world.training()
+    device.queue.append(WorkerOver(344.0, 300.0))
+    world.settle(0.2)
+    assert "stage 1, round 1 takes 344 MB for training, and 300 MB of --memory-budget are left for it" in device.texts("warning")
+    device.finish()
+    world.settle(2)
+    assert server.of(Offer)[0].report.execution.micro_batch == 16
+    assert "8 images at a time instead of 16, to keep to --memory-budget" in device.texts("warning")[-1]
+    server.announce(round=2)
+    server.assign(device.id, round=2)
+    world.settle(2)
+    assert device.worker[-1].order["execution"]["micro_batch"] == 8
+    device.finish()
+    world.settle(2)
+    assert device.journal.execution("demo", 1).micro_batch == 8, "the next round was within the budget"
 
 
 def test_how_a_stage_is_computed_is_told_once_and_prescribed_from_then_on(world):

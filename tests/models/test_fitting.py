@@ -3,7 +3,7 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.errors import Unfit
-from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, Need, measure, micro_batch
+from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, SPARE, VIEW_COPIES, Need, measure, micro_batch
 from lwfed.models.initial import init_parts
 from lwfed.models.prefix import TorchPrefix
 from lwfed.models.step import AT_ONCE, METHOD_ALONE, Means, Terms
@@ -67,6 +67,24 @@ def test_alignment_holds_further_branches(tiny):
 def test_the_micro_batch_is_as_prescribed_or_what_is_fast_and_fits(tiny, wanted, room, expected):
     config = tiny(f"train.micro_batch={wanted}")
     assert micro_batch(config, Need(1e6, PIECE_BYTES / 16), 100, CPU, room) == expected
+
+
+def test_views_take_their_share_while_they_are_made():
+    """A block of them is made at a time, of which transforms hold copies; large images come in small blocks."""
+    small, large = Need(0, 1e4, view=12e3, batch_size=512), Need(0, 1e4, view=6e5, batch_size=512)
+    copies = SPARE * VIEW_COPIES
+    assert small.of(8) == pytest.approx(copies * 64 * 12e3)
+    assert large.of(8) == pytest.approx(copies * 8 * 6e5), "6 are 4 MB"
+    assert small.of(512) == pytest.approx(copies * 512 * 12e3)
+    assert Need(0, 1e6, view=12e3, batch_size=512).of(100) == pytest.approx(SPARE * (100 * 1e6 + 100 * 12e3)), "layers keep more"
+    assert Need(0, 1e4, view=12e3, batch_size=5).of(5) == pytest.approx(copies * 5 * 12e3)
+
+
+def test_views_drawn_ahead_are_counted(tiny):
+    config, plan = tiny(), tiny().plan(2)
+    few, many = (measure(config, init_parts(config, plan.present), plan.trained, METHOD_ALONE, 8, drawn=count).fixed for count in (0, 1000))
+    boxes_and_order, amounts_and_sigma, flags = 8 * 8, 5 * 4, 4
+    assert many - few == 2 * 1000 * 2 * (boxes_and_order + amounts_and_sigma + flags)
 
 
 @pytest.mark.parametrize(("wanted", "least"), [("auto", 1), ("7", 7), ("null", 100)])

@@ -115,13 +115,46 @@ def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monk
         assert "pip install 'lwfed[onnx]'" in chosen.reason
 
 
+def damage(content):
+    """A graph that loads, and whose index of attention's third part is out of range."""
+    import onnx
+
+    model = onnx.load_from_string(content)
+    for one in model.graph.initializer:
+        if one.name == "at.v":
+            one.CopyFrom(onnx.numpy_helper.from_array(np.array(10, dtype=np.int64), "at.v"))
+    return model.SerializeToString()
+
+
+BROKEN = [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content)), damage]
+
+
 @needs_onnx
-def test_a_broken_graph_is_a_reason_and_no_crash(encoder, tmp_path):
+@pytest.mark.parametrize("spoil", BROKEN, ids=["empty", "cut", "zeros", "damaged"])
+def test_a_kept_graph_that_does_not_work_is_made_anew(encoder, graphs, tmp_path, spoil):
     model, config = encoder
-    module.graph_file(tmp_path, config.model, False).write_bytes(b"broken")
-    chosen = make_prefix(model, 3, config.model, "onnx", tmp_path, tokens(model))
+    file = module.graph_path(tmp_path, config.model, False)
+    whole = module.graph_file(graphs, config.model, False).read_bytes()
+    file.write_bytes(spoil(whole))
+    assert make_prefix(model, 3, config.model, "onnx", tmp_path, tokens(model)).prefix.engine == "onnx"
+    assert file.read_bytes() == whole
+
+
+@needs_onnx
+@pytest.mark.parametrize("wanted", ["onnx", "auto"])
+def test_a_new_graph_that_fails_when_it_runs_is_a_reason_that_names_it(encoder, graphs, tmp_path, monkeypatch, wanted):
+    model, config = encoder
+    spoilt = damage(module.graph_file(graphs, config.model, False).read_bytes())
+
+    def make(folder, *_):
+        module.graph_path(folder, config.model, False).write_bytes(spoilt)
+        return module.graph_path(folder, config.model, False)
+
+    monkeypatch.setattr(module, "graph_file", make)
+    chosen = make_prefix(model, 3, config.model, wanted, tmp_path, tokens(model))
     assert chosen.prefix.engine == "torch"
-    assert "onnx: " in chosen.reason
+    assert f"onnx: its graph {module.graph_path(tmp_path, config.model, False)} does not work (" in chosen.reason
+    assert "pip install --upgrade" in chosen.reason
 
 
 def test_a_graph_that_cannot_be_made_is_a_reason(encoder, tmp_path, monkeypatch):

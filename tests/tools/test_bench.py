@@ -1,11 +1,15 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from lwfed.config import load_config
 from lwfed.edge_agent.profiling.measure import DidNotFit, Measured
 from lwfed.edge_agent.profiling.memory import Footprint
+from lwfed.models.end_to_end import with_our_products
+from lwfed.models.kernels import Linear
 from lwfed.tools.bench import command, rows
 from lwfed.tools.bench.formulas import bytes_moved, whole
 from lwfed.tools.bench.report import lines, ratios, totals
@@ -80,6 +84,30 @@ def test_the_rows_are_the_task_of_the_paper():
     assert [(one.name, one.stages) for one in quick] == [("published", (1,)), ("naive", (12,)), ("ours", (12,))]
     assert {one.config.train.batch_size for one in quick} == {128}
     assert 10 < estimate_s(quick) < estimate_s(list(full.values()))
+
+
+def test_what_another_library_of_products_gains_has_a_row_and_a_ratio(monkeypatch):
+    monkeypatch.setattr(rows, "library", lambda: "onednn")
+    full = {one.name: one for one in make_rows(quick=False)}
+    assert (full["published_kernels"].kernels, full["published_kernels"].reason) == (True, "")
+    assert not any(one.kernels for name, one in full.items() if name != "published_kernels")
+    monkeypatch.setattr(rows, "library", lambda: "torch")
+    assert {one.name: one for one in make_rows(quick=False)}["published_kernels"].reason == "ours are torch's on this machine"
+    found = [row("published", stage(1, step=20.0)), row("published_kernels", stage(1, step=8.0)), row("ours", stage(1, step=2.0))]
+    compared = ratios(found, BASELINES)
+    assert (compared["time"], compared["same_products"]["time"]) == (10.0, 4.0)
+    text = "\n".join(lines({"title": "all", "ratios": compared, "rows": found, "views": VIEWS, "notes": []}))
+    assert "4.00x  less time a step where the baseline has our matrix products" in text
+
+
+def test_the_baseline_computes_the_same_with_our_products():
+    network = nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2, bias=False)))
+    x, before = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), list(network.parameters())
+    expected = network(x)
+    with_our_products(network)
+    assert [type(one) for one in network.modules() if isinstance(one, nn.Linear)] == [Linear, Linear]
+    assert all(mine is theirs for mine, theirs in zip(network.parameters(), before, strict=True))
+    assert torch.allclose(network(x), expected, atol=1e-6)
 
 
 def test_true_operations_are_those_of_the_paper_account():

@@ -55,6 +55,8 @@ def ratios(rows: Sequence[Record], baselines: Sequence[str]) -> dict[str, Any] |
     for name, title in (("ours_torch", "torch"), ("ours_reused", "reused")):
         if name in complete:
             found[title] = factors(totals(complete[against]), totals(complete[name]))
+    if "published_kernels" in complete:
+        found["same_products"] = factors(totals(complete["published_kernels"]), totals(ours))
     if "ours_end_to_end" in complete:
         found["same_chunking"] = factors(totals(complete["ours_end_to_end"]), totals(ours))
     return found
@@ -96,6 +98,8 @@ def _ratio_lines(report: Record) -> Iterator[str]:
         yield f"{found['torch']['time']:8.2f}x  less time a step with frozen layers in torch, without ONNX Runtime"
     if "reused" in found:
         yield f"{found['reused']['time']:8.2f}x  less time a step with one pair of views of each image for the whole run"
+    if "same_products" in found:
+        yield f"{found['same_products']['time']:8.2f}x  less time a step where the baseline has our matrix products"
     if "same_chunking" in found:
         same = found["same_chunking"]
         yield (

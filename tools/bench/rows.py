@@ -14,6 +14,7 @@ import torch
 from lwfed.config import RunConfig, load_config
 from lwfed.edge_agent.profiling import measure
 from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP, DidNotFit, Measured, OnStep
+from lwfed.models.kernels import library
 from lwfed.tools.bench import formulas
 from lwfed.tools.bench.formulas import bytes_moved, whole
 
@@ -40,6 +41,7 @@ class Row:
     enough_s: float
     accumulated: int | None = None
     compiled: bool = False
+    kernels: bool = False  # ours, for matrix products of the baseline
     reason: str = ""  # why it is left out
 
     def macs(self, stage: int) -> float:
@@ -53,7 +55,7 @@ class Row:
     def measure(self, stage: int, on_step: OnStep) -> Measured:
         """Raises DidNotFit and WorkerFailed."""
         if not self.ours:
-            return measure.published(self.config, stage, self.steps, on_step, self.enough_s, self.accumulated, self.compiled)
+            return measure.published(self.config, stage, self.steps, on_step, self.enough_s, self.accumulated, self.compiled, self.kernels)
         with measure.sampled(self.config, stage, self.steps) as sample:
             return measure.agent(self.config, sample, stage, on_step)
 
@@ -70,10 +72,12 @@ def make_rows(quick: bool) -> list[Row]:
     stages = (last,) if quick else tuple(range(1, last + 1))
     later = "only in the full run" if quick else ""
     compiler = "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler, and there is none"
+    same = "" if library() == "onednn" else "ours are torch's on this machine"
     pace = (QUICK_STEPS, QUICK_ENOUGH_S) if quick else (STEPS, ENOUGH_S)
     return [
         Row("published", "end to end as published code does it", whole_model, (1,), False, *pace),
         Row("published_accumulated", f"the same, in pieces of {ACCUMULATED}", whole_model, (1,), False, *pace, ACCUMULATED, reason=later),
+        Row("published_kernels", "the same, with our matrix products", whole_model, (1,), False, *pace, kernels=True, reason=later or same),
         Row("published_compiled", "the same, with torch.compile", whole_model, (1,), False, *pace, compiled=True, reason=later or compiler),
         Row("naive", "layer-wise as published code would do it", staged, stages, False, *pace),
         Row("ours", "ours, layer-wise", staged, stages, True, *pace),

@@ -1,0 +1,74 @@
+"""A real training process keeps to its budget, by the kernel's high-water mark."""
+
+import queue
+import re
+
+import numpy as np
+import psutil
+import pytest
+
+from lwfed.config import load_config
+from lwfed.edge_agent import events, worker
+from lwfed.edge_agent.process import TrainingProcess
+from lwfed.edge_agent.resources import own_mb
+from lwfed.models.initial import init_parts
+from lwfed.plan import by_part
+from lwfed.wire import tensors as wire
+
+CONFIG = load_config(
+    "base",
+    [
+        "model={image_size: 64, patch_size: 16, width: 64, depth: 2, heads: 4}", "train={batch_size: 64, epochs: 1, prefix: torch}",
+        "data={devices: 1, auxiliary_share: 0.0, partition: even}", "calibration.every=never", "evaluation.data=null",
+    ],
+)  # fmt: skip
+
+
+@pytest.fixture
+def order(tmp_path):
+    (tmp_path / "config").write_bytes(CONFIG.to_bytes())
+    parts = {}
+    for part, held in by_part(init_parts(CONFIG, CONFIG.plan(2).present)).items():
+        parts[part] = str(tmp_path / part)
+        (tmp_path / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
+    np.savez(tmp_path / "images.npz", train_images=np.random.default_rng(0).integers(0, 256, (320, 64, 64, 3), dtype=np.uint8))
+    return {
+        "do": "train", "config": str(tmp_path / "config"), "parts": parts, "stage": 2, "round": 1, "participant": 0, "lr_scale": 1.0,
+        "data": str(tmp_path / "images.npz"), "shared": False, "kept": str(tmp_path / "kept"), "out": str(tmp_path / "out"),
+        "execution": None,
+    }  # fmt: skip
+
+
+def train(order, budget_mb):
+    """How a new process ends that may take so much beside what it has when it is ready; and what it may take."""
+    said = queue.SimpleQueue()
+    process = TrainingProcess(said.put, threads=1)
+    try:
+        while not isinstance(event := process.hear(said.get(timeout=60)), events.WorkerDone | events.WorkerError | events.WorkerOver):
+            if isinstance(event, events.WorkerReady):
+                budget_mb += psutil.Process(process.pid).memory_info().rss / 1e6
+                process.train({**order, "budget_mb": budget_mb + own_mb()}, 0.5)
+    finally:
+        process.end()
+    return event, budget_mb
+
+
+def test_training_in_little_more_than_it_needs_keeps_to_the_budget(order):
+    refused, _ = train(order, 60)
+    needs, room = re.search(r"takes (\d+) MB more, and there is room for (\d+) MB", refused.message).groups()
+    done, budget_mb = train(order, 60 + int(needs) - int(room) + 4)
+    assert isinstance(done, events.WorkerDone), done
+    if done.memory.peak_source != "VmHWM":
+        pytest.skip("this system has no clear_refs")
+    assert budget_mb - 40 < done.memory.peak_mb <= budget_mb
+
+
+def test_a_process_beyond_its_budget_says_so_once(monkeypatch):
+    said = []
+    ceiling = worker.Ceiling(300.0, said.append)
+    for peak_mb in (299.0, 340.0, 350.0):
+        monkeypatch.setattr(worker, "status_mb", lambda *_, peak_mb=peak_mb: peak_mb)
+        ceiling.check()
+    assert said == [{"event": "over", "peak_mb": 340.0, "budget_mb": 300.0}]
+    worker.Ceiling(None, said.append).check()
+    assert len(said) == 1
