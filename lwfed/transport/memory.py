@@ -260,6 +260,11 @@ class MemoryTransport(Transport):
         self._broker._stalled.pop(self, None)
         self._broker._close(self)
 
+    def vanish(self) -> None:
+        """Close as a process does that dies: the will is sent."""
+        self._lose(Unreachable("its process is gone"), send_will=True)
+        self.close()
+
     def _begin(self) -> None:
         self.connected = True
         self.session += 1
