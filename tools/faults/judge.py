@@ -3,7 +3,7 @@
 1. What is acknowledged is recorded: when `done` is sent, and at every later look, the contribution is in the store; and
    until its round is aggregated its update is on disk with its digest.
 2. Nothing is counted twice: a participant contributes once to a round, and what the coordinator counts is what the store holds.
-3. The run never goes back, and what the server believes is what it has stored.
+3. The run never goes back, over all starts of the server.
 4. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`reference`).
 """
 
@@ -46,29 +46,42 @@ class Judge:
             case ToDevice(device, "done"):
                 id = decode(Done, payload).contribution
                 self._acknowledged.add(id)
-                if not course.store.has_contribution(id):
+                if id not in self._stored(course) and not course.store.has_contribution(id):
                     self.blame(f"done was sent to {device} for {id}, which is not in the store")
-                self._check_spool(course)
 
     def look(self, course: Course) -> None:
-        """After every step of the server in which its state changed."""
+        """After every step of the server."""
         state, before = course.state, self._state
         if state is before:
             return
         self._state = state
-        if course.store.state != state:
-            self.blame(f"the server is at {_place(state)}, which is not what it has stored")
         if _order(state) < _order(before):
             self.blame(f"the run went back from {_place(before)} to {_place(state)}")
-        if (state.phase, state.contributed) != (before.phase, before.contributed):
-            self._check_round(course)
+        if not state.contributed or state.contributed == before.contributed:
+            return
+        if _order(state) == _order(before) and not before.contributed.items() <= state.contributed.items():
+            self.blame(f"{_place(state)}: an update that was counted is not any more")
+        if not set(state.contributed) <= set(state.chosen):
+            self.blame(f"{_place(state)}: an update of a device is counted that was not chosen")
+        if (stored := self._stored(course)) != set(state.contributed.values()):
+            self.blame(f"{_place(state)}: {len(state.contributed)} updates are counted and {len(stored)} stored")
 
     def begun(self, course: Course) -> None:
-        """After every start of the server."""
-        for id in sorted(self._acknowledged):
-            if not course.store.has_contribution(id):
-                self.blame(f"contribution {id} was acknowledged and is no longer in the store")
-        self._check_spool(course)
+        """After every start of the server: nothing that was seen before is forgotten."""
+        lost = self._acknowledged - {one.id for one in course.store.contributions()}
+        for id in sorted(lost):
+            self.blame(f"contribution {id} was acknowledged and is no longer in the store")
+        self._stored(course)
+
+    def _stored(self, course: Course) -> set[str]:
+        """The contributions to the present round. Until they are aggregated their updates must be on disk."""
+        state = course.state
+        stored = course.store.contributions(state.stage, state.round)
+        for one in stored if state.phase in ("training", "aggregating") else ():
+            path = course.root / "updates" / one.blob
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != one.blob:
+                self.blame(f"{_place(state)}: the update {one.id} of participant {one.participant} is recorded and not on disk")
+        return {one.id for one in stored}
 
     def end(self, course: Course, folder: Path) -> None:
         """The run is over."""
@@ -84,25 +97,6 @@ class Judge:
         folder.mkdir(exist_ok=True)
         for text in differences(course, recorded, folder):
             self.blame(text)
-
-    def _check_round(self, course: Course) -> None:
-        state = course.state
-        stored = {one.participant: one.id for one in course.store.contributions(state.stage, state.round)}
-        if state.phase in ("training", "aggregating") and stored != state.contributed:
-            self.blame(f"{_place(state)}: {len(state.contributed)} updates are counted and {len(stored)} stored")
-        if not set(state.contributed) <= set(state.chosen):
-            self.blame(f"{_place(state)}: an update of a device is counted that was not chosen")
-        self._check_spool(course)
-
-    def _check_spool(self, course: Course) -> None:
-        """Updates that are still to be aggregated."""
-        state = course.state
-        if state.phase not in ("training", "aggregating"):
-            return
-        for one in course.store.contributions(state.stage, state.round):
-            path = course.root / "updates" / one.blob
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != one.blob:
-                self.blame(f"{_place(state)}: the update {one.id} of participant {one.participant} is recorded and not on disk")
 
 
 def differences(course: Course, recorded: list[Contribution], folder: Path) -> Iterator[str]:
@@ -126,7 +120,9 @@ def reference(config: RunConfig, recorded: list[Contribution], folder: Path) -> 
     model: canned.Model = {}
     for stage, rounds in enumerate(config.round_counts, 1):
         plan = config.plan(stage)
-        model = {part: held for part, held in model.items() if part in plan.present} | {part: canned.initial(part, 1) for part in plan.added}
+        model = {part: held for part, held in model.items() if part in plan.present} | {
+            part: canned.initial(part, 1) for part in plan.added
+        }
         for round in range(1, rounds + 1):
             members = sorted(one.participant for one in recorded if (one.stage, one.round) == (stage, round))
             files = {one: folder / f"update-{one}" for one in members}

@@ -344,9 +344,8 @@ class CannedAgent(VirtualDevice):
     def __init__(self, party: DeviceParty, facts: FusedFacts, link: FusedTransport, around: Surroundings) -> None:
         journal = Journal(facts)
         folder = party.folder
-        hello = Hello(
-            boot=journal.boot, lwfed="0", python="3", torch="canned", machine="canned", cores=1, memory_mb=1000.0, images=20, source="folder",
-        )  # fmt: skip
+        about = {"lwfed": "0", "python": "3", "torch": "canned", "machine": "canned", "source": "folder"}
+        hello = Hello(boot=journal.boot, cores=1, memory_mb=1000.0, images=20, **about)
         held, spool = BlobStore(folder / "model", durable=False), BlobStore(folder / "updates", durable=False)
         places = Places("images", kept=folder / "images", out=folder / "update.safetensors")
         super().__init__(around.topics, hello, journal, held, spool, places, link, around.now)

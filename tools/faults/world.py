@@ -54,6 +54,7 @@ class World:
         self._server = ServerParty(self, folder / "server")
         self._devices = [DeviceParty(number, self, folder / f"device-{number}") for number in range(schedule.devices)]
         self._server_starts = 0  # that the judge has seen
+        self._is_calm = False
 
     def run(self) -> Outcome:
         self.later(0.0, self._server.start)
@@ -97,8 +98,9 @@ class World:
         over_s: float | None = None
         for _ in range(MAX_STEPS):
             self._settle()
-            if over_s is None and self._server.finished and self.now >= self._schedule.calm_s:
+            if over_s is None and self._server.finished:
                 over_s = self.now
+                self._calm()
             if over_s is not None and (self.now > over_s + SETTLE_S or not any(device.owes for device in self._devices)):
                 self._end()
                 return
@@ -146,6 +148,8 @@ class World:
 
     def _befall(self, fault: Fault) -> None:
         match fault:
+            case _ if self._is_calm:
+                pass
             case Weather():
                 self.note("weather", f"until {fault.ends_s:.1f} s: {fault}")
                 self.broker.faults = _Counted(fault, self.random.randrange(2**31), self._faults)
@@ -171,7 +175,9 @@ class World:
                 self.later(for_s, lambda: self.broker.restore(client))
             case Stall(_, _, for_s, half_open):
                 self._count("half-open link" if half_open else "stall")
-                self.note(party.name, f"is heard and hears nothing for {for_s:.1f} s{', and then loses its connection' if half_open else ''}")
+                self.note(
+                    party.name, f"is heard and hears nothing for {for_s:.1f} s{', and then loses its connection' if half_open else ''}"
+                )
                 self.broker.stall(client)
                 self.later(for_s, lambda: self._end_stall(party, client, half_open))
             case Kill():
@@ -195,7 +201,10 @@ class World:
             self.broker.faults = Faults()
 
     def _calm(self) -> None:
-        """All faults are over, and everything is started that is not."""
+        """All faults are over, and everything is started that is not; when their time is, or the run is over before."""
+        if self._is_calm:
+            return
+        self._is_calm = True
         self.note("weather", "from now on everything works")
         self.broker.faults = Faults()
         self.broker.start()
