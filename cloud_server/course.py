@@ -29,6 +29,7 @@ class Course:
         """Begin the run below `root`, or take it up again; `clock` gives Unix time. Raises StateError."""
         self.config = config
         self.root = root
+        self.clock = clock
         self.rules = Rules.of(config)
         self.store = Store(root, clock, durable)
         try:
