@@ -21,6 +21,7 @@ from lwfed.wire import tensors as wire
 from lwfed.wire.messages import Memory
 
 WIDTH, HIDDEN = 8, 32
+HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest
 Tensors = dict[str, wire.Array]
 Model = dict[str, Tensors]  # part -> its tensors
 
@@ -30,10 +31,11 @@ PROGRESS = WorkerProgress(epoch=1, epochs=1, step=1, steps=2, loss=1.0, rss_mb=1
 
 
 def shapes(part: str) -> dict[str, tuple[int, ...]]:
+    """In the order of names, as files have them: noise is drawn in that order."""
     kind, _, number = part.partition(".")
     match kind:
         case "stem":
-            return {"patch_embed.proj.weight": (WIDTH, 16), "patch_embed.proj.bias": (WIDTH,)}
+            return {"patch_embed.proj.bias": (WIDTH,), "patch_embed.proj.weight": (WIDTH, 16)}
         case "layer":
             block = f"blocks.{int(number) - 1}.mlp"
             return {f"{block}.fc1.weight": (HIDDEN, WIDTH), f"{block}.fc2.weight": (WIDTH, HIDDEN)}
@@ -51,13 +53,13 @@ def initial(part: str, attempt: int) -> Tensors:
 def trained(model: Model, uploaded: Iterable[str], stage: int, round: int, participant: int) -> Tensors:
     """The tensors of the parts `uploaded`, after a local call; they depend on all parts of `model`."""
     noise = _noise("trained", stage, round, participant)
-    seen = np.float32(sum(float(tensor.sum()) for part in sorted(model) for tensor in model[part].values()))
-    return {name: np.tanh(value + noise(value.shape) + seen) for part in uploaded for name, value in model[part].items()}
+    seen = np.float32(np.sin(sum(float(tensor.sum()) for part in sorted(model) for tensor in model[part].values())))
+    return {name: HALF * value + noise(value.shape) + seen for part in uploaded for name, value in model[part].items()}
 
 
 def calibrated(model: Model, parts: Iterable[str], stage: int, round: int) -> Model:
     noise = _noise("calibrated", stage, round)
-    return {part: {name: np.tanh(value + noise(value.shape)) for name, value in model[part].items()} for part in parts}
+    return {part: {name: HALF * value + noise(value.shape) for name, value in model[part].items()} for part in parts}
 
 
 def images(participant: int) -> int:

@@ -221,6 +221,7 @@ class ServerParty(Party):
     def __init__(self, around: Surroundings, folder: Path) -> None:
         super().__init__("server", around, folder)
         self._server: Server | None = None
+        self._worker: canned.ServerWorker | None = None  # ends with the server
 
     @property
     def client_id(self) -> str:
@@ -255,9 +256,11 @@ class ServerParty(Party):
         self._server.begin()
 
     def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
         if self._server is not None:
             self.course.store.close()
-        self._server = None
+        self._server = self._worker = None
 
     def _unix_time(self) -> float:
         """What the store asks for within every transaction that writes."""
@@ -268,7 +271,8 @@ class ServerParty(Party):
         def later(action: Callable[[], None]) -> None:
             self._around.later(self._around.random.uniform(0.1, 5.0), action)
 
-        return canned.ServerWorker(self._around.config, deliver, later, self.next_failure)
+        self._worker = canned.ServerWorker(self._around.config, deliver, later, self.next_failure)
+        return self._worker
 
 
 class DeviceParty(Party):

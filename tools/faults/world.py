@@ -68,7 +68,7 @@ class World:
         except Exception as error:
             self.note("fault", "".join(traceback.format_exception(error)))
             place = traceback.extract_tb(error.__traceback__)[-1]
-            self._judge.blame(f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}")
+            self._judge.blame(f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {self._anywhere(str(error))}")
         if self._server.up:
             self._server.die()
         return Outcome(self._schedule.seed, tuple(self._judge.violations), self._faults, self._judge.rounds, self.now)
@@ -81,13 +81,17 @@ class World:
 
     def note(self, who: str, text: str) -> None:
         if self._note is not None:
-            self._note(self.now, who, text)
+            self._note(self.now, who, self._anywhere(text))
 
     def published(self, who: str, topic: str, payload: bytes) -> None:
         if self._note is not None:
             self._note(self.now, who, f"> {topic.partition('/')[2]}  {_excerpt(topic, payload)}")
         if who == self._server.name:
             self._judge.published(self._server.course, topic, payload)
+
+    def _anywhere(self, text: str) -> str:
+        """Without the folder, which is another one each time."""
+        return text.replace(str(self._folder), ".")
 
     # Time
 
