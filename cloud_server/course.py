@@ -36,6 +36,7 @@ class Course:
         """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError."""
         self.config = config
         self.root = root
+        self.clock = clock
         self.rules = Rules.of(config)
         self.store = open_store(root, config.run.name, database, clock, durable)
         try:

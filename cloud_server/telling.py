@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
@@ -64,7 +62,7 @@ def stop_reason(state: State) -> str:
 
 def stage_ended(news: News, course: Course, stage: int) -> None:
     began = course.store.stage_began_s(stage)
-    seconds = time.time() - began if began is not None else 0.0
+    seconds = course.clock() - began if began is not None else 0.0
     scores = course.store.scores().get((stage, "trained"))
     news.stage_ended(course.rules, stage, max(0.0, seconds), scores, course.store.figures(stage))
 

@@ -2,23 +2,32 @@
 
 `handle` takes one event, `poll` does what is due; both return effects for the shell in `agent`. Whether the server is
 there is known from its retained state alone; what it says is obeyed in the order of (epoch, seq).
+
+The server's state, our greeting and our own state may each be lost, and nobody would ask for them. So whoever gets no
+order asks for the first or says the second again, less and less often.
 """
 
 from __future__ import annotations
+
+from random import Random
 
 from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, Tell
 from lwfed.edge_agent.handover import Link
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
 from lwfed.errors import InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
+from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.wire import messages, topics
-from lwfed.wire.commands import Send
+from lwfed.wire.commands import Send, Subscribe
 from lwfed.wire.messages import DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
+from lwfed.wire.retry import Retry
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
+GREET_S = 15.0  # connected without an order of the server for so long: greet it again
+GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
 
 
 class TrafficCount:
@@ -59,6 +68,7 @@ class Session:
         self._early: Run | None = None  # an announcement that overtook the server's state
         self._run: Run | None = None
         self._quiet_until: float | None = None
+        self._greeting = Retry(Random(derive(0, "greeting", self._device)), GREET_S, GREET_LONGEST_S)
         self._state: DeviceState | None = None  # as published on this connection
         self._invalid = 0
         self._mismatched = False  # a message of another version was ignored, and that was said
@@ -95,10 +105,10 @@ class Session:
         if self._quiet_until is not None and now >= self._quiet_until:
             self._quiet_until = None
             effects.append(Tell("server", "no server on this fleet yet; waiting for one (does --fleet match?)", {"online": False}))
-        return effects + self._publish("training" if self._work.busy else "ready")
+        return [*effects, *self._greet(now), *self._publish("training" if self._work.busy else "ready")]
 
     def next_wakeup(self, now: float) -> float | None:
-        times = (self._give_up_at, self._quiet_until, self._work.next_wakeup(now, self._server is not None))
+        times = (self._give_up_at, self._quiet_until, self._greeting.due, self._work.next_wakeup(now, self._server is not None))
         return min((time for time in times if time is not None), default=None)
 
     # Connection
@@ -107,11 +117,13 @@ class Session:
         first, self._give_up_at = self._give_up_at is not None, None
         self._connected, self._reason, self._state, self._quiet_until = True, None, None, now + QUIET_S
         self._lose_server()
+        self._greeting.wait(now)
         joined = Tell("joined", f"connected as {self._device}" if first else "connected again", {"device": self._device})
         return [joined, *self._say_packet_limit()]
 
     def _on_disconnected(self, reason: TransportError) -> list[Effect]:
         self._connected, self._quiet_until = False, None
+        self._greeting.stop()
         self._lose_server()
         known, self._reason = self._reason is not None, reason
         if self._give_up_at is not None and isinstance(reason, Refused):
@@ -135,6 +147,12 @@ class Session:
     def _lose_server(self) -> None:
         self._server = self._early = None
 
+    def _greet(self, now: float) -> list[Effect]:
+        if not self._greeting.is_due(now):
+            return []
+        self._greeting.asked(now)
+        return [self._send("hello", self._hello) if self._server else Subscribe(self._topics.server_state)]  # which brings what is retained
+
     def _publish(self, state: DeviceState) -> list[Effect]:
         if not self._connected or state == self._state:
             return []
@@ -148,7 +166,7 @@ class Session:
 
     def _on_message(self, topic: str, payload: bytes, now: float) -> list[Effect]:
         try:
-            return self._route(topic, payload)
+            return self._route(topic, payload, now)
         except ProtocolMismatch as error:  # stray or forged: which versions the server speaks, its state alone says
             known, self._mismatched = self._mismatched, True
             return [] if known else [Tell("warning", f"ignored: {error}")]
@@ -157,16 +175,17 @@ class Session:
             again = f" ({self._invalid} so far)" if self._invalid > 1 else ""
             return [Tell("warning", f"ignored a message: {error}{again}")] if self._invalid.bit_count() == 1 else []
 
-    def _route(self, topic: str, payload: bytes) -> list[Effect]:
+    def _route(self, topic: str, payload: bytes, now: float) -> list[Effect]:
         match self._topics.parse(topic):
             case topics.ServerState():
-                return self._on_server(messages.decode_server_state(payload))
+                return self._on_server(messages.decode_server_state(payload), now)
             case topics.RunTopic():
                 return self._on_run(decode(Run, payload))
             case topics.BlobChunk(blob, index):
                 self._work.downloads.on_chunk(blob, index, payload)
                 return [Show("receiving the model", *self._work.downloads.progress())]
             case topics.ToDevice(self._device, kind) if kind in messages.DOWN:
+                self._greeting.wait(now)
                 return self._on_order(decode(messages.DOWN[kind], payload))
         return []
 
@@ -185,8 +204,8 @@ class Session:
 
     # Server and run
 
-    def _on_server(self, state: ServerState) -> list[Effect]:
-        self._quiet_until = None
+    def _on_server(self, state: ServerState, now: float) -> list[Effect]:
+        first, self._quiet_until = self._quiet_until is not None, None
         if not messages.speaks_our_version(state):
             versions = f"{state.protocol_min} to {state.protocol_max}"
             text = f"the server speaks protocol versions {versions}, this edge-agent {messages.PROTOCOL}: {messages.UPGRADE}"
@@ -196,9 +215,12 @@ class Session:
             if known is not None and state.epoch < known.epoch:
                 self._server = known  # the late last will of an earlier server
                 return []
+            if known is None and not first:
+                return []  # asked for again
             return [Tell("server", "the server is offline; waiting for it", {"online": False})]
         if state == known:
             return []
+        self._greeting.wait(now)
         effects: list[Effect] = [Tell("server", "the server is online", {"online": True}), self._send("hello", self._hello)]
         if state.epoch < self._journal.seen.epoch:
             self._journal.saw(Seen(epoch=state.epoch, seq=0))

@@ -40,10 +40,9 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
 
 
 @main.command()
-@click.argument("config", metavar="NAME|FILE")
+@click.argument("config", metavar="[NAME|FILE]", required=False)
 @click.option(
     "--data",
-    required=True,
     metavar="FOLDER|FILE|NAME",
     help="Images that all devices share: also an .npz file. Evaluated on too, if they are a labelled set and the configuration names none.",
 )
@@ -70,25 +69,40 @@ def demo(context: click.Context, out: Path, seed: int, quick: bool, settings: tu
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Training processes at a time. Default: as many as cores; 1 on a GPU.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where training computes. Default: the configuration's.")
+@click.option("--faults", type=click.IntRange(min=1), metavar="N", help="Instead: N random schedules of faults, without training or data.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first schedule of --faults; alone it is shown as it goes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with --faults.")
 @setting_option
 @click.pass_context
 def simulate(
     context: click.Context,
-    config: str,
-    data: str,
+    config: str | None,
+    data: str | None,
     out: Path,
     dropout: float,
     seeds: tuple[int, ...] | None,
     strategies: tuple[str, ...] | None,
     workers: int | None,
     device: str | None,
+    faults: int | None,
+    seed: int,
+    as_json: bool,
     settings: tuple[str, ...],
 ) -> None:
     """Run a whole fleet of data.devices in this process, with the server, agents and training that real devices have.
 
     Leaves report.json, report.md and curves.png in --out. Ctrl-C ends it, and the same command goes on from there.
+    With --faults devices, server and broker of tiny fleets are killed and cut off at random instead, in virtual time.
     """
     context.with_resource(on_endings(leave))  # before the imports, which take their time
+    if faults is not None:
+        if config is not None or data is not None or settings:
+            raise click.UsageError("--faults draws fleets of its own: leave out the configuration, --data and --set")
+        from lwfed.tools.faults.command import run_faults
+
+        context.exit(0 if run_faults(faults, seed, as_json) else 1)
+    if config is None or data is None:
+        raise click.UsageError("name a configuration and --data, or ask for --faults")
 
     from lwfed.tools.simulation.command import Simulation
     from lwfed.tools.simulation.command import simulate as run

@@ -1,30 +1,38 @@
 """A broker in this process, for simulations and tests: deterministic, without threads, sockets or a clock.
 
 It behaves as brokers do, at their worst where a fault is asked for: clean sessions, at least once, retained messages,
-wills, wildcards; a publisher's acknowledgement says nothing about delivery. Nothing is delivered but by `pump`.
+wills, wildcards; a publisher's acknowledgement says nothing about delivery. Nothing is delivered but by `pump`, and
+what a fault delays not before its time, by the clock that the broker was given.
 Not thread-safe: everything happens on the thread that pumps.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
+from heapq import heappop, heappush
 from random import Random
 
 from lwfed.errors import TransportError, Unreachable
 from lwfed.transport.base import Connected, Disconnected, Event, Received, Sent, Transport, Will
 from lwfed.transport.packets import matches, publish_bytes
+from lwfed.transport.subscriptions import Subscriptions
 
 LOG_LENGTH = 10_000
 
 
 class Faults:
-    """Chances, per delivery of a message to a subscriber, of being lost, doubled or overtaken; drawn from `seed`."""
+    """Chances, per delivery of a message to a subscriber, of being lost, doubled or overtaken; drawn from `seed`.
 
-    def __init__(self, seed: int = 0, drop: float = 0.0, duplicate: float = 0.0, reorder: float = 0.0) -> None:
+    Each delivery takes up to `delay_s`, and what is delayed for less overtakes it.
+    """
+
+    def __init__(self, seed: int = 0, drop: float = 0.0, duplicate: float = 0.0, reorder: float = 0.0, delay_s: float = 0.0) -> None:
         self._drop = drop
         self._duplicate = duplicate
         self._reorder = reorder
+        self._delay_s = delay_s
         self.random = Random(seed)
 
     def copies(self) -> int:
@@ -35,34 +43,54 @@ class Faults:
     def overtakes(self) -> bool:
         return self.random.random() < self._reorder
 
+    def delay_s(self) -> float:
+        return self.random.uniform(0.0, self._delay_s) if self._delay_s else 0.0
+
 
 class MemoryBroker:
-    """Routes messages between its transports. `interfere(client, topic, payload)` may say how many copies arrive."""
+    """Routes messages between its transports. `interfere(client, topic, payload)` may say how many copies arrive.
 
-    def __init__(self, faults: Faults | None = None, log_length: int = LOG_LENGTH) -> None:
+    `faults` may be replaced at any time; only those that delay need a `clock`.
+    """
+
+    def __init__(self, faults: Faults | None = None, log_length: int = LOG_LENGTH, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.retained: dict[str, bytes] = {}
         self.log: deque[tuple[str, str, bytes]] = deque(maxlen=log_length)  # client, topic, payload of what was published
         self.interfere: Callable[[str, str, bytes], int] | None = None
-        self._faults = faults or Faults()
+        self.faults = faults or Faults()
+        self._clock = clock
         self._clients: dict[str, MemoryTransport] = {}  # all that are open, connected or not
         self._opened = 0  # transports so far; messages go to subscribers in the order in which they were opened
-        self._index = _Index()
+        self._index: Subscriptions[MemoryTransport] = Subscriptions()
         self._kept_out: set[str] = set()
         self._running = True
         self._queue: deque[tuple[MemoryTransport, int, Event]] = deque()
+        self._late: list[tuple[float, int, tuple[MemoryTransport, int, Event]]] = []  # a heap, by time and number
+        self._delayed = 0  # deliveries so far
+        self._stalled: dict[MemoryTransport, list[Callable[[], None]]] = {}  # client -> what is held up
 
     def transport(self) -> MemoryTransport:
         return MemoryTransport(self)
 
     def pump(self, limit: int | None = None) -> int:
         """Deliver what is queued and what that causes, until nothing is left or `limit` is reached; returns how many."""
+        while self._late and self._late[0][0] <= self._clock():
+            self._queue.append(heappop(self._late)[2])
         count = 0
         while self._queue and count != limit:
             transport, session, event = self._queue.popleft()
-            count += transport._take(session, event)
+            if transport in self._stalled and not isinstance(event, Disconnected):
+                self._stalled[transport].append(partial(self._queue.append, (transport, session, event)))
+            else:
+                count += transport._take(session, event)
         return count
 
-    def cut(self, client_id: str, reconnect: bool = True) -> None:
+    @property
+    def next_delivery(self) -> float | None:
+        """When something that is delayed is due; None: nothing is."""
+        return self._late[0][0] if self._late else None
+
+    def cut(self, client_id: str, reconnect: bool = True, will: bool = True) -> None:
         """Break a connection as a power cut does: what is under way to it is lost, its will is published.
 
         With `reconnect` it is back at the next pump, else after `restore`.
@@ -70,18 +98,29 @@ class MemoryBroker:
         client = self._clients[client_id]
         if not reconnect:
             self._kept_out.add(client_id)
-        client._lose(Unreachable("the connection was cut"), send_will=True)
+        client._lose(Unreachable("the connection was cut"), send_will=will)
         self._admit(client)
+
+    def stall(self, client_id: str) -> None:
+        """Let nothing pass between client and broker, which neither of them notices, until `resume`; a `cut` before that loses it all."""
+        client = self._clients[client_id]
+        if client.connected:
+            self._stalled.setdefault(client, [])
+
+    def resume(self, client_id: str) -> None:
+        for held in self._stalled.pop(self._clients[client_id], []):
+            held()
 
     def restore(self, client_id: str) -> None:
         self._kept_out.discard(client_id)
         if client_id in self._clients:
             self._admit(self._clients[client_id])
 
-    def stop(self) -> None:
-        """The broker dies: all connections break, retained messages are gone, no will is published."""
+    def stop(self, persistent: bool = False) -> None:
+        """The broker dies: all connections break, no will is published, and unless it is `persistent` retained messages are gone."""
         self._running = False
-        self.retained.clear()
+        if not persistent:
+            self.retained.clear()
         for client in self._clients.values():
             client._lose(Unreachable("the broker is down"), send_will=False)
 
@@ -136,21 +175,33 @@ class MemoryBroker:
             if matches(filter, topic):
                 self._deliver(client, topic, payload)
 
+    def _take_over(self, client: MemoryTransport, topic: str, payload: bytes, retain: bool) -> None:
+        if client in self._stalled:
+            self._stalled[client].append(partial(self._take_over, client, topic, payload, retain))
+            return
+        self._publish(client.client_id, topic, payload, retain)
+        self._enqueue(client, Sent())
+
     def _publish(self, client_id: str, topic: str, payload: bytes, retain: bool) -> None:
         self.log.append((client_id, topic, payload))
         if retain and payload:
             self.retained[topic] = payload
         elif retain:
             self.retained.pop(topic, None)
-        for client in self._index.subscribers(topic):
+        for client in self._index.of(topic):
             if client.connected:
                 self._deliver(client, topic, payload)
 
     def _deliver(self, client: MemoryTransport, topic: str, payload: bytes) -> None:
-        copies = self._faults.copies() if self.interfere is None else self.interfere(client.client_id, topic, payload)
+        copies = self.faults.copies() if self.interfere is None else self.interfere(client.client_id, topic, payload)
         for _ in range(copies):
+            if delay_s := self.faults.delay_s():
+                self._delayed += 1
+                event = Received(topic, payload)
+                heappush(self._late, (self._clock() + delay_s, self._delayed, (client, client.session, event)))
+                continue
             self._enqueue(client, Received(topic, payload))
-            if self._faults.overtakes():
+            if self.faults.overtakes():
                 self._swap_last(client)
 
     def _swap_last(self, client: MemoryTransport) -> None:
@@ -160,45 +211,8 @@ class MemoryBroker:
             for place, (other, session, event) in enumerate(self._queue)
             if other is client and session == client.session and isinstance(event, Received)
         ]
-        place = self._faults.random.choice(same)
+        place = self.faults.random.choice(same)
         self._queue[place], self._queue[-1] = self._queue[-1], self._queue[place]
-
-
-class _Index:
-    """Who subscribes to what, found without a look at every client: with hundreds of them that look would take longest."""
-
-    def __init__(self) -> None:
-        self._exact: dict[str, set[MemoryTransport]] = {}  # topic -> clients
-        self._below: dict[str, set[MemoryTransport]] = {}  # a -> clients of a/+
-        self._others: dict[str, set[MemoryTransport]] = {}  # filter -> clients
-
-    def add(self, client: MemoryTransport, filter: str) -> None:
-        table, key = self._place(filter)
-        table.setdefault(key, set()).add(client)
-
-    def remove(self, client: MemoryTransport, filters: Iterable[str]) -> None:
-        for filter in filters:
-            table, key = self._place(filter)
-            clients = table.get(key, set())
-            clients.discard(client)
-            if not clients:
-                table.pop(key, None)
-
-    def subscribers(self, topic: str) -> list[MemoryTransport]:
-        """In the order of their opening."""
-        found = self._exact.get(topic, set()) | self._below.get(topic.rpartition("/")[0], set())
-        for filter, clients in self._others.items():
-            if matches(filter, topic):
-                found = found | clients
-        return sorted(found, key=lambda client: client.number)
-
-    def _place(self, filter: str) -> tuple[dict[str, set[MemoryTransport]], str]:
-        parent, _, last = filter.rpartition("/")
-        if "+" not in filter and "#" not in filter:
-            return self._exact, filter
-        if last == "+" and parent and "+" not in parent:
-            return self._below, parent
-        return self._others, filter
 
 
 class MemoryTransport(Transport):
@@ -223,8 +237,7 @@ class MemoryTransport(Transport):
         if self.connected:
             self.sent_bytes += publish_bytes(topic, payload, version5=True)
             self._pending += 1
-            self._broker._publish(self.client_id, topic, payload, retain)
-            self._broker._enqueue(self, Sent())
+            self._broker._take_over(self, topic, payload, retain)
 
     def subscribe(self, filter: str) -> None:
         self.filters[filter] = None
@@ -244,7 +257,13 @@ class MemoryTransport(Transport):
 
     def close(self) -> None:
         self.connected, self._receive, self._pending = False, None, 0
+        self._broker._stalled.pop(self, None)
         self._broker._close(self)
+
+    def vanish(self) -> None:
+        """Close as a process does that dies: the will is sent."""
+        self._lose(Unreachable("its process is gone"), send_will=True)
+        self.close()
 
     def _begin(self) -> None:
         self.connected = True
@@ -253,6 +272,7 @@ class MemoryTransport(Transport):
     def _lose(self, reason: TransportError, send_will: bool) -> None:
         if self.connected:
             self.connected, self._pending = False, 0
+            self._broker._stalled.pop(self, None)
             self.session += 1
             self._broker._enqueue(self, Disconnected(reason))
             if send_will and self._will is not None:

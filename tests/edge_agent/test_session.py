@@ -187,12 +187,52 @@ def test_the_late_will_of_an_older_server_is_ignored(world):
     assert "offline" not in device.texts("server")[-1]
 
 
-def test_an_idle_device_is_silent(world):
-    world.joined()
-    world.settle(1)
+def lost(world, *suffixes):
+    """From now on messages to topics that end so are."""
+    world.broker.interfere = lambda client, topic, payload: 0 if topic.endswith(suffixes) else 1
+
+
+def test_an_idle_device_greets_less_and_less_often_and_is_silent_otherwise(world):
+    server, _ = world.joined()
     before = len(world.broker.log)
-    world.settle(600)
-    assert len(world.broker.log) == before
+    world.settle(100)
+    assert 2 <= len(server.greeted) <= 4
+    world.settle(500)
+    assert len(server.greeted) <= 7
+    assert len(world.broker.log) - before == len(server.greeted) - 1
+
+
+def test_a_server_whose_state_was_lost_is_found_all_the_same(world):
+    lost(world, "srv/state")
+    server, device = world.joined()
+    world.settle(10)
+    assert server.greeted == []
+    world.broker.interfere = None
+    world.settle(10)
+    assert server.greeted == [device.id]
+
+
+def test_a_server_that_is_back_is_found_when_that_was_lost(world):
+    _, device = world.joined()
+    world.kill_server()
+    world.settle()
+    lost(world, "srv/state")
+    server = world.start_server(epoch=2)
+    world.settle(10)
+    world.broker.interfere = None
+    world.settle(10)
+    assert server.greeted == [device.id]
+    assert device.texts("server").count("the server is offline; waiting for it") == 1
+
+
+def test_a_greeting_that_was_lost_is_repeated(world):
+    lost(world, "up/hello")
+    server, device = world.joined()
+    world.settle(10)
+    world.broker.interfere = None
+    assert server.greeted == []
+    world.settle(10)
+    assert server.greeted == [device.id]
 
 
 @pytest.mark.parametrize(("limit", "said"), [(None, 0), (100_000, 0), (8000, 1)])

@@ -158,3 +158,75 @@ def test_subscribers_get_a_message_in_the_order_of_their_opening_and_once():
     broker._clients["mouth"].publish("a/b", b"x")
     broker.pump()
     assert heard == ["first", "second", "third"]
+
+
+def test_a_delayed_message_arrives_at_its_time_and_may_be_overtaken():
+    now = 0.0
+    broker = MemoryBroker(Faults(4, delay_s=10.0), clock=lambda: now)
+    ear, mouth = Ear(broker, "ear", "x"), Ear(broker, "mouth")
+    for number in range(20):
+        mouth.transport.publish("x", bytes([number]))
+    broker.pump()
+    due = broker.next_delivery
+    assert ear.payloads == []
+    assert 0 < due < 10
+    now = due
+    broker.pump()
+    assert len(ear.payloads) == 1
+    now = 10.0
+    broker.pump()
+    seen = [payload[0] for payload in ear.payloads]
+    assert sorted(seen) == list(range(20)) != seen
+    assert broker.next_delivery is None
+
+
+def test_what_is_delayed_is_lost_with_its_connection():
+    now = 0.0
+    broker = MemoryBroker(Faults(4, delay_s=10.0), clock=lambda: now)
+    ear, mouth = Ear(broker, "ear", "x"), Ear(broker, "mouth")
+    mouth.transport.publish("x", b"late")
+    broker.cut("ear")
+    now = 10.0
+    broker.pump()
+    assert ear.payloads == []
+
+
+def test_a_stalled_link_holds_up_both_directions_unnoticed():
+    broker = MemoryBroker()
+    ear, other = Ear(broker, "ear", "to/ear"), Ear(broker, "other", "from/ear")
+    broker.pump()
+    ear.events.clear()
+    broker.stall("ear")
+    ear.transport.publish("from/ear", b"out")
+    other.transport.publish("to/ear", b"in")
+    broker.pump()
+    assert (ear.events, other.payloads, ear.transport.pending) == ([], [], 1)
+    broker.resume("ear")
+    broker.pump()
+    assert (ear.payloads, other.payloads, ear.transport.pending) == ([b"in"], [b"out"], 0)
+
+
+def test_a_stalled_link_that_is_cut_loses_what_it_held():
+    broker = MemoryBroker()
+    ear, other = Ear(broker, "ear", "to/ear", will=Will("from/ear", b"lost")), Ear(broker, "other", "from/ear")
+    broker.pump()
+    broker.stall("ear")
+    ear.transport.publish("from/ear", b"out")
+    other.transport.publish("to/ear", b"in")
+    broker.cut("ear")
+    broker.pump()
+    assert (ear.payloads, other.payloads) == ([], [b"lost"])
+    assert ear.transport.connected
+
+
+def test_a_cut_without_a_will_and_a_broker_that_keeps_what_is_retained():
+    broker = MemoryBroker()
+    ear, other = Ear(broker, "ear", will=Will("state", b"lost")), Ear(broker, "other", "state")
+    ear.transport.publish("state", b"there", retain=True)
+    broker.cut("ear", will=False)
+    broker.pump()
+    assert other.payloads == [b"there"]
+    broker.stop(persistent=True)
+    broker.start()
+    broker.pump()
+    assert other.payloads == [b"there", b"there"]

@@ -120,7 +120,7 @@ class World:
         for number in range(course.config.data.devices):
             device = SimulatedDevice(number, around, self._broker.transport(), kept.get(f"device-{number}"), self._now)
             self._devices.append(device)
-            device.open(partial(self._take, device), self._now)
+            device.open(partial(self._take, device))
 
     # What happens
 

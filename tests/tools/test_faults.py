@@ -1,0 +1,159 @@
+"""The fault simulator: that the machines withstand it, and that it notices when they do not."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lwfed.cloud_server import course
+from lwfed.cloud_server.reception import Reception
+from lwfed.edge_agent.journal import Journal
+from lwfed.tools.cli import main
+from lwfed.tools.faults.command import run_some
+from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Weather, draw
+from lwfed.wire.upload import Upload
+
+SCHEDULES = 40
+MANY = 1000
+
+
+def violated(seeds):
+    return {outcome.seed: outcome.violations for outcome in run_some(seeds) if outcome.violations}
+
+
+def test_nothing_is_lost_or_counted_twice_and_every_run_ends():
+    outcomes = list(run_some(range(SCHEDULES)))
+    assert {outcome.seed: outcome.violations for outcome in outcomes if outcome.violations} == {}
+    assert min(outcome.rounds for outcome in outcomes) >= 2
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_counted_twice_in_many_schedules():
+    assert violated(range(SCHEDULES, SCHEDULES + MANY)) == {}
+
+
+def test_a_schedule_is_the_same_whenever_it_is_played():
+    def trace(seed):
+        lines = []
+        (outcome,) = run_some([seed], lambda *line: lines.append(line))
+        return lines, outcome
+
+    seed = next(seed for seed in range(100) if {Kill, Weather} <= {type(fault) for fault in draw(seed).faults})
+    first = trace(seed)
+    assert len(first[0]) > 100
+    assert trace(seed) == first
+
+
+def test_schedules_are_of_all_kinds():
+    drawn = [draw(seed) for seed in range(400)]
+    kills = [fault for schedule in drawn for fault in schedule.faults if isinstance(fault, Kill)]
+    assert {kill.point for kill in kills} == {"anywhere", "uncommitted", "unpublished"}
+    assert {(kill.party == SERVER, kill.power, kill.disk) for kill in kills} >= {
+        (True, False, False),
+        (True, True, False),
+        (False, True, True),
+    }
+    assert max(fault.drop for schedule in drawn for fault in schedule.faults if isinstance(fault, Weather)) == 0.3
+    assert all(fault.at_s <= schedule.calm_s <= LONGEST_S for schedule in drawn for fault in schedule.faults)
+    assert {schedule.devices for schedule in drawn} == {2, 3, 4, 5}
+    assert len({kind for schedule in drawn for fault in schedule.faults if isinstance(fault, Fail) for kind in fault.kinds}) == 5
+
+
+# That it can fail: a machine is broken, and the schedules that show it are named and can be played again.
+
+
+def acknowledging_before_recording(monkeypatch):
+    """`done` is sent with what has arrived; it is recorded with the next message."""
+    record, receive = Reception._on_update, Reception.receive
+    owed = []
+
+    def acknowledge(self, member, received, now):
+        id = received.offer.contribution
+        owed.append((self, member, received, now, self._inbox._checking[id]))
+        return self._inbox.accept(id)
+
+    def record_and_receive(self, topic, payload, now):
+        while owed:
+            reception, member, received, then, transfer = owed.pop()
+            if reception is self:
+                self._inbox._checking[received.offer.contribution] = transfer
+                record(self, member, received, then)
+        return receive(self, topic, payload, now)
+
+    monkeypatch.setattr(Reception, "_on_update", acknowledge)
+    monkeypatch.setattr(Reception, "receive", record_and_receive)
+
+
+def counting_twice(monkeypatch):
+    aggregate = course.aggregate
+    monkeypatch.setattr(course, "aggregate", lambda rule, previous, shares: aggregate(rule, previous, [*shares, shares[0]]))
+
+
+def losing_updates_after_recording_them(monkeypatch):
+    apply = course.Course.apply
+
+    def and_lose(self, event, now, write=None):
+        notices = apply(self, event, now, write)
+        if self.state.contributed:
+            self.spool.forget(())
+        return notices
+
+    monkeypatch.setattr(course.Course, "apply", and_lose)
+
+
+def taking_no_answer_for_an_acknowledgement(monkeypatch):
+    poll = Upload.poll
+
+    def and_be_done(self, now, room, traffic):
+        commands = poll(self, now, room, traffic)
+        if self.state == "finishing":
+            self.state = "done"
+        return commands
+
+    monkeypatch.setattr(Upload, "poll", and_be_done)
+
+
+def forgetting_to_settle_the_journal(monkeypatch):
+    monkeypatch.setattr(Journal, "settle", lambda self, accepted=None: None)
+
+
+BROKEN = {
+    acknowledging_before_recording: "which is not in the store",
+    counting_twice: "not what the contributions make",
+    losing_updates_after_recording_them: "recorded and not on disk",
+    taking_no_answer_for_an_acknowledgement: "the run has not ended",
+    forgetting_to_settle_the_journal: "journal of device",
+}
+
+
+@pytest.mark.parametrize("break_it", BROKEN)
+def test_broken_machines_are_noticed_and_their_seeds_play_again(monkeypatch, break_it):
+    break_it(monkeypatch)
+    found = {}
+    for seed in range(SCHEDULES):
+        if found := violated([seed]):
+            break
+    assert any(BROKEN[break_it] in text for texts in found.values() for text in texts)
+    assert violated(found) == found
+
+
+def test_the_summary_is_one_object_and_says_how_it_ended():
+    done = CliRunner().invoke(main, ["simulate", "--faults", "3", "--seed", "5", "--json"])
+    found = json.loads(done.output)
+    assert (done.exit_code, found["schedules"], found["violations"], found["failing_seeds"]) == (0, 3, 0, [])
+    assert found["rounds"] >= 6
+
+
+def test_a_failing_seed_is_named_with_the_command_that_shows_it(monkeypatch):
+    forgetting_to_settle_the_journal(monkeypatch)
+    done = CliRunner().invoke(main, ["simulate", "--faults", "2", "--seed", "5"])
+    assert done.exit_code == 1
+    assert "lwfed simulate --faults 1 --seed 5" in done.output
+    alone = CliRunner().invoke(main, ["simulate", "--faults", "1", "--seed", "5"])
+    assert "from now on everything works" in alone.output
+    assert "still holds an update" in alone.output
+
+
+@pytest.mark.parametrize("words", [["demo"], ["demo", "--data", "digits", "--faults", "1"], ["--data", "digits"], ["--faults", "0"]])
+def test_faults_and_training_are_not_simulated_together(words):
+    assert CliRunner().invoke(main, ["simulate", *words]).exit_code == 2

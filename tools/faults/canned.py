@@ -1,0 +1,146 @@
+"""Training without torch: small tensors under the names of a real model, and what becomes of them a function of what went in.
+
+As with real training the result depends on every input: a device that trained on a stale model, for another round or as
+somebody else gives other bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lwfed.child import Ended, Json, Said
+from lwfed.cloud_server.workshop import FromChild
+from lwfed.config import RunConfig
+from lwfed.edge_agent.events import WorkerDone, WorkerPlanned, WorkerProgress, WorkerReady
+from lwfed.seeds import derive
+from lwfed.wire import tensors as wire
+from lwfed.wire.messages import Memory
+
+WIDTH, HIDDEN = 8, 32
+HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest
+Tensors = dict[str, wire.Array]
+Model = dict[str, Tensors]  # part -> its tensors
+
+READY = WorkerReady(torch="canned", machine="canned")
+PLANNED = WorkerPlanned(prefix="torch", micro_batch=16, reason="canned")
+PROGRESS = WorkerProgress(epoch=1, epochs=1, step=1, steps=2, loss=1.0, rss_mb=100.0)
+
+
+def shapes(part: str) -> dict[str, tuple[int, ...]]:
+    """In the order of names, as files have them: noise is drawn in that order."""
+    kind, _, number = part.partition(".")
+    match kind:
+        case "stem":
+            return {"patch_embed.proj.bias": (WIDTH,), "patch_embed.proj.weight": (WIDTH, 16)}
+        case "layer":
+            block = f"blocks.{int(number) - 1}.mlp"
+            return {f"{block}.fc1.weight": (HIDDEN, WIDTH), f"{block}.fc2.weight": (WIDTH, HIDDEN)}
+        case "norm":
+            return {"fc_norm.weight": (WIDTH,)}
+        case _:
+            return {f"{kind}.0.weight": (WIDTH, WIDTH)}
+
+
+def initial(part: str, attempt: int) -> Tensors:
+    noise = _noise("initial", part, attempt)
+    return {name: noise(shape) for name, shape in shapes(part).items()}
+
+
+def trained(model: Model, uploaded: Iterable[str], stage: int, round: int, participant: int) -> Tensors:
+    """The tensors of the parts `uploaded`, after a local call; they depend on all parts of `model`."""
+    noise = _noise("trained", stage, round, participant)
+    seen = np.float32(np.sin(sum(float(tensor.sum()) for part in sorted(model) for tensor in model[part].values())))
+    return {name: HALF * value + noise(value.shape) + seen for part in uploaded for name, value in model[part].items()}
+
+
+def calibrated(model: Model, parts: Iterable[str], stage: int, round: int) -> Model:
+    noise = _noise("calibrated", stage, round)
+    return {part: {name: HALF * value + noise(value.shape) for name, value in model[part].items()} for part in parts}
+
+
+def images(participant: int) -> int:
+    """|D_n|: every device weighs differently."""
+    return 10 + 7 * participant
+
+
+def loss(stage: int, round: int, participant: int) -> float:
+    return 1.0 / (1 + stage + round + participant)
+
+
+def load(files: Mapping[str, str]) -> Model:
+    return {part: wire.decode(Path(file).read_bytes(), shapes(part)) for part, file in files.items()}
+
+
+def train(order: Mapping[str, Any], config: RunConfig) -> WorkerDone:
+    """What the worker of a device does with its order."""
+    place = order["stage"], order["round"], order["participant"]
+    update = trained(load(order["parts"]), config.plan(order["stage"]).uploaded, *place)
+    file = Path(order["out"])
+    file.write_bytes(wire.encode(update))
+    memory = Memory(baseline_mb=100.0, peak_mb=150.0, peak_source="samples", curve=())
+    return WorkerDone(file, images(order["participant"]), skipped=0, steps=2, losses=(loss(*place),), seconds=1.0, memory=memory)
+
+
+class ServerWorker:
+    """In place of the server's torch process; `later` does something when the job has taken its time, `fails` says how it ends badly."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        deliver: Callable[[FromChild], None],
+        later: Callable[[Callable[[], None]], None],
+        fails: Callable[[], str | None],
+    ) -> None:
+        self._config, self._deliver, self._later, self._fails = config, deliver, later, fails
+        self._alive = True
+
+    def send(self, job: Json) -> None:
+        self._later(lambda: self._do(job))
+
+    def kill(self) -> None:
+        self._alive = False
+
+    def close(self) -> None:
+        pass
+
+    def _do(self, job: Json) -> None:
+        if not self._alive:
+            return
+        child = cast(Any, self)
+        match self._fails():
+            case None:
+                self._deliver(Said(child, getattr(self, f"_{job['do']}")(job)))
+            case "died":
+                self._deliver(Ended(child, "was ended by SIGKILL"))
+            case kind:
+                self._deliver(Said(child, {"event": "error", "kind": kind, "message": "as the schedule says"}))
+
+    def _prepare(self, job: Json) -> Json:
+        plan = self._config.plan(job["stage"])
+        present = {part for stage in range(1, self._config.stage_count + 1) for part in self._config.plan(stage).present}
+        sizes = {part: 4 * sum(int(np.prod(shape)) for shape in shapes(part).values()) for part in sorted(present)}
+        return {"event": "prepared", "parts": _write({part: initial(part, job["attempt"]) for part in plan.added}, job), "sizes": sizes}
+
+    def _calibrate(self, job: Json) -> Json:
+        parts = self._config.plan(job["stage"]).calibrated
+        found = calibrated(load(job["parts"]), parts, job["stage"], job["round"])
+        return {"event": "calibrated", "parts": _write(found, job), "loss": 0.5, "seconds": 1.0}
+
+    def _evaluate(self, job: Json) -> Json:
+        return {"event": "evaluated", "scores": {}, "variety": None}
+
+
+def _write(model: Model, job: Json) -> dict[str, str]:
+    files = {part: Path(job["out"]) / f"{part}.safetensors" for part in model}
+    for part, file in files.items():
+        file.write_bytes(wire.encode(model[part]))
+    return {part: str(file) for part, file in files.items()}
+
+
+def _noise(purpose: str, *labels: int | str) -> Callable[[tuple[int, ...]], wire.Array]:
+    stream = np.random.default_rng(derive(0, purpose, *labels))
+    return lambda shape: stream.standard_normal(shape, dtype=np.float32)

@@ -1,0 +1,158 @@
+"""What must hold whatever happens, checked while a schedule runs and at its end.
+
+1. What is acknowledged is recorded: when `done` is sent, and at every later look, the contribution is in the store; and
+   until its round is aggregated its update is on disk with its digest.
+2. Nothing is counted twice: a participant contributes once to a round, and what the coordinator counts is what the store holds.
+3. The run never goes back, over all starts of the server.
+4. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`reference`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from lwfed.cloud_server.aggregate import RULES, Share, aggregate
+from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.rounds import State
+from lwfed.cloud_server.store import Contribution
+from lwfed.config import RunConfig
+from lwfed.tools.faults import canned
+from lwfed.wire import tensors
+from lwfed.wire.messages import Done, decode
+from lwfed.wire.topics import ToDevice, Topics
+
+PHASES = ("preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished")
+
+
+class Judge:
+    def __init__(self, topics: Topics) -> None:
+        self.violations: list[str] = []
+        self.rounds = 0  # that were completed
+        self._topics = topics
+        self._acknowledged: set[str] = set()
+        self._state = State()
+        self._last_round: tuple[int, int] | None = None
+
+    def blame(self, text: str) -> None:
+        if text not in self.violations:
+            self.violations.append(text)
+
+    def published(self, course: Course, topic: str, payload: bytes) -> None:
+        """What the server is about to say."""
+        match self._topics.parse(topic):
+            case ToDevice(device, "done"):
+                id = decode(Done, payload).contribution
+                self._acknowledged.add(id)
+                if id not in self._stored(course) and not course.store.has_contribution(id):
+                    self.blame(f"done was sent to {device} for {id}, which is not in the store")
+
+    def look(self, course: Course) -> None:
+        """After every step of the server."""
+        state, before = course.state, self._state
+        if state is before:
+            return
+        self._state = state
+        if _order(state) < _order(before):
+            self.blame(f"the run went back from {_place(before)} to {_place(state)}")
+        if not state.contributed or state.contributed == before.contributed:
+            return
+        if _order(state) == _order(before) and not before.contributed.items() <= state.contributed.items():
+            self.blame(f"{_place(state)}: an update that was counted is not any more")
+        if not set(state.contributed) <= set(state.chosen):
+            self.blame(f"{_place(state)}: an update of a device is counted that was not chosen")
+        if (stored := self._stored(course)) != set(state.contributed.values()):
+            self.blame(f"{_place(state)}: {len(state.contributed)} updates are counted and {len(stored)} stored")
+
+    def begun(self, course: Course) -> None:
+        """After every start of the server: nothing that was seen before is forgotten."""
+        lost = self._acknowledged - {one.id for one in course.store.contributions()}
+        for id in sorted(lost):
+            self.blame(f"contribution {id} was acknowledged and is no longer in the store")
+        self._stored(course)
+
+    def _stored(self, course: Course) -> set[str]:
+        """The contributions to the present round. Until they are aggregated their updates must be on disk."""
+        state = course.state
+        stored = course.store.contributions(state.stage, state.round)
+        for one in stored if state.phase in ("training", "aggregating") else ():
+            path = course.root / "updates" / one.blob
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != one.blob:
+                self.blame(f"{_place(state)}: the update {one.id} of participant {one.participant} is recorded and not on disk")
+        return {one.id for one in stored}
+
+    def end(self, course: Course, folder: Path) -> None:
+        """The run is over."""
+        self.begun(course)
+        recorded = course.store.contributions()
+        self.rounds = sum(row.closed_s is not None for row in course.store.rounds())
+        for (stage, round, participant), count in Counter((one.stage, one.round, one.participant) for one in recorded).items():
+            if count > 1:
+                self.blame(f"participant {participant} counts {count} times in stage {stage}, round {round}")
+        found = {part: blob for (_, _), parts in course.store.checkpoints().items() for part, blob in parts.items()}
+        if found | course.state.parts != found:
+            self.blame("the model of the run is not that of its last checkpoints")
+        folder.mkdir(exist_ok=True)
+        for text in differences(course, recorded, folder):
+            self.blame(text)
+
+
+def differences(course: Course, recorded: list[Contribution], folder: Path) -> Iterator[str]:
+    """Where updates and models of the run are not those of the reference."""
+    checkpoints = course.store.checkpoints()
+    for stage, round, updates, model in reference(course.config, recorded, folder):
+        place = f"stage {stage}, round {round}"
+        blobs = {one.participant: one.blob for one in recorded if (one.stage, one.round) == (stage, round)}
+        if blobs != updates:
+            yield f"{place}: the updates are not those that its devices make of the model of that round"
+        if (stage, round) in checkpoints and checkpoints[stage, round] != model:
+            wrong = sorted(part for part in model if checkpoints[stage, round].get(part) != model[part])
+            yield f"{place}: the model is not what the contributions make ({', '.join(wrong)})"
+
+
+Update = tuple[int, int, dict[int, str], dict[str, str]]  # stage, round, participant -> blob, part -> blob
+
+
+def reference(config: RunConfig, recorded: list[Contribution], folder: Path) -> Iterator[Update]:
+    """Every round of a run that nothing disturbed and to which the same devices contributed."""
+    model: canned.Model = {}
+    for stage, rounds in enumerate(config.round_counts, 1):
+        plan = config.plan(stage)
+        model = {part: held for part, held in model.items() if part in plan.present} | {
+            part: canned.initial(part, 1) for part in plan.added
+        }
+        for round in range(1, rounds + 1):
+            members = sorted(one.participant for one in recorded if (one.stage, one.round) == (stage, round))
+            files = {one: folder / f"update-{one}" for one in members}
+            updates = {}
+            for participant, file in files.items():
+                data = tensors.encode(canned.trained(model, plan.uploaded, stage, round, participant))
+                file.write_bytes(data)
+                updates[participant] = hashlib.sha256(data).hexdigest()
+            shares = [Share(participant, canned.images(participant), file) for participant, file in files.items()]
+            model |= _aggregated(config, model, plan.uploaded, shares, folder)
+            every = config.calibration.every
+            if every == "round" or (every == "stage" and round == rounds):
+                model |= canned.calibrated(model, plan.calibrated, stage, round)
+            yield stage, round, updates, {part: _digest(held) for part, held in model.items()}
+
+
+def _aggregated(config: RunConfig, model: canned.Model, parts: tuple[str, ...], shares: list[Share], folder: Path) -> canned.Model:
+    previous = {part: folder / part for part in parts}
+    for part, file in previous.items():
+        file.write_bytes(tensors.encode(model[part]))
+    return dict(aggregate(RULES[config.aggregation.rule], previous, shares)) if shares else {}
+
+
+def _digest(held: canned.Tensors) -> str:
+    return hashlib.sha256(tensors.encode(held)).hexdigest()
+
+
+def _order(state: State) -> tuple[int, int, int]:
+    return state.stage, state.round, PHASES.index(state.phase)
+
+
+def _place(state: State) -> str:
+    return f"stage {state.stage}, round {state.round}, {state.phase}"

@@ -1,0 +1,411 @@
+"""The server and the devices of a schedule: what outlives a process, and the process with the real machines in it.
+
+A process ends by `Killed` where the schedule says so: at a transaction that is then undone, or before something is said.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from lwfed.blobs import BlobStore
+from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.news import News
+from lwfed.cloud_server.server import Server
+from lwfed.cloud_server.workshop import FromChild, Process
+from lwfed.config import RunConfig
+from lwfed.console import Console
+from lwfed.edge_agent.events import Event, Stop, Tell, WorkerError
+from lwfed.edge_agent.facts import MemoryFacts
+from lwfed.edge_agent.journal import Identity, Journal
+from lwfed.edge_agent.work import Places
+from lwfed.errors import Diverged, TransportError, WorkerFailed
+from lwfed.tools.faults import canned
+from lwfed.tools.faults.schedule import Kill, Point
+from lwfed.tools.simulation.virtual import VirtualDevice
+from lwfed.transport.memory import MemoryBroker, MemoryTransport
+from lwfed.wire.messages import Hello, State, encode
+from lwfed.wire.topics import Topics
+
+EPOCH_S = 1e9  # Unix time when a schedule begins
+RESTART_S = 5.0  # after which a service starts again what has ended by itself
+KEEP_ALIVE_S = 90.0  # until a broker misses a client that has vanished
+RESTARTED = (TransportError, WorkerFailed, Diverged)  # errors after which docs/EXIT_CODES.md lets a service start again
+
+
+class Killed(BaseException):
+    """The process ends here, whatever it was about."""
+
+    def __init__(self, how: Kill) -> None:
+        self.how = how
+
+
+class Fuse:
+    """Kills the process that passes the point at which `kill` is to happen."""
+
+    def __init__(self) -> None:
+        self.kill: Kill | None = None
+        self._passed: Counter[Point] = Counter()
+        self._committed = False
+
+    def at_commit(self) -> None:
+        self._committed = True
+        self._pass("uncommitted")
+
+    def at_publication(self) -> None:
+        if self._committed:
+            self._committed = False
+            self._pass("unpublished")
+
+    def _pass(self, point: Point) -> None:
+        kill = self.kill
+        if kill is None or kill.point != point:
+            return
+        self._passed[point] += 1
+        if self._passed[point] > kill.skip:
+            raise Killed(kill)
+
+
+class Surroundings(Protocol):
+    """What a party sees of its world."""
+
+    now: float
+    broker: MemoryBroker
+    config: RunConfig
+    random: Random
+    topics: Topics
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None: ...
+    def note(self, who: str, text: str) -> None: ...
+    def published(self, who: str, topic: str, payload: bytes) -> None: ...
+
+
+class FusedTransport(MemoryTransport):
+    def __init__(self, broker: MemoryBroker, fuse: Fuse, published: Callable[[str, bytes], None]) -> None:
+        super().__init__(broker)
+        self._fuse, self._published = fuse, published
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        self._fuse.at_publication()
+        self._published(topic, payload)
+        super().publish(topic, payload, retain=retain)
+
+
+class FusedFacts(MemoryFacts):
+    def __init__(self, held: Mapping[str, str], fuse: Fuse) -> None:
+        super().__init__(held)
+        self._fuse = fuse
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with super().transaction():
+            yield
+            self._fuse.at_commit()
+
+
+class Party(ABC):
+    """A machine on which one process runs, or does not."""
+
+    def __init__(self, name: str, around: Surroundings, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.fails: deque[str] = deque()  # how the next jobs of its worker end
+        self.starts = 0
+        self._around = around
+        self._fuse = Fuse()  # of the process that runs
+        self._link: FusedTransport | None = None
+        folder.mkdir(parents=True)
+
+    @property
+    @abstractmethod
+    def client_id(self) -> str: ...
+    @abstractmethod
+    def _begin(self, link: FusedTransport) -> None: ...
+    @abstractmethod
+    def _end(self) -> None:
+        """Of a process that is dead already."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Do what is due."""
+
+    @abstractmethod
+    def next_wakeup(self) -> float | None: ...
+
+    @property
+    def up(self) -> bool:
+        return self._link is not None
+
+    def start(self) -> None:
+        if self.up:
+            return
+        self.starts += 1
+        self._fuse = Fuse()
+        self._around.broker.restore(self.client_id)
+        self._link = FusedTransport(self._around.broker, self._fuse, partial(self._around.published, self.name))
+        self._around.note(self.name, f"starts for the {self.starts}. time")
+        with self._mortal():
+            self._begin(self._link)
+
+    def kill(self, how: Kill) -> None:
+        """At once, or when it passes the point that the fault names."""
+        if how.point == "anywhere":
+            self._perish(how)
+        else:
+            self._fuse.kill = how
+
+    def spare(self) -> None:
+        """Do not kill it any more."""
+        self._fuse.kill = None
+
+    def _perish(self, how: Kill) -> None:
+        self.die(how.power)
+        self._around.later(how.for_s, self.start)
+
+    def die(self, power: bool = False) -> None:
+        """At once; the broker hears of it, unless the `power` went with it."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        self._around.note(self.name, "dies, and its machine with it" if power else "dies")
+        if power:
+            self._around.broker.stall(link.client_id)
+            self._around.later(KEEP_ALIVE_S, link.vanish)
+            self._lose_unsynced()
+        else:
+            link.vanish()
+        self._end()
+
+    def _close(self) -> None:
+        """The process ends by itself: no will is sent."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+            self._end()
+
+    def _lose_unsynced(self) -> None:
+        """Parts of blobs are never synced: some of what was written is not there after a power cut."""
+        for part in sorted(self.folder.glob("**/*.part")):
+            if self._around.random.random() < 0.5:
+                size = part.stat().st_size
+                with part.open("r+b") as file:
+                    file.seek(self._around.random.randrange(size + 1))
+                    file.write(b"\0" * min(size, 1024))
+                    file.truncate(size)
+
+    @contextmanager
+    def _mortal(self) -> Iterator[None]:
+        """What is done by the process, which may end of it."""
+        try:
+            yield
+        except Killed as killed:
+            self._perish(killed.how)
+        except RESTARTED as error:
+            self._around.note(self.name, f"ends: {error}")
+            self.die()
+            self._around.later(RESTART_S, self.start)
+
+    def next_failure(self) -> str | None:
+        return self.fails.popleft() if self.fails else None
+
+
+class ServerParty(Party):
+    course: Course
+
+    def __init__(self, around: Surroundings, folder: Path) -> None:
+        super().__init__("server", around, folder)
+        self._server: Server | None = None
+        self._worker: canned.ServerWorker | None = None  # ends with the server
+
+    @property
+    def client_id(self) -> str:
+        return f"lwfed-{self._around.config.run.fleet}-server"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has nothing left to do, ever."""
+        return self._server is not None and self.course.state.over and self.course.encoder_path.is_file()
+
+    def hear(self) -> bool:
+        """Take what has arrived; whether that was anything."""
+        count = 0
+        if self._server is not None:
+            with self._mortal():
+                count = self._server.drain()
+        return count > 0
+
+    def poll(self) -> None:
+        if self._server is not None:
+            with self._mortal():
+                self._server.handle(None)
+
+    def next_wakeup(self) -> float | None:
+        return self._server.next_wakeup(self._around.now) if self._server else None
+
+    def _begin(self, link: FusedTransport) -> None:
+        around = self._around
+        self.course = Course(around.config, self.folder, self._unix_time, durable=False)
+        news = News(_Voice(partial(around.note, self.name)), around.config, "memory")
+        self._server = Server(self.course, link, news, self._start_worker, clock=lambda: around.now)
+        self._server.begin()
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        if self._server is not None:
+            self.course.store.close()
+        self._server = self._worker = None
+
+    def _unix_time(self) -> float:
+        """What the store asks for within every transaction that writes."""
+        self._fuse.at_commit()
+        return EPOCH_S + self._around.now
+
+    def _start_worker(self, deliver: Callable[[FromChild], None]) -> Process:
+        def later(action: Callable[[], None]) -> None:
+            self._around.later(self._around.random.uniform(0.1, 5.0), action)
+
+        self._worker = canned.ServerWorker(self._around.config, deliver, later, self.next_failure)
+        return self._worker
+
+
+class DeviceParty(Party):
+    def __init__(self, number: int, around: Surroundings, folder: Path) -> None:
+        super().__init__(f"device-{number}", around, folder)
+        self._disks = 0
+        self._facts: dict[str, str] = {}
+        self._agent: CannedAgent | None = None
+        self._new_disk()
+
+    @property
+    def client_id(self) -> str:
+        return self.name if self._disks == 1 else f"{self.name}-{self._disks}"
+
+    @property
+    def owes(self) -> str:
+        """What its journal says is not done with; empty when it is clean."""
+        journal = Journal(MemoryFacts(self._agent.facts.held if self._agent else self._facts))
+        what = {"an update": journal.update, "a task": journal.task}
+        return " and ".join(name for name, fact in what.items() if fact is not None)
+
+    def _perish(self, how: Kill) -> None:
+        super()._perish(how)
+        if how.disk:
+            self._new_disk()
+
+    def leave(self) -> None:
+        if self._agent is not None:
+            self._around.note(self.name, "is ended by its owner")
+            with self._mortal():
+                self._agent.leave(self._around.now)
+                self._close()
+
+    def mend(self) -> None:
+        """Start it, also where it cannot train until it is started anew."""
+        if self._agent is not None and self._agent.unfit:
+            self.leave()
+        self.start()
+
+    def poll(self) -> None:
+        if self._agent is not None:
+            with self._mortal():
+                self._agent.poll(self._around.now)
+
+    def next_wakeup(self) -> float | None:
+        return self._agent.next_wakeup(self._around.now) if self._agent else None
+
+    def take(self, agent: CannedAgent, event: Event) -> None:
+        if agent is self._agent:
+            with self._mortal():
+                agent.take(event, self._around.now)
+
+    def _begin(self, link: FusedTransport) -> None:
+        self._agent = agent = CannedAgent(self, FusedFacts(self._facts, self._fuse), link, self._around)
+        agent.open(partial(self.take, agent))
+
+    def _end(self) -> None:
+        if self._agent is not None:
+            self._facts = self._agent.facts.held
+            self._agent.end()
+        self._agent = None
+
+    def _new_disk(self) -> None:
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self._disks += 1
+        self._facts = {"device": Identity(device=self.client_id, boot=0).model_dump_json()}
+
+
+class CannedAgent(VirtualDevice):
+    """One start of an agent whose worker is canned."""
+
+    def __init__(self, party: DeviceParty, facts: FusedFacts, link: FusedTransport, around: Surroundings) -> None:
+        journal = Journal(facts)
+        folder = party.folder
+        about = {"lwfed": "0", "python": "3", "torch": "canned", "machine": "canned", "source": "folder"}
+        hello = Hello(boot=journal.boot, cores=1, memory_mb=1000.0, images=20, **about)
+        held, spool = BlobStore(folder / "model", durable=False), BlobStore(folder / "updates", durable=False)
+        places = Places("images", kept=folder / "images", out=folder / "update.safetensors")
+        super().__init__(around.topics, hello, journal, held, spool, places, link, around.now)
+        self.facts = facts
+        self.unfit = False  # it has said that it cannot train before it is started anew
+        self._party, self._around = party, around
+        self._worker = 0  # number of the worker that runs; what an earlier one says is not heard
+
+    def leave(self, now: float) -> None:
+        """As an agent that is told to end: it says goodbye."""
+        self._session.handle(Stop(), now)
+        self._transport.publish(self._topics.from_device(self.name, "state"), encode(State(state="stopped", boot=self._boot)), retain=True)
+
+    def end(self) -> None:
+        """Its process is gone, and a worker ends with it."""
+        self._end_worker()
+
+    def _start_worker(self) -> None:
+        self._worker += 1
+        self._later((0.1, 3.0), lambda: self._say(canned.READY))
+
+    def _end_worker(self) -> None:
+        self._worker += 1
+
+    def _train(self, order: Mapping[str, Any], sample_s: float) -> None:
+        self._later((0.0, 0.1), lambda: self._say(canned.PLANNED))
+        self._later((0.1, 0.2), lambda: self._say(canned.PROGRESS))
+        self._later((0.2, 20.0), lambda: self._finish(order))
+
+    def _finish(self, order: Mapping[str, Any]) -> None:
+        kind = self._party.next_failure()
+        self._say(canned.train(order, self._around.config) if kind is None else WorkerError(kind, "as the schedule says"))
+
+    def _say(self, event: Event) -> None:
+        self._party.take(self, event)
+
+    def _later(self, range_s: tuple[float, float], action: Callable[[], None]) -> None:
+        worker = self._worker
+
+        def unless_ended() -> None:
+            if worker == self._worker:
+                action()
+
+        self._around.later(self._around.random.uniform(*range_s), unless_ended)
+
+    def _tell(self, line: Tell) -> None:
+        self.unfit = self.unfit or line.fields.get("code") in ("data", "unfit")
+        self._around.note(self.name, line.text)
+
+
+class _Voice(Console):
+    """What the server says to people."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(as_json=True)
+        self._note = note
+
+    def say(self, event: str, text: str, **fields: Any) -> None:
+        self._note(text)

@@ -1,0 +1,192 @@
+"""What happens to a fleet, drawn from one seed: its size and settings, and the faults, by virtual time.
+
+Faults stop at `calm_s`: from then on everything works, so that a run which does not end has been blocked by what was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+from lwfed.config import RunConfig
+from lwfed.seeds import derive
+
+SERVER = -1  # as a party; devices are numbered from 0
+Point = Literal["anywhere", "uncommitted", "unpublished"]  # in a transaction; between a transaction and what is said of it
+
+LONGEST_S = 200.0  # of faults; a run without any takes half of it
+MOST_FAULTS = 12
+
+
+@dataclass(frozen=True)
+class Weather:
+    """What befalls messages on their way to subscribers, until `ends_s`."""
+
+    at_s: float
+    ends_s: float
+    drop: float
+    duplicate: float
+    reorder: float
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A connection breaks, with or without the last will, and is not to be had for a while."""
+
+    at_s: float
+    party: int
+    for_s: float
+    will: bool
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Nothing passes, and nobody notices. Half-open: it never does, and the connection breaks in the end."""
+
+    at_s: float
+    party: int
+    for_s: float
+    half_open: bool
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A process dies; it is started again after a while."""
+
+    at_s: float
+    party: int
+    for_s: float
+    point: Point
+    skip: int  # so many times the point is passed
+    power: bool  # the machine with it: what was not synced is lost, and the broker notices late
+    disk: bool  # of a device: all that it had is lost too, its identity included
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A device is ended by its owner, says goodbye, and is started again much later."""
+
+    at_s: float
+    party: int
+    for_s: float
+
+
+@dataclass(frozen=True)
+class BrokerCrash:
+    at_s: float
+    for_s: float
+    persistent: bool  # what is retained outlasts it
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The next jobs of a worker end so."""
+
+    at_s: float
+    party: int
+    kinds: tuple[str, ...]
+
+
+Fault = Weather | Cut | Stall | Kill | Leave | BrokerCrash | Fail
+
+
+@dataclass(frozen=True)
+class Schedule:
+    seed: int
+    devices: int
+    settings: dict[str, dict[str, Any]]  # section -> key -> value, where they differ from the base
+    faults: tuple[Fault, ...]
+    calm_s: float
+
+    def config(self, base: RunConfig) -> RunConfig:
+        known = base.model_dump()
+        return RunConfig.model_validate({section: {**keys, **self.settings.get(section, {})} for section, keys in known.items()})
+
+
+def draw(seed: int) -> Schedule:
+    random = Random(derive(seed, "faults"))
+    devices = random.choice((2, 2, 2, 3, 3, 4, 5))  # small ones are quick, and most faults need no more
+    settings = _settings(random, devices)
+    calm_s = random.uniform(20.0, LONGEST_S)
+    count = random.randint(0, MOST_FAULTS)
+    faults = [random.choice(KINDS)(random, random.uniform(0.0, calm_s), calm_s, devices) for _ in range(count)]
+    return Schedule(seed, devices, settings, tuple(sorted(faults, key=lambda fault: fault.at_s)), calm_s)
+
+
+def _settings(random: Random, devices: int) -> dict[str, dict[str, Any]]:
+    least = random.randint(2, devices)
+    stages = random.choice((2, 2, 2, 3))
+    calibration = random.choice(("never", "never", "round", "stage"))
+    return {
+        "run": {"seed": random.randrange(2**31)},
+        "model": {"depth": stages},
+        "stages": {
+            "strategy": random.choice(("layer_wise", "layer_wise", "progressive")),
+            "rounds_per_stage": tuple(random.choice((1, 1, 1, 2, 3)) for _ in range(stages)),
+        },
+        "rounds": {
+            "min_devices": least,
+            "sample": random.choice((None, random.randint(1, least))),
+            "quorum": random.choice((0.3, 0.5, 1.0)),
+            "deadline_s": random.choice((40.0, 120.0, 300.0)),
+        },
+        "calibration": {"every": calibration, "scope": random.choice(("model", "active"))},
+        "transfer": {"chunk_bytes": random.choice((1024, 4096)), "upload_slots": random.choice((1, 2, 8)), "window": random.choice((1, 4))},
+        "worker": {"linger_s": random.choice((0.0, 60.0))},
+    }
+
+
+def _weather(random: Random, at_s: float, calm_s: float, devices: int) -> Weather:
+    def chance(*values: float) -> float:
+        return random.choice((0.0, *values))
+
+    ends_s = random.uniform(at_s, calm_s)
+    return Weather(at_s, ends_s, chance(0.02, 0.1, 0.3), chance(0.1, 0.3), chance(0.1, 0.5), chance(0.2, 2.0, 20.0))
+
+
+def _cut(random: Random, at_s: float, calm_s: float, devices: int) -> Cut:
+    return Cut(at_s, _party(random, devices), _while(random), will=random.random() < 0.7)
+
+
+def _stall(random: Random, at_s: float, calm_s: float, devices: int) -> Stall:
+    return Stall(at_s, _party(random, devices), random.uniform(1.0, 90.0), half_open=random.random() < 0.5)
+
+
+def _kill(random: Random, at_s: float, calm_s: float, devices: int) -> Kill:
+    party = _party(random, devices)
+    point: Point = random.choice(("anywhere", "uncommitted", "unpublished"))
+    power = random.random() < 0.5
+    disk = power and party != SERVER and random.random() < 0.2
+    return Kill(at_s, party, _while(random), point, random.randint(0, 5), power, disk)
+
+
+def _leave(random: Random, at_s: float, calm_s: float, devices: int) -> Leave:
+    return Leave(at_s, random.randrange(devices), random.uniform(10.0, calm_s))
+
+
+def _broker_crash(random: Random, at_s: float, calm_s: float, devices: int) -> BrokerCrash:
+    return BrokerCrash(at_s, _while(random), persistent=random.random() < 0.5)
+
+
+def _fail(random: Random, at_s: float, calm_s: float, devices: int) -> Fail:
+    party = _party(random, devices)
+    kinds = ("died", "RuntimeError") if party == SERVER else ("died", "OutOfMemory", "Diverged", "DataError", "RuntimeError")
+    return Fail(at_s, party, tuple(random.choice(kinds) for _ in range(random.randint(1, 3))))
+
+
+KINDS: tuple[Callable[[Random, float, float, int], Fault], ...] = (
+    _weather, _weather, _cut, _stall, _kill, _kill, _leave, _broker_crash, _fail,
+)  # fmt: skip
+
+
+def _party(random: Random, devices: int) -> int:
+    """The server as often as all devices together would be too often, and as often as one of five too rarely."""
+    return SERVER if random.random() < 0.35 else random.randrange(devices)
+
+
+def _while(random: Random) -> float:
+    """Mostly short, sometimes for rounds."""
+    return random.choice((random.uniform(0.0, 3.0), random.uniform(3.0, 30.0), random.uniform(30.0, 300.0)))
