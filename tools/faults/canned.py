@@ -26,7 +26,7 @@ Tensors = dict[str, wire.Array]
 Model = dict[str, Tensors]  # part -> its tensors
 
 READY = WorkerReady(torch="canned", machine="canned")
-PLANNED = WorkerPlanned(prefix="torch", micro_batch=16, reason="canned")
+PLANNED = WorkerPlanned(prefix="torch", micro_batch=16, reason="canned", needs_mb=100.0)
 PROGRESS = WorkerProgress(epoch=1, epochs=1, step=1, steps=2, loss=1.0, rss_mb=100.0)
 
 

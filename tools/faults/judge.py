@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lwfed.cloud_server.aggregate import RULES, Share, aggregate
+from lwfed.cloud_server.aggregate import combine, screen
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import Contribution
+from lwfed.cloud_server.updates import Share, Updates
 from lwfed.config import RunConfig
 from lwfed.tools.faults import canned
 from lwfed.wire import tensors
@@ -143,7 +144,10 @@ def _aggregated(config: RunConfig, model: canned.Model, parts: tuple[str, ...], 
     previous = {part: folder / part for part in parts}
     for part, file in previous.items():
         file.write_bytes(tensors.encode(model[part]))
-    return dict(aggregate(RULES[config.aggregation.rule], previous, shares)) if shares else {}
+    if not shares:
+        return {}
+    with Updates(previous, shares) as updates:
+        return dict(combine(config.aggregation, screen(config.aggregation, updates), updates))
 
 
 def _digest(held: canned.Tensors) -> str:
