@@ -73,7 +73,7 @@ def fuzz() -> None:
 
     def change(data: bytes, longest: int, seed: int) -> bytes:
         """By libFuzzer, or by ourselves: it knows no JSON, and most of what it makes of a message is none."""
-        return atheris.Mutate(data, longest) if seed % 2 else mutated(Random(seed), (data,))[:longest]
+        return atheris.Mutate(data, longest) if seed % 2 else mutated(Random(seed), (data, *decoder.samples))[:longest]
 
     atheris.Setup([sys.argv[0], *sys.argv[2:]], once, custom_mutator=change)
     atheris.Fuzz()
