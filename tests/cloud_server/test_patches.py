@@ -145,3 +145,17 @@ def test_every_announced_part_is_what_its_patches_make(world, said):
     for before, after in itertools.pairwise(announced):
         assert all(after.patches[part][-1].base == before.parts[part].id for part in after.patches)
     assert not of(said, "warning")
+
+
+def test_a_device_that_would_make_the_model_infinite_ends_no_run(world, said):
+    """Each of its differences is finite; the second one added to what the first has made is not."""
+    fleet = world("transfer.codec=int8", "calibration.every=never", "rounds.quorum=0.5")
+    fleet.start()
+    fleet.join("a")
+    harmful = fleet.bring("b", images=100_000)
+    harmful.encode = lambda config, update, received: deltas.encode(
+        {name: np.full_like(tensor, 3e38) for name, tensor in update.items()}, "int8", 1.0, 1
+    )[0]
+    fleet.finish()
+    assert fleet.course.state.phase == "finished"
+    assert "not_finite" in harmful.refusals
