@@ -1,5 +1,6 @@
 # Every target makes its own set-up in .venv first, once: again only when what it installs has changed.
 #   make demo DEMO_ARGS="--quick --out results"     make test TEST_ARGS="tests/wire -x"
+#   make fuzz FUZZ_ARGS="--seconds 3600"            every decoder of what the network brings, by atheris
 #   PYTHON=python3.12                               the Python that .venv is made with
 #   PIP_OPTIONS="--extra-index-url ..."             given to pip: another index, a build of torch without CUDA, a folder of wheels
 
@@ -7,13 +8,14 @@ PYTHON ?= python3
 PIP_OPTIONS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+FUZZ_ARGS ?=
 export PIP_OPTIONS
 
 BIN := .venv/bin
 TYPED := .venv/typed
 MAPPED = $(shell sed -n 's/^ *lwfed\.[a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow fuzz lint
 .DELETE_ON_ERROR:
 
 setup: .venv/.installed-test
@@ -27,6 +29,9 @@ test: .venv/.installed-test
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -m slow $(TEST_ARGS)
+
+fuzz: .venv/.installed-fuzz
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 # mypy sees the packages under the names that they are installed by, as a copy: it does not follow an editable installation.
 lint: .venv/.installed-test

@@ -16,7 +16,7 @@ from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
 from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
-from lwfed.cloud_server.weights import as_weights
+from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
 from lwfed.seeds import derive
@@ -128,16 +128,14 @@ class Course:
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
-        codec, shapes = self.config.transfer.codec, self._update_shapes()
-        if codec == "fp32":
-            tensors.check_update(path, shapes)
-        else:
-            deltas.decode(path.read_bytes(), shapes, codec)
+        check(self.config.transfer, self._update_files(), path)
 
     def _update_shapes(self) -> dict[str, tuple[int, ...]]:
-        """By the parts that exist: all, once devices train."""
-        files = self._files(part for part in self.plan.uploaded if part in self.state.parts).values()
-        return {name: shape for file in files for name, shape in tensors.stated_shapes(file).items()}
+        return {name: shape for file in self._update_files() for name, shape in tensors.stated_shapes(file).items()}
+
+    def _update_files(self) -> list[Path]:
+        """Of the parts that exist: all, once devices train."""
+        return list(self._files(part for part in self.plan.uploaded if part in self.state.parts).values())
 
     def aggregate(self) -> tuple[Aggregated, Screened]:
         """The round's contributions made one model; and which of them counted."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lwfed.blobs import BlobStore
 from lwfed.config import TransferSection
 from lwfed.errors import Diverged
@@ -37,7 +39,7 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
     for part, blob in changed.items():
         old, new = _read(blobs, before[part]), _read(blobs, blob)
         missing = _read(blobs, residuals[part]) if part in residuals else {}
-        wanted = {name: new[name] - old[name] + missing.get(name, 0) for name in new}
+        wanted = {name: new[name] - old[name] + missing.get(name, np.float32(0)) for name in new}
         try:
             data, residual = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
         except ValueError as error:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from lwfed.config import TransferSection
+from lwfed.errors import InvalidPayload
 from lwfed.wire import deltas, tensors
+
+
+def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
+    """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes finite weights."""
+    shapes = {name: shape for path in received for name, shape in tensors.stated_shapes(path).items()}
+    if transfer.codec == "fp32":
+        tensors.check_update(update, shapes)
+        return
+    change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
+    for path in received:
+        for name, tensor in tensors.iterate(path, tensors.stated_shapes(path)):
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(tensor + change[name]).all()
+            if not finite:
+                raise InvalidPayload(f"tensor {name} holds values that are not finite once its difference is added")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lwfed.models.shapes import part_shapes, shapes
 from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Received, Will
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire import messages, tensors
+from lwfed.wire import deltas, messages, tensors
 from lwfed.wire.download import Downloads
 from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encode
 from lwfed.wire.topics import ToDevice, Topics
@@ -285,7 +285,7 @@ class FakeDevice:
             name: current[name] + drawn(shape, task.participant, task.stage, task.round, name) * np.float32(self.run.lr_scale)
             for name, shape in shapes(config, plan.uploaded).items()
         }
-        blob = self.spool.put(tensors.encode(self.spoil(update)))
+        blob = self.spool.put(self.encode(config, self.spoil(update), current))
         offer = Offer(
             contribution=contribution_id(task.run, task.stage, task.round, self.name, blob.id), run=task.run, stage=task.stage,
             round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, config.transfer.chunk_bytes),
@@ -294,6 +294,11 @@ class FakeDevice:
         self.task, self.done_task = None, task
         self.sent += 1
         self.upload = Upload(self.topics, self.name, offer, self.spool, seed=task.participant)
+
+    def encode(self, config, update, received):
+        if config.transfer.codec == "fp32":
+            return tensors.encode(update)
+        return deltas.encode({name: update[name] - received[name] for name in update}, config.transfer.codec, 1.0, self.sent)[0]
 
     def next_wakeup(self, now):
         if self.online is None or not self.online.online:

@@ -164,10 +164,15 @@ def killed():
 PHASES = ["preparing", "evaluating", "waiting", "training", "aggregating", "calibrating"]
 
 
-@pytest.mark.parametrize(("stage", "phase"), [*((1, phase) for phase in PHASES), (2, "preparing"), (2, "evaluating"), (2, "finished")])
-def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, stage, phase):
-    expected = undisturbed(world).finish()
-    fleet = world()
+KILLED_IN = [*((1, phase) for phase in PHASES), (2, "preparing"), (2, "evaluating"), (2, "finished")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "codec"), [*((*place, "fp32") for place in KILLED_IN), (1, "aggregating", "int8"), (1, "calibrating", "int8")]
+)
+def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, stage, phase, codec):
+    expected = undisturbed(world, f"transfer.codec={codec}").finish()
+    fleet = world(f"transfer.codec={codec}")
     fleet.start()
     for name in ("a", "b"):
         fleet.bring(name)

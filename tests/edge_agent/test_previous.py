@@ -18,8 +18,8 @@ SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, outpu
 class Device:
     """A folder, and training processes that begin anew with every order."""
 
-    def __init__(self, root, method="moon"):
-        self.config = load_config("demo", [*SMALL, f"alignment.method={method}"])
+    def __init__(self, root, method="moon", codec="fp32"):
+        self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}"])
         self.root, self.kept = root, root / "kept"
         self.kept.mkdir(parents=True, exist_ok=True)
         (root / "config").write_bytes(self.config.to_bytes())
@@ -55,8 +55,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_a_killed_process_changes_no_bit(tmp_path):
-    whole, cut = Device(tmp_path / "whole"), Device(tmp_path / "cut")
+@pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
+def test_a_killed_process_changes_no_bit(tmp_path, method, codec):
+    """Neither with what alignment compares with nor with what an encoding has lost."""
+    whole, cut = Device(tmp_path / "whole", method, codec), Device(tmp_path / "cut", method, codec)
     worker = Worker()
     expected = [whole.train(round, worker=worker) for round in (1, 2, 3)]
     found = [cut.train(1), cut.train(2)]
@@ -64,6 +66,8 @@ def test_a_killed_process_changes_no_bit(tmp_path):
     found.append(cut.train(3))
     assert cut.train(3) == found[2]
     assert found == expected
+    shutil.rmtree(cut.kept)
+    assert cut.train(3) != expected[2], "what was kept counts"
 
 
 def test_a_round_is_compared_with_the_newest_earlier_one_of_its_stage(tmp_path):

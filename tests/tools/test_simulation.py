@@ -12,6 +12,7 @@ from PIL import Image
 from lwfed.cloud_server.store import Store
 from lwfed.errors import ConfigError, StateError, WorkerFailed
 from lwfed.tools.cli import main
+from lwfed.tools.endings import ENDINGS
 from lwfed.tools.simulation.command import Simulation, plan, run_one, simulate
 from lwfed.tools.simulation.device import drops_out
 
@@ -86,16 +87,40 @@ def test_drop_out_blocks_no_round(undisturbed):
     assert [(one["chosen"], one["contributed"]) for one in run["rounds"]] == [(2, 1), (3, 1), (3, 3)]
 
 
-def test_an_interrupted_simulation_goes_on_to_the_same_bits(undisturbed, tmp_path):
-    """Ended when the first of those that had dropped out of round 3 is done after the deadline, and the others are not."""
+@pytest.fixture
+def endings():
+    """A simulation that was ended ignores further signals, as its process is to end."""
+    before = {number: signal.getsignal(number) for number in ENDINGS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def interrupted(out, *settings):
+    """Ended when the first of those that had dropped out of round 3 is done after the deadline, and the others are not; then finished."""
     listener = Listener(lambda program, said: said["event"] == "contribution" and said["round"] == 3)
-    ((folder, config),) = plan(told(tmp_path)).items()
+    ((folder, config),) = plan(told(out, *settings)).items()
     with pytest.raises(SystemExit) as ended:
-        run_one(config, folder, told(tmp_path), listener)
+        run_one(config, folder, told(out, *settings), listener)
     assert ended.value.code == 130
     assert listener.done == 0
-    simulate(told(tmp_path))
-    (first,), (second,) = report(undisturbed)["runs"], report(tmp_path)["runs"]
+    simulate(told(out, *settings))
+    return out
+
+
+def test_an_interrupted_simulation_goes_on_to_the_same_bits(undisturbed, tmp_path, endings):
+    same_bits(undisturbed, interrupted(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [["transfer.codec=int8"], ["transfer.codec=int8", "transfer.top_k=0.1"], ["transfer.codec=bf16"]])
+def test_with_differences_too(tmp_path, settings, endings):
+    simulate(told(tmp_path / "undisturbed", *settings))
+    same_bits(tmp_path / "undisturbed", interrupted(tmp_path / "interrupted", *settings))
+
+
+def same_bits(undisturbed, interrupted):
+    (first,), (second,) = report(undisturbed)["runs"], report(interrupted)["runs"]
     same = ("encoder_sha256", "random", "raw_pixels")
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
     assert [one["loss"] for one in first["rounds"]] == [one["loss"] for one in second["rounds"]]

@@ -1,19 +1,22 @@
 """Bytes that one device receives and sends over a run, counted as its transport does: in MQTT packets of the messages themselves.
 
-A device holds what it has fetched, by content, so a part travels down when it has changed since. This device is chosen in
-every round, is never away and loses nothing. Left out is what depends on how long things take: readings of the memory curve
-in a report beyond the first and the last (100 bytes each, up to 118), reports of progress beyond the first (200 bytes, every
-10 s), and reminders. Limits of size are not minded: `obstacle` tells of them.
+A device holds what it has fetched, by content, so a part travels down when it has changed since: whole, or with the codecs
+int8 and bf16 as differences, which are counted before compression. This device is chosen in every round, is never away and
+loses nothing. Left out is what depends on how long things take: readings of the memory curve in a report beyond the first and
+the last (100 bytes each, up to 118), reports of progress beyond the first (200 bytes, every 10 s), and reminders. Limits of
+size are not minded: `obstacle` tells of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 
+from lwfed.cloud_server.coordinator import KEPT_PATCHES
 from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.config import RunConfig
@@ -21,8 +24,8 @@ from lwfed.errors import ConfigError
 from lwfed.models.shapes import shapes, size_bytes
 from lwfed.plan import StagePlan
 from lwfed.transport.packets import publish_bytes
+from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
-from lwfed.wire import tensors
 from lwfed.wire.topics import Topics
 
 CONFIG = "config"  # fetched as parts are
@@ -62,17 +65,21 @@ def obstacle(config: RunConfig) -> str | None:
 def stage_traffic(config: RunConfig) -> list[Traffic]:
     """Of every stage of the run."""
     packets, rules = Packets(config), Rules.of(config)
-    found, lacking = [], frozenset({CONFIG})
+    found: list[Traffic] = []
+    lacking, moved = frozenset({CONFIG}), frozenset[str]()  # never fetched; changed since they were
+    steps = Counter[str]()  # part -> patches that lead to it
     for stage, rounds in enumerate(config.round_counts, 1):
         plan = config.plan(stage)
-        lacking |= frozenset(plan.added)
+        lacking, moved = lacking | frozenset(plan.added), moved & frozenset(plan.present)
         down, up = packets.once_a_stage(plan), 0
         for round in range(1, rounds + 1):
             calibrated = rules.calibrates(State(stage=stage, round=round))
-            for one in (packets.fetching(lacking), packets.training(plan, calibrated)):
+            down += packets.announced(plan, calibrated, steps)
+            for one in (packets.fetching(lacking, moved), packets.training(plan)):
                 down, up = down + one[0], up + one[1]
-            lacking = frozenset((*plan.uploaded, *(plan.calibrated if calibrated else ())))
-        joining, _ = packets.fetching(frozenset((CONFIG, *plan.present)))
+            lacking, moved = frozenset(), frozenset((*plan.uploaded, *(plan.calibrated if calibrated else ())))
+            steps.update(moved if config.transfer.codec != "fp32" else ())
+        joining, _ = packets.fetching(frozenset((CONFIG, *plan.present)), frozenset())
         found.append(Traffic(down, up, joining))
     return found
 
@@ -85,24 +92,24 @@ class Packets:
         self._sizes: dict[frozenset[str], int] = {frozenset({CONFIG}): len(config.to_bytes())}
         self.fetching = lru_cache(self._fetching)
         self.training = lru_cache(self._training)
+        self._change = lru_cache(self._change_bytes)
 
-    def _fetching(self, parts: frozenset[str]) -> tuple[int, int]:
-        """Manifests and chunks of `parts`, a blob each, and the two questions for them."""
-        manifests = [self._manifest(self._size(frozenset({part}))) for part in parts]
+    def _fetching(self, whole: frozenset[str], moved: frozenset[str]) -> tuple[int, int]:
+        """Manifests and chunks of parts, a blob each, `moved` ones as they travel once they are held; and the two questions for them."""
+        sizes = [*(self._size(frozenset({part})) for part in whole), *(self._change(frozenset({part})) for part in moved)]
+        manifests = [self._manifest(size) for size in sizes]
         down = sum(self._told(one) + self._chunks(one, partial(self._topics.blob_chunk, DIGEST)) for one in manifests)
-        for_manifests = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=None) for _ in parts))
+        for_manifests = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=None) for _ in manifests))
         for_chunks = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=_all(one)) for one in manifests))
         return down, self._says(for_manifests) + self._says(for_chunks)
 
-    def _training(self, plan: StagePlan, calibrated: bool) -> tuple[int, int]:
-        """A round without its downloads: announcements and task, and the update on its way."""
-        manifest = self._manifest(self._size(frozenset(plan.uploaded)))
+    def _training(self, plan: StagePlan) -> tuple[int, int]:
+        """A round without its downloads: the task, and the update on its way."""
+        manifest = self._manifest(self._change(frozenset(plan.uploaded)))
         place = {"run": self._config.run.name, "stage": plan.stage, "round": self._config.round_counts[plan.stage - 1]}
         task = m.Task(**place, participant=0)
         grant = m.Grant(contribution=CONTRIBUTION, worker=WORKER, missing=_all(manifest), window=self._config.transfer.window)
-        phases: tuple[m.Phase, ...] = ("training", "aggregating", "calibrating") if calibrated else ("training", "aggregating")
-        down = sum(self._announced(plan, phase) for phase in phases)
-        down += sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
+        down = sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
         beat = m.Beat(**place, epoch=1, epochs=self._config.train.epochs, step=1, steps=100, loss=LOSS, rss_mb=REAL)
         report = m.Report(
             images=10_000, skipped=0, steps=100, losses=(LOSS,) * self._config.train.epochs, seconds=REAL, memory=MEMORY, execution=MACHINE
@@ -113,17 +120,32 @@ class Packets:
         up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
         return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))
 
+    def announced(self, plan: StagePlan, calibrated: bool, steps: Mapping[str, int]) -> int:
+        """Announcements of a round, down; `steps`: how often each part has changed so that a patch tells of it."""
+        phases: tuple[m.Phase, ...] = ("aggregating", "calibrating") if calibrated else ("aggregating",)
+        return self._announced(plan, "training", steps) + sum(self._announced(plan, phase, {}) for phase in phases)
+
     def once_a_stage(self, plan: StagePlan) -> int:
         """Announcements of its end, down."""
-        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing")
-        return last + (self._announced(plan, "evaluating") if Rules.of(self._config).judge else 0)
+        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing", {})
+        return last + (self._announced(plan, "evaluating", {}) if Rules.of(self._config).judge else 0)
 
-    def _announced(self, plan: StagePlan, phase: m.Phase) -> int:
+    def _announced(self, plan: StagePlan, phase: m.Phase, steps: Mapping[str, int]) -> int:
         rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count
         blobs = {part: _blob(self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
-        run = m.Run(run=self._config.run.name, epoch=1, seq=100, **where, config=blobs.pop(CONFIG), parts=blobs)
+        patches = {part: (self._patch(part),) * min(count, KEPT_PATCHES) for part, count in steps.items() if part in blobs}
+        place = {"run": self._config.run.name, "epoch": 1, "seq": 100}
+        run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches)
         return publish_bytes(self._topics.run, m.encode(run), version5=True)
+
+    def _patch(self, part: str) -> m.Patch:
+        return m.Patch(base=DIGEST, blob=_blob(self._change(frozenset({part}))))
+
+    def _change_bytes(self, parts: frozenset[str]) -> int:
+        """What brings `parts` from one round to the next, or an update of them: in fp32 themselves."""
+        codec = self._config.transfer.codec
+        return self._size(parts) if codec == "fp32" else deltas.raw_bytes(shapes(self._config, parts), codec)
 
     def _size(self, parts: frozenset[str]) -> int:
         if parts not in self._sizes:
