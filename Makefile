@@ -25,7 +25,7 @@ demo: .venv/.installed-demo
 	$(BIN)/lwfed demo $(DEMO_ARGS)
 
 test: .venv/.installed-test
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest --numprocesses auto --dist loadfile $(TEST_ARGS)
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -m slow $(TEST_ARGS)
