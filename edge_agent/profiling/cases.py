@@ -91,9 +91,11 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
     for strategy, limit in dict.fromkeys((record["strategy"], record["limit_mb"]) for record in records):
         own = [record for record in records if (record["strategy"], record["limit_mb"]) == (strategy, limit)]
         room = f"{limit or budget_mb:.0f} MB"
-        if all(record["fits"] for record in own):
-            texts.append(f"{strategy} fits into {room}: the measured stages take up to {largest(own):.0f} MB.")
-            best = best or own
+        misfits = {record["threads"] for record in own if not record["fits"]}
+        if fitting := [record for record in own if record["threads"] not in misfits]:
+            but = f"; not with threads: {', '.join(map(str, sorted(misfits)))}" if misfits else ""
+            texts.append(f"{strategy} fits into {room}: the measured stages take up to {largest(fitting):.0f} MB{but}.")
+            best = best or fitting
         else:
             first = next(record for record in own if not record["fits"])
             verb = "was not tried in" if first.get("skipped") else "does not fit into"

@@ -67,6 +67,13 @@ def advise(*records, budget=600.0, settings=()):
     return recommend([judge(one, budget) for one in records], budget, load_config("base", settings))
 
 
+def test_a_strategy_that_fits_with_some_threads_only_is_recommended_with_those():
+    records = [record(threads=1, step=3.0, fits=True), record(threads=4, step=1.0, fits=False)]
+    found = recommend(records, 520.0, load_config("base"))
+    assert (found["strategy"], found["threads"]) == ("layer_wise", 1)
+    assert "not with threads: 4" in found["texts"][0]
+
+
 def test_the_first_strategy_that_fits_is_recommended_with_its_fastest_threads():
     found = advise(
         record("end_to_end", peak=900),
