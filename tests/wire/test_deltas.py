@@ -70,7 +70,7 @@ def step_of(tensor, codec):
     if codec == "bf16" or tensor.ndim < 2:
         return np.abs(tensor) * np.float32(2.0**-8) + np.float32(2.0**-133)
     rows = np.abs(tensor).reshape(len(tensor), -1).max(axis=1)
-    return (rows / np.float32(127) * np.float32(1 + 2.0**-20) + 128 * STEP).reshape(-1, *[1] * (tensor.ndim - 1)) + 0 * tensor
+    return (rows / np.float32(63) * np.float32(1 + 2.0**-20) + 128 * STEP).reshape(-1, *[1] * (tensor.ndim - 1)) + 0 * tensor
 
 
 @given(differences(), codecs, st.integers(0, 2**63))
@@ -101,7 +101,7 @@ def test_rounding_is_unbiased():
     """The mean over n seeds lies within 5 standard errors; a rounding's deviation is half a step at most."""
     delta, count = {"w": np.array([[1.0, 0.3, -0.301, 0.0001, -0.77, 0.0]], np.float32)}, 1000
     mean = np.mean([sent(delta, "int8", seed=seed)[0]["w"] for seed in range(count)], axis=0, dtype=np.float64)
-    assert np.abs(mean - delta["w"]).max() < 5 * (0.5 / 127) / sqrt(count)
+    assert np.abs(mean - delta["w"]).max() < 5 * (0.5 / 63) / sqrt(count)
 
 
 def test_the_seed_alone_decides_on_the_bytes():
@@ -158,7 +158,7 @@ def test_with_error_feedback_what_was_sent_follows_what_was_to_be_sent(codec, to
         assert np.allclose(total[name] - arrived[name], residual[name], atol=1e-6)
     assert max(sizes[30:]) < 1.5 * max(sizes[:30])
     if top_k == 1:
-        assert max(sizes) < 0.05 / 127 * 1.2
+        assert max(sizes) < 0.05 / 63 * 1.2
 
 
 @pytest.mark.parametrize("codec", CODECS)

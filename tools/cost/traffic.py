@@ -145,7 +145,7 @@ class Packets:
     def _change_bytes(self, parts: frozenset[str]) -> int:
         """What brings `parts` from one round to the next, or an update of them: in fp32 themselves."""
         codec = self._config.transfer.codec
-        return self._size(parts) if codec == "fp32" else deltas.raw_bytes(shapes(self._config, parts), codec)
+        return self._size(parts) if codec == "fp32" else deltas.packed_bytes(shapes(self._config, parts), codec)
 
     def _size(self, parts: frozenset[str]) -> int:
         if parts not in self._sizes:
