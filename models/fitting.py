@@ -27,6 +27,7 @@ LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are
 SPARE = 1.1  # allocators leave gaps
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
 CODE_BYTES = 48e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
+CODE_SPREAD = 16e6  # more of it where the system maps more of a file at a time than it is asked for
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def measure(
     views = METHODS[config.ssl.method].view_count
     return Need(
         fixed=CODE_BYTES
+        + CODE_SPREAD
         + copies * weights
         + batch_size * (images[0].nbytes + views * (kept.tokens * token_bytes + kept.heads))
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together

@@ -60,7 +60,7 @@ def test_training_in_little_more_than_it_needs_keeps_to_the_budget(order):
     assert isinstance(done, events.WorkerDone), done
     if done.memory.peak_source != "VmHWM":
         pytest.skip("this system has no clear_refs")
-    assert budget_mb - 40 < done.memory.peak_mb <= budget_mb
+    assert budget_mb - 60 < done.memory.peak_mb <= budget_mb
 
 
 def test_a_process_beyond_its_budget_says_so_once(monkeypatch):
