@@ -338,14 +338,15 @@ def with_presence(state: State, participant: int, presence: Presence) -> State:
 
 def free(rules: Rules, state: State) -> list[int]:
     """Devices that are there and not chosen, those to ask first in front."""
-    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in state.chosen]
+    chosen = set(state.chosen)
+    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
 
 
 def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
     """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
     hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
     lacking = state.needed - len(state.contributed) - len(hopeful)
-    extra = tuple(free(rules, state)[: max(0, lacking)])
+    extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
     if not extra:
         return state, []
     chosen, asked = tuple(sorted((*state.chosen, *extra))), {**state.asked, **dict.fromkeys(extra, now)}
