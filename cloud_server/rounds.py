@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from lwfed.cloud_server.plateau import plateaus
@@ -193,7 +193,7 @@ class State:
         return away or participant in self.expected
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({one.name: getattr(self, one.name) for one in fields(self)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> State:
