@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Literal
 
 from lwfed.cloud_server.plateau import plateaus
@@ -157,14 +158,14 @@ class State:
     def here(self) -> list[int]:
         return sorted(participant for participant, there in self.devices.items() if there == "here")
 
-    @property
+    @cached_property
     def owing(self) -> tuple[int, ...]:
         """Chosen ones from whom an update may still come."""
         if self.phase != "training":
             return ()
         return tuple(one for one in self.chosen if one not in self.contributed and one not in self.failed)
 
-    @property
+    @cached_property
     def expected(self) -> tuple[int, ...]:
         """Those among them that are waited for: all but who said goodbye and stragglers."""
         return tuple(one for one in self.owing if self.devices.get(one) != "gone" and one not in self.stragglers)
