@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from lwfed.blobs import BlobStore
+from lwfed.cloud_server.broker import find_mosquitto
 from lwfed.cloud_server.weights import check
 from lwfed.config import load_config
 from lwfed.models.shapes import part_shapes
@@ -101,10 +102,10 @@ def test_an_update_is_lost_when_anybody_misses_it(accepted, recorded, updates):
     assert summary(2, 1, log, tally, recorded, USED)["lost"] == 1
 
 
-@pytest.mark.parametrize("broker", ["mosquitto", "embedded"])
+@pytest.mark.parametrize("broker", ["mosquitto", pytest.param("embedded", marks=pytest.mark.slow)])
 def test_a_small_load(broker):
-    if broker == "mosquitto":
-        pytest.importorskip("lwfed.cloud_server.broker").find_mosquitto() or pytest.skip("mosquitto is not installed")
+    if broker == "mosquitto" and not find_mosquitto():
+        pytest.skip("mosquitto is not installed")
     sets = [word for setting in SMALL for word in ("--set", setting)]
     result = CliRunner().invoke(main, ["bench", "server", "--devices", "12", "--rounds", "2", "--broker", broker, "--json", *sets])
     assert result.exit_code == 0, result.output

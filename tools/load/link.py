@@ -60,6 +60,8 @@ class PolledSession(Session):
         sock: Any = self._client.socket()
         if sock is not None:
             self._selector.unregister(sock)
+        self._client.on_socket_open = self._client.on_socket_close = None  # which paho calls once more for a closed socket
+        self._client.on_socket_register_write = self._client.on_socket_unregister_write = None
         self._release()
 
     def _note(self, result: MQTTErrorCode) -> None:
