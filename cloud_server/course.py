@@ -13,7 +13,7 @@ from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.patches import Published, publish
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Rules, State
+from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Presence, Rules, State
 from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights, check
@@ -67,11 +67,14 @@ class Course:
         return self.root / "encoder.safetensors"
 
     def apply(self, event: Event, now: float, write: Write | None = None) -> list[Notice]:
-        """Take `event`; it and what it causes (with `write`) are on disk when this returns."""
+        """Take `event`; it and what it causes (with `write`) are on disk when this returns, but for who is here and who is away."""
         before = self.state
         after, notices = advance(self.rules, before, event, now)
         if after == before and write is None:
             return notices
+        if write is None and not notices and _by_sight(after) == _by_sight(before):
+            self.state = after
+            return []
         with self.store.step(after) as step:
             if write:
                 write(step)
@@ -181,6 +184,12 @@ class Course:
         stage, parts = choose(self.store.checkpoints(), self.state.sound_stage)
         export(self.config, stage, parts, self.blobs.path, self.encoder_path)
         return self.encoder_path
+
+
+def _by_sight(state: State) -> State:
+    """Without what a server sees anew after a start: which of its devices are here and which away, and when that is due to change."""
+    devices: dict[int, Presence] = {one: "away" if there == "here" else there for one, there in state.devices.items()}
+    return replace(state, devices=devices, due=None if state.due is None else 0.0)
 
 
 def _record(step: Step, before: State, after: State, notice: Notice) -> None:

@@ -6,7 +6,7 @@ there; a last will that comes late, after the goodbye or of an earlier boot, say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lwfed.cloud_server.store import Store
@@ -52,6 +52,8 @@ class Fleet:
         self._asked: dict[int, float] = {}  # participant -> when its task was last sent
         self.reminded = False  # the last tasks included some that had been sent before
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
+        self._owing: Sequence[int] = ()
+        self._next: float | None = None  # no task of `_owing` is due before; None: to be found anew
         for device in store.devices():
             self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
@@ -83,6 +85,8 @@ class Fleet:
             return None
         if (state.boot, member.state, state.state) == (member.boot, "stopped", "lost"):
             return None  # a goodbye is the last word of a start
+        if not member.there:
+            self._next = None
         member.boot = state.boot
         member.state = state.state
         if state.state == "training" and member.participant in self._asked:
@@ -98,26 +102,39 @@ class Fleet:
         for one in [participant] if participant is not None else list(self._asked):
             self._asked.pop(one, None)
             self._heard.pop(one, None)
+        self._next = None
 
-    def tasks(self, run: str, stage: int, round: int, owing: Iterable[int], now: float) -> list[Command]:
+    def tasks(self, run: str, stage: int, round: int, owing: Sequence[int], now: float) -> list[Command]:
         """The tasks that are due among those who still owe an update."""
         task = Task(run=run, stage=stage, round=round, participant=0)
         if task != self._task:
             self._task = task
             self._asked.clear()
             self._heard.clear()
+            self._next = None
         commands: list[Command] = []
         self.reminded = False
+        if now < self._next_due(owing):
+            return commands
         for member in self._askable(owing):
             if self._due(member.participant) <= now:
                 self.reminded |= member.participant in self._asked
                 self._asked[member.participant] = now
                 payload = encode(task.model_copy(update={"participant": member.participant}))
                 commands.append(Send(self._topics.to_device(member.id, "task"), payload))
+        self._next = None
         return commands
 
-    def next_wakeup(self, owing: Iterable[int]) -> float | None:
-        return min((self._due(one.participant) for one in self._askable(owing)), default=None)
+    def next_wakeup(self, owing: Sequence[int]) -> float | None:
+        when = self._next_due(owing)
+        return None if when == float("inf") else when
+
+    def _next_due(self, owing: Sequence[int]) -> float:
+        """Asked after every message of a thousand devices: found anew only when it may have come nearer, so it may be early."""
+        if self._next is None or owing != self._owing:
+            self._owing = owing
+            self._next = min((self._due(one.participant) for one in self._askable(owing)), default=float("inf"))
+        return self._next
 
     def _askable(self, owing: Iterable[int]) -> list[Member]:
         wanted = set(owing)

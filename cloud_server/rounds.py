@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Literal
 
 from lwfed.cloud_server.plateau import plateaus
@@ -157,14 +158,14 @@ class State:
     def here(self) -> list[int]:
         return sorted(participant for participant, there in self.devices.items() if there == "here")
 
-    @property
+    @cached_property
     def owing(self) -> tuple[int, ...]:
         """Chosen ones from whom an update may still come."""
         if self.phase != "training":
             return ()
         return tuple(one for one in self.chosen if one not in self.contributed and one not in self.failed)
 
-    @property
+    @cached_property
     def expected(self) -> tuple[int, ...]:
         """Those among them that are waited for: all but who said goodbye and stragglers."""
         return tuple(one for one in self.owing if self.devices.get(one) != "gone" and one not in self.stragglers)
@@ -193,7 +194,7 @@ class State:
         return away or participant in self.expected
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({one.name: getattr(self, one.name) for one in fields(self)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> State:
@@ -338,14 +339,15 @@ def with_presence(state: State, participant: int, presence: Presence) -> State:
 
 def free(rules: Rules, state: State) -> list[int]:
     """Devices that are there and not chosen, those to ask first in front."""
-    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in state.chosen]
+    chosen = set(state.chosen)
+    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
 
 
 def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
     """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
     hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
     lacking = state.needed - len(state.contributed) - len(hopeful)
-    extra = tuple(free(rules, state)[: max(0, lacking)])
+    extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
     if not extra:
         return state, []
     chosen, asked = tuple(sorted((*state.chosen, *extra))), {**state.asked, **dict.fromkeys(extra, now)}

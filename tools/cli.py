@@ -139,20 +139,54 @@ def table(
     make_table(name, out, seeds, into, workers, device)
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: about 3 minutes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ratios, and the rows that they are of.")
 @click.pass_context
 def bench(context: click.Context, quick: bool, as_json: bool) -> None:
     """Measure training layer by layer beside end-to-end training as published code does it: memory, time, FLOPs, bytes.
 
-    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each.
+    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each. With `server`
+    the cloud-server is measured instead.
     """
+    if context.invoked_subcommand is not None:
+        if quick or as_json:
+            raise click.UsageError(f"write options behind `{context.invoked_subcommand}`")
+        return
     context.with_resource(on_endings(leave))  # before the imports, which take their time
 
     from lwfed.tools.bench.command import run_bench
 
     run_bench(quick, as_json)
+
+
+@bench.command()
+@click.option(
+    "--devices",
+    callback=listed(click.IntRange(1, 10_000)),
+    default="10,100",
+    show_default=True,
+    metavar="A,B",
+    help="One run for each number.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each run.")
+@click.option(
+    "--broker", type=click.Choice(["mosquitto", "embedded"]), default="mosquitto", show_default=True, help="Started by the server."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every round.")
+@setting_option
+@click.pass_context
+def server(context: click.Context, devices: tuple[int, ...], rounds: int, broker: str, as_json: bool, settings: tuple[str, ...]) -> None:
+    """Measure a server with many devices on this machine: updates per second, memory, CPU time, and that nothing is lost.
+
+    Devices have the real protocol and a connection each, and answer at once, with updates of ViT-Tiny's first stage.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+    from typing import Any, cast
+
+    from lwfed.tools.load.command import run_load
+
+    context.exit(0 if run_load(devices, rounds, cast(Any, broker), settings, as_json) else 1)
 
 
 @main.command()

@@ -82,6 +82,9 @@ class Programs:
             reader.start()
             self._readers.append(reader)
 
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
     def next(self) -> Line:
         """Wait for the next event of any program. Raises WorkerFailed, with its last words, when one has failed."""
         line = self._lines.get()

@@ -53,6 +53,7 @@ class MqttTransport(Transport):
         self._up = False  # and may publish: all subscriptions are confirmed
         self._early: list[Received] = []  # came before the last SUBACK
         self._pending = 0
+        self._pauses = _Pauses()
         self._changed = threading.Condition()  # guards all of the above
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -156,27 +157,37 @@ class MqttTransport(Transport):
             self._tell(Sent())
 
     def _run(self, settings: Settings) -> None:
-        pauses = _Pauses()
-        while True:
-            session = Session(settings, self._version5, self, probe=self._version5 and not self._known)
-            with self._changed:
-                if self._closing.is_set():
-                    return
-                self._session = session
-            reason = session.run()
-            with self._changed:
-                self._session, self._admitted, self._up, self._early, self._pending = None, False, False, [], 0
-                self._changed.notify_all()
-            if self._negotiated(session):
-                self._window = session.window
-                settings = replace(settings, window=self._window)
-                continue
-            pauses.note(session)
-            if pauses.short_sessions >= SUSPICIOUS:  # few brokers say it themselves
-                hint = f"if another program connects as {settings.client_id!r}, give each one a --name of its own"
-                reason = type(reason)(f"{reason}; again and again: {hint}")
-            self._tell(Disconnected(reason))
-            self._closing.wait(pauses.following())
+        while (session := self._next_session(settings)) is not None:
+            self._closing.wait(self._after(session, session.run()))
+
+    def _next_session(self, settings: Settings) -> Session | None:
+        """None once we are closed."""
+        settings = replace(settings, window=self._window)
+        session = self._make_session(settings, self._version5, probe=self._version5 and not self._known)
+        with self._changed:
+            if self._closing.is_set():
+                return None
+            self._session = session
+        return session
+
+    def _make_session(self, settings: Settings, version5: bool, probe: bool) -> Session:
+        return Session(settings, version5, self, probe)
+
+    def _after(self, session: Session, reason: TransportError) -> float:
+        """The session has ended for this `reason`: seconds until there is to be another one."""
+        with self._changed:
+            self._session, self._admitted, self._up, self._early, self._pending = None, False, False, [], 0
+            self._changed.notify_all()
+        if self._negotiated(session):
+            self._window = session.window
+            return 0.0
+        self._pauses.note(session)
+        if self._pauses.short_sessions >= SUSPICIOUS:  # few brokers say it themselves
+            client_id = session.settings.client_id
+            hint = f"if another program connects as {client_id!r}, give each one a --name of its own"
+            reason = type(reason)(f"{reason}; again and again: {hint}")
+        self._tell(Disconnected(reason))
+        return self._pauses.following()
 
     def _negotiated(self, session: Session) -> bool:
         """Learn for the next attempt; whether that is to be made at once, on the broker's terms."""

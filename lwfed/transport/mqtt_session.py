@@ -78,7 +78,7 @@ class Session:
         self.hung_up = False  # it did not answer CONNECT
         self.welcome = False  # it did, and lets us in
         self.up_since: float | None = None
-        self._settings = settings
+        self.settings = settings
         self._owner = owner
         self._reason: TransportError | None = None
         self._answered = False
@@ -90,9 +90,9 @@ class Session:
 
     def run(self) -> TransportError:
         """Connect and stay until the connection ends; returns why."""
-        address = self._settings.address
+        address = self.settings.address
         try:
-            self._client.connect(address.host, address.port, self._settings.keepalive_s)
+            self._client.connect(address.host, address.port, self.settings.keepalive_s)
         except (OSError, ValueError) as error:
             self.drop(explain_failure(error, address, CONNECT_TIMEOUT_S))
             if self._tls is not None:
@@ -103,7 +103,12 @@ class Session:
             self.drop(Unreachable(f"the connection to {address} broke: {error!r}"))
         finally:
             self._release()
-        return self._reason or Unreachable(f"the connection to {address} ended")
+        return self.reason
+
+    @property
+    def reason(self) -> TransportError:
+        """Why it has ended."""
+        return self._reason or Unreachable(f"the connection to {self.settings.address} ended")
 
     def publish(self, topic: str, payload: bytes, retain: bool) -> bool:
         """Whether paho took it."""
@@ -127,7 +132,7 @@ class Session:
     def leave(self) -> None:
         """Say DISCONNECT, so that the broker forgets our will; ends `run`."""
         if self.up_since is None:
-            self.drop(Unreachable(f"closed before {self._settings.address} answered"))
+            self.drop(Unreachable(f"closed before {self.settings.address} answered"))
         else:
             self._leave_by = time.monotonic() + LEAVE_S
             self._client.disconnect()
@@ -137,9 +142,9 @@ class Session:
         while self._reason is None and self._client.loop(timeout=1.0) == MQTTErrorCode.MQTT_ERR_SUCCESS:
             if self.up_since is None and time.monotonic() > deadline:
                 self.hung_up = not self._answered
-                self.drop(explain_failure(TimeoutError(), self._settings.address, CONNECT_TIMEOUT_S))
+                self.drop(explain_failure(TimeoutError(), self.settings.address, CONNECT_TIMEOUT_S))
             if self._leave_by is not None and time.monotonic() > self._leave_by:
-                self.drop(Unreachable(f"{self._settings.address} does not take a farewell"))
+                self.drop(Unreachable(f"{self.settings.address} does not take a farewell"))
 
     def _release(self) -> None:
         sock = self._client.socket()
@@ -150,7 +155,7 @@ class Session:
         self._client.on_message = self._client.on_disconnect = None
 
     def _make_client(self) -> paho.Client:
-        settings = self._settings
+        settings = self.settings
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
@@ -183,7 +188,7 @@ class Session:
             try:
                 callback(*arguments)
             except Exception as error:
-                self.drop(TransportError(f"cannot handle what {self._settings.address} sent: {error!r}"))
+                self.drop(TransportError(f"cannot handle what {self.settings.address} sent: {error!r}"))
 
         return call
 
@@ -191,13 +196,13 @@ class Session:
         self._answered = True
         if reason.is_failure:
             self.wrong_version = self.version5 and reason.value == UNSUPPORTED_VERSION
-            self._reason = explain_refusal(reason, self._settings.address, self._settings.client_id)
+            self._reason = explain_refusal(reason, self.settings.address, self.settings.client_id)
             return
         self.welcome = True
         self.packet_limit = getattr(properties, "MaximumPacketSize", None)
-        self.window = min(self._settings.window, getattr(properties, "ReceiveMaximum", self._settings.window))
-        if self.window < self._settings.window and not self._probe:  # which paho neither heeds nor lets us set now
-            self.drop(Unreachable(f"{self._settings.address} takes {self.window} messages at a time: connecting again"))
+        self.window = min(self.settings.window, getattr(properties, "ReceiveMaximum", self.settings.window))
+        if self.window < self.settings.window and not self._probe:  # which paho neither heeds nor lets us set now
+            self.drop(Unreachable(f"{self.settings.address} takes {self.window} messages at a time: connecting again"))
             return
         if self._probe:
             client.disconnect()
@@ -210,8 +215,8 @@ class Session:
 
     def _on_subscribe(self, _c: Any, _u: Any, number: int, reasons: list[ReasonCode], _p: Any) -> None:
         if any(reason.is_failure for reason in reasons):
-            name = self._settings.credentials.username or self._settings.client_id
-            self.drop(Refused(f"{self._settings.address} does not let {name!r} subscribe: check the permissions of that user"))
+            name = self.settings.credentials.username or self.settings.client_id
+            self.drop(Refused(f"{self.settings.address} does not let {name!r} subscribe: check the permissions of that user"))
             return
         self._unconfirmed.discard(number)
         self._when_subscribed()
@@ -223,7 +228,7 @@ class Session:
 
     def _on_publish(self, _c: Any, _u: Any, _number: int, reason: ReasonCode, _p: Any) -> None:
         if reason.is_failure:
-            self.drop(Refused(f"{self._settings.address} does not let us publish ({reason}): check the permissions of our user"))
+            self.drop(Refused(f"{self.settings.address} does not let us publish ({reason}): check the permissions of our user"))
         else:
             self._owner.on_sent()
 
@@ -231,8 +236,8 @@ class Session:
         self._owner.on_received(message.topic, bytes(message.payload))
 
     def _on_disconnect(self, _c: Any, _u: Any, flags: paho.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
-        address = self._settings.address
+        address = self.settings.address
         if self._reason is None and not self._answered:
             self.hung_up = True
             self.drop(hangs_up(address))
-        self.drop(explain_disconnect(reason, flags.is_disconnect_packet_from_server, address, self._settings.client_id))
+        self.drop(explain_disconnect(reason, flags.is_disconnect_packet_from_server, address, self.settings.client_id))

@@ -3,7 +3,8 @@
     idle --a need--> gathering (0.3 s, for others to join) --> sending, lowest chunk first --nothing left--> idle
 
 Nobody acknowledges chunks. The only sign of loss is a device that asks again for chunks that went out after its last
-question; then brokers or links are overrun and the pace is halved, to recover slowly.
+question; then brokers or links are overrun and the pace is halved, to recover slowly. What waits in the broker while it sends
+a chunk to everybody else looks like loss to a device, so with many who ask the pace is that of the broker's own link.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lwfed.wire.topics import Topics
 GATHER_S = 0.3
 FASTEST = 400.0  # chunks a second: 48 MB/s at 120 KiB
 SLOWEST = 4.0
+FANNED_OUT = 100e6  # bytes a second that the broker is to send to all who asked together: what a gigabit link carries
 BURST = 8.0  # chunks that may go out at once after a pause
 RECOVERY = 0.1  # the pace grows by a tenth in each second of sending
 HALVE_EVERY_S = 1.0  # one overrun makes many devices ask: it counts once
@@ -73,8 +75,10 @@ class Broadcast:
             return []
         commands: list[Command] = []
         while now >= self._opens_at() and len(commands) < room and (following := self._following()):
-            commands.append(self._send(*following, now))
-            self._free_at = max(self._free_at, now) + 1 / self.pace
+            command, seconds = self._send(*following, now), 1 / self.pace
+            fan_out = len(self._flights[following[0]].asked) * len(command.payload)
+            commands.append(command)
+            self._free_at = max(self._free_at, now) + max(seconds, fan_out / FANNED_OUT)
         self._speed_up(now)
         if self._following() is None:
             self._start = None

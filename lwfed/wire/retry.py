@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 RECONNECT_EVERY_S = 60.0
+SUSPECT_S = 30.0  # a server that a thousand devices ask at once may take seconds, and a new connection asks it once more
 
 
 class Retry:
@@ -19,6 +20,7 @@ class Retry:
         self._longest_s = longest_s
         self._wait_s = first_s
         self._unanswered = 0
+        self._since = 0.0  # when the first of those was asked
         self._last_reconnect = float("-inf")
         self.due: float | None = None  # when to ask next
 
@@ -38,6 +40,7 @@ class Retry:
         return self.due is not None and now >= self.due
 
     def asked(self, now: float) -> None:
+        self._since = self._since if self._unanswered else now
         self._unanswered += 1
         self.due = now + self._wait_s * self._random.uniform(0.75, 1.25)
         self._wait_s = min(2 * self._wait_s, self._longest_s)
@@ -52,8 +55,8 @@ class Retry:
         self.due = now + self._first_s * self._random.uniform(0.75, 1.25)
 
     def suspect(self, now: float) -> bool:
-        """Whether the connection deserves to be made anew: two questions in a row unanswered, at most once a minute."""
-        if self._unanswered < 2 or now - self._last_reconnect < RECONNECT_EVERY_S:
+        """Whether the connection deserves to be made anew: no answer in half a minute to two questions or more, at most once a minute."""
+        if self._unanswered < 2 or now - self._since < SUSPECT_S or now - self._last_reconnect < RECONNECT_EVERY_S:
             return False
         self._last_reconnect = now
         return True

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lwfed.tools.load.link import Connections, PolledTransport
 from lwfed.transport import mqtt
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Connected, Disconnected, Event, Received, Transport, Will
@@ -150,6 +152,31 @@ class MqttNetwork(Network):
             return self._changed.wait_for(condition, PATIENCE_S)
 
 
+class PolledNetwork(Network):
+    """Clients on the thread of the test."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.port = port
+        self._connections = Connections()
+
+    def transport(self) -> Transport:
+        return PolledTransport(self._connections, BrokerAddress("127.0.0.1", self.port))
+
+    def unreachable(self) -> Transport:
+        return PolledTransport(self._connections, BrokerAddress("127.0.0.1", free_port()))
+
+    def wait(self, condition: Callable[[], bool]) -> bool:
+        until = time.monotonic() + PATIENCE_S
+        while not condition() and time.monotonic() < until:
+            self._connections.poll(PATIENCE_S)
+        return condition()
+
+    def close(self) -> None:
+        super().close()
+        self._connections.close()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -208,11 +235,13 @@ def mosquitto_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
-@pytest.fixture(params=["memory", "amqtt", "mosquitto-5", "mosquitto-3.1.1"])
+@pytest.fixture(params=["memory", "amqtt", "mosquitto-5", "mosquitto-3.1.1", "polled-amqtt", "polled-mosquitto"])
 def network(request: pytest.FixtureRequest) -> Iterator[Network]:
     made: Network
     if request.param == "memory":
         made = MemoryNetwork()
+    elif request.param.startswith("polled"):
+        made = PolledNetwork(request.getfixturevalue(f"{request.param.partition('-')[2]}_port"))
     elif request.param == "amqtt":
         made = MqttNetwork(request.getfixturevalue("amqtt_port"))
     else:

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from lwfed.blobs import BlobStore
-from lwfed.wire.broadcast import BURST, FASTEST, Broadcast
+from lwfed.wire.broadcast import BURST, FANNED_OUT, FASTEST, Broadcast
 from lwfed.wire.commands import Send
 from lwfed.wire.messages import Manifest, Need, Want, decode
 from lwfed.wire.topics import BlobChunk, Topics
@@ -80,6 +80,14 @@ def test_the_pace_bounds_chunks_a_second(broadcast, blob):
     chunks, now = drain(broadcast, 0.0)
     assert chunks == list(range(100))
     assert now == pytest.approx(0.3 + (100 - BURST) / FASTEST, rel=0.05)
+
+
+def test_more_devices_than_the_broker_can_send_to_at_that_pace_slow_it_down(broadcast, blob):
+    for number in range(1000):
+        broadcast.need(f"d{number}", need(blob, "0-99"), 0.0)
+    chunks, now = drain(broadcast, 0.0)
+    assert chunks == list(range(100))
+    assert now == pytest.approx(0.3 + 100 * 1000 * 1024 / FANNED_OUT, rel=0.05)
 
 
 def test_who_asks_again_for_what_was_sent_halves_the_pace_once_a_second(broadcast, blob):

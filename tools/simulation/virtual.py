@@ -12,8 +12,7 @@ from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
 from lwfed.errors import LwfedError
-from lwfed.transport.base import Will
-from lwfed.transport.memory import MemoryTransport
+from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, State, encode
 from lwfed.wire.topics import Topics
 
@@ -31,7 +30,7 @@ class VirtualDevice(ABC):
         held: Holdings,
         spool: BlobStore,
         places: Places,
-        transport: MemoryTransport,
+        transport: Transport,
         now: float,
     ) -> None:
         self.name = journal.device
