@@ -82,7 +82,7 @@ def inline_commands():
 def check(words):
     """Raises when the program has no such command or option. Nothing runs."""
     command, arguments, context = PROGRAMS[words[0]], words[1:], None
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group) and not (command.invoke_without_command and all(one.startswith("-") for one in arguments)):
         context = click.Context(command, parent=context, info_name=words[0])
         _, command, arguments = command.resolve_command(context, arguments)
     return command.make_context(command.name, list(arguments), parent=context)

@@ -11,6 +11,7 @@ from lwfed import __version__
 from lwfed.cli import Program, json_option, listed, setting_option
 from lwfed.plan import Strategy
 from lwfed.tools.endings import leave, on_endings
+from lwfed.tools.links.command import links
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -139,7 +140,7 @@ def table(
     make_table(name, out, seeds, into, workers, device)
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="Batch 128 and the last stage only: about 3 minutes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ratios, and the rows that they are of.")
 @click.pass_context
@@ -148,11 +149,16 @@ def bench(context: click.Context, quick: bool, as_json: bool) -> None:
 
     ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each.
     """
+    if context.invoked_subcommand is not None:
+        return
     context.with_resource(on_endings(leave))  # before the imports, which take their time
 
     from lwfed.tools.bench.command import run_bench
 
     run_bench(quick, as_json)
+
+
+bench.add_command(links)
 
 
 @main.command()
