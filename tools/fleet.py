@@ -21,9 +21,10 @@ def run_fleet(
     broker: str = "embedded",
     way: Callable[[int, str], str] = lambda number, url: url,
 ) -> list[Event]:
-    """All events of the server, which starts a `broker` of that kind. Device `number` reaches the broker at `way(number, url)`. Raises WorkerFailed when a program fails.
+    """All events of the server, which starts a `broker` of that kind; device `number` reaches it at `way(number, url)`.
 
     Devices are started one after the other: their numbers, which decide on splits and seeds, go by the order of arrival.
+    Raises WorkerFailed when a program fails.
     """
     config = load_config(preset, settings)
     sets = [f"--set={setting}" for setting in settings]

@@ -6,6 +6,7 @@ import subprocess
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -15,11 +16,16 @@ import pytest
 from lwfed.cloud_server.broker import find_mosquitto
 from lwfed.tools.links.proxy import Link, Proxy
 
-from .conftest import SMALL, Fleet, digest_of_result, free_port, starting
+from .conftest import Fleet, digest_of_result, free_port, starting
 
 CHUNK_BYTES, WINDOW = 8192, 4
-SETTINGS = (f"transfer.chunk_bytes={CHUNK_BYTES}", f"transfer.window={WINDOW}", "transfer.codec=int8", "evaluation.data=null")
-PLACES = ((1, 1), (1, 2), (2, 1))  # stage and round, all but the last
+SMALLER = (
+    *(f"transfer.chunk_bytes={CHUNK_BYTES}", f"transfer.window={WINDOW}", "transfer.codec=int8"),
+    *("train.epochs=1", "train.batch_size=256", "calibration.every=never", "evaluation.data=null"),
+)
+FOUR_ROUNDS = (*SMALLER, "model.depth=1", "stages.rounds_per_stage=4")
+TWO_STAGES = (*SMALLER, "model.depth=2", "stages.rounds_per_stage=2")
+PLACES = {FOUR_ROUNDS: ((1, 1), (1, 2), (1, 3)), TWO_STAGES: ((1, 1), (1, 2), (2, 1))}  # stage and round, all but the last
 PARTIES = ("agent", "server", "broker")
 BROKERS = [
     "embedded",
@@ -35,12 +41,12 @@ class Outcome:
     cuts: int = 0
 
 
-def over(link, start, root, seed=0, **options):
+def over(link, start, root, settings, seed=0, **options):
     """A whole run with every device behind `link`."""
     port = free_port()
     with ExitStack() as stack:
         proxies = [stack.enter_context(Proxy(("127.0.0.1", port), link, seed + number)) for number in (1, 2)]
-        fleet = Fleet(start, root, port, settings=SETTINGS, way=lambda number: proxies[number - 1].port, **options)
+        fleet = Fleet(start, root, port, settings=settings, way=lambda number: proxies[number - 1].port, **options)
         server, devices = fleet.begin()
         digest = digest_of_result(server)
         assert server.result() == 0
@@ -52,8 +58,14 @@ def over(link, start, root, seed=0, **options):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    with starting() as start:
-        return over(Link(), start, tmp_path_factory.mktemp("undisturbed"))
+    """A function of settings: the outcome of their run, which is made once."""
+
+    @cache
+    def outcome(settings):
+        with starting() as start:
+            return over(Link(), start, tmp_path_factory.mktemp("undisturbed"), settings)
+
+    return outcome
 
 
 def kill(party, random, fleet, server, devices):
@@ -80,10 +92,10 @@ def broker_of(server):
     pytest.fail("the server has no broker")
 
 
-def disturbed(fleet, seed, times):
+def disturbed(fleet, settings, broker, seed, times):
     """Digest of a run in which each party is killed so often, at moments drawn from `seed`."""
-    random = Random(seed)
-    places = sorted(random.choice(PLACES) for _ in PARTIES * times)
+    fleet, random = fleet(broker=broker, settings=settings), Random(seed)
+    places = sorted(random.choice(PLACES[settings]) for _ in PARTIES * times)
     parties = random.sample(PARTIES * times, len(PARTIES) * times)
     server, devices = fleet.begin()
     reached = (1, 1)
@@ -104,33 +116,24 @@ def disturbed(fleet, seed, times):
 
 @pytest.mark.parametrize("broker", BROKERS)
 def test_killed_agents_servers_and_brokers_change_no_bit_of_the_result(fleet, undisturbed, broker):
-    assert disturbed(fleet(broker=broker, settings=SETTINGS), seed=0, times=1) == undisturbed.digest
+    assert disturbed(fleet, FOUR_ROUNDS, broker, seed=0, times=1) == undisturbed(FOUR_ROUNDS).digest
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broker", BROKERS)
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_many_kills_at_random_points_change_no_bit_of_the_result(fleet, undisturbed, seed, broker):
-    assert disturbed(fleet(broker=broker, settings=SETTINGS), seed, times=2) == undisturbed.digest
+    assert disturbed(fleet, TWO_STAGES, broker, seed, times=2) == undisturbed(TWO_STAGES).digest
 
 
-def check_cuts(start, root, undisturbed, broker, seed):
-    found = over(Link(cut_every_bytes=80_000), start, root, seed, broker=broker)
-    assert found.digest == undisturbed.digest
+@pytest.mark.parametrize("broker", BROKERS)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30, 2))])
+def test_what_a_cut_costs_is_bounded(start, tmp_path, undisturbed, seed, broker):
+    expected = undisturbed(FOUR_ROUNDS)
+    found = over(Link(cut_every_bytes=80_000), start, tmp_path, FOUR_ROUNDS, seed, broker=broker)
+    assert found.digest == expected.digest
     assert found.cuts >= 3
-    assert found.passed - undisturbed.passed <= found.cuts * (WINDOW * CHUNK_BYTES + CALLS_BYTES)
-
-
-@pytest.mark.parametrize("broker", BROKERS)
-def test_what_a_cut_costs_is_bounded(start, tmp_path, undisturbed, broker):
-    check_cuts(start, tmp_path, undisturbed, broker, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("broker", BROKERS)
-@pytest.mark.parametrize("seed", range(10, 30, 2))
-def test_cuts_at_many_bytes_lose_nothing(start, tmp_path, undisturbed, broker, seed):
-    check_cuts(start, tmp_path, undisturbed, broker, seed)
+    assert found.passed - expected.passed <= found.cuts * (WINDOW * CHUNK_BYTES + CALLS_BYTES)
 
 
 @pytest.mark.slow
@@ -140,7 +143,7 @@ def test_cuts_at_many_bytes_lose_nothing(start, tmp_path, undisturbed, broker, s
     ids=["late", "stalls", "cuts"],
 )
 def test_slow_late_and_stalling_links_change_no_bit(start, tmp_path, undisturbed, link):
-    assert over(link, start, tmp_path).digest == undisturbed.digest
+    assert over(link, start, tmp_path, TWO_STAGES).digest == undisturbed(TWO_STAGES).digest
 
 
 @pytest.fixture
@@ -166,13 +169,13 @@ def namespace():
 @pytest.mark.skipif(not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))), reason="needs unshare, nsenter, ip and tc")
 def test_a_network_that_is_gone_for_seconds_changes_no_bit(namespace, start, tmp_path, undisturbed):
     """Nobody is told that a connection broke: packets are lost until the kernel sends them again."""
-    server, devices = Fleet(start, tmp_path, free_port(), settings=SETTINGS, before=namespace).begin()
-    for place in PLACES:
+    server, devices = Fleet(start, tmp_path, free_port(), settings=TWO_STAGES, before=namespace).begin()
+    for place in PLACES[TWO_STAGES]:
         server.wait_for("round", stage=place[0], round=place[1])
         subprocess.run([*namespace, "ip", "link", "set", "lo", "down"], check=True)
         time.sleep(4)
         subprocess.run([*namespace, "ip", "link", "set", "lo", "up"], check=True)
-    assert digest_of_result(server) == undisturbed.digest
+    assert digest_of_result(server) == undisturbed(TWO_STAGES).digest
     assert server.result() == 0
     for device in devices:
         assert device.end() == 0

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from lwfed.tools.fleet import run_fleet
-from lwfed.tools.screen import Screen
 
 SETTINGS = ("stages.rounds_per_stage=2", "train.epochs=1", "train.micro_batch=16", "calibration.epochs=1", "model.depth=2")
 
