@@ -146,8 +146,8 @@ def table(
 def bench(context: click.Context, quick: bool, as_json: bool) -> None:
     """Measure training layer by layer beside end-to-end training as published code does it: memory, time, FLOPs, bytes.
 
-    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each. With `server`
-    the cloud-server is measured instead.
+    ViT-Tiny and batches of 512 as in the paper, every row in fresh processes of this machine, one thread each. `server`
+    and `links` measure the cloud-server and bad networks instead.
     """
     if context.invoked_subcommand is not None:
         if quick or as_json:
@@ -187,6 +187,25 @@ def server(context: click.Context, devices: tuple[int, ...], rounds: int, broker
     from lwfed.tools.load.command import run_load
 
     context.exit(0 if run_load(devices, rounds, cast(Any, broker), settings, as_json) else 1)
+
+
+@bench.command()
+@click.option("--codec", type=click.Choice(["int8", "bf16", "fp32"]), default="int8", show_default=True, help="transfer.codec of the runs.")
+@click.option(
+    "--broker", type=click.Choice(["auto", "mosquitto", "embedded"]), default="auto", show_default=True, help="As of `cloud-server serve`."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_context
+def links(context: click.Context, codec: str, broker: str, as_json: bool) -> None:
+    """Run a server and two devices over slow, late, stalling and breaking links: seconds and bytes of a round.
+
+    About six minutes. The exit code is 1 if an update was lost, or if links gave different encoders.
+    """
+    context.with_resource(on_endings(leave))  # before the imports, which take their time
+
+    from lwfed.tools.links.table import run_links
+
+    context.exit(0 if run_links(codec, broker, as_json) else 1)
 
 
 @main.command()

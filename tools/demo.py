@@ -1,8 +1,7 @@
 """The main job, shown: a broker, a server and devices as processes of this machine train on real digits.
 
 The same run is made twice, layer by layer and end to end, so that what layer-wise training saves is measured and not
-claimed. The devices are started one after the other, because participant numbers, which decide on splits and seeds,
-go by the order of arrival: the same seed gives the same encoder on the same machine.
+claimed. The same seed gives the same encoder on the same machine.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from typing import Any
 from lwfed.config import RunConfig, load_config
 from lwfed.errors import ConfigError, StateError
 from lwfed.tools import account
+from lwfed.tools.fleet import run_fleet
 from lwfed.tools.machine import machine, needed, versions
-from lwfed.tools.programs import Programs
 from lwfed.tools.screen import Screen
 
 DATA = "digits"
@@ -50,9 +49,9 @@ def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None
     began = time.monotonic()
     screen = Screen(sys.stdout.isatty())
     with tempfile.TemporaryDirectory(prefix="lwfed-demo-") as scratch:
-        staged = run_fleet("layer_wise", settings, Path(scratch) / "layer_wise", screen)
+        staged = _run("layer_wise", settings, Path(scratch) / "layer_wise", screen)
         shutil.copyfile(_encoder(staged), out / "encoder.safetensors")
-        whole = run_fleet("end_to_end", settings, Path(scratch) / "end_to_end", screen)
+        whole = _run("end_to_end", settings, Path(scratch) / "end_to_end", screen)
     report = make_report(config, staged, whole)
     report["encoder_sha256"] = hashlib.sha256((out / "encoder.safetensors").read_bytes()).hexdigest()
     report["seconds"] = round(time.monotonic() - began, 1)
@@ -61,34 +60,10 @@ def run_demo(out: Path, seed: int, quick: bool, settings: Sequence[str]) -> None
     screen.table(report, out)
 
 
-def run_fleet(strategy: str, settings: Sequence[str], state: Path, screen: Screen) -> list[account.Event]:
-    """One whole run as processes; all events of its server. Raises WorkerFailed when a program fails."""
-    config = load_config("demo", [*settings, f"stages.strategy={strategy}"])
-    sets = [f"--set={setting}" for setting in (*settings, f"stages.strategy={strategy}")]
-    events: list[account.Event] = []
-    with Programs() as programs, screen.run(config):
-        place = ("--broker", "embedded", "--port", "0", "--state", str(state / "server"))
-        programs.start("server", "lwfed.cloud_server.cli", "serve", "--config", "demo", *sets, *place, "--until-done")
-        url, joined = "", 0
-        while (line := programs.next()).said is not None or line.program != "server":
-            if line.said is None:
-                continue
-            screen.show(line.program, line.said)
-            if line.program != "server":
-                continue
-            events.append(line.said)
-            match line.said:
-                case {"event": "broker"}:
-                    url = line.said["url"]
-                case {"event": "device", "status": "joined"}:
-                    joined += 1
-                case _:
-                    continue
-            if joined < config.data.devices:
-                name = f"device-{joined}"
-                place = ("--name", name, "--state", str(state / name), "--fleet", config.run.fleet)
-                programs.start(name, "lwfed.edge_agent.cli", "join", url, "--data", DATA, *place, "--wait", "60")
-    return events
+def _run(strategy: str, settings: Sequence[str], state: Path, screen: Screen) -> list[account.Event]:
+    settings = [*settings, f"stages.strategy={strategy}"]
+    with screen.run(load_config("demo", settings)):
+        return run_fleet("demo", settings, DATA, state, screen.show)
 
 
 def make_report(config: RunConfig, staged: Sequence[account.Event], whole: Sequence[account.Event]) -> dict[str, Any]:

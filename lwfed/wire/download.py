@@ -4,8 +4,9 @@
     gathering --its chunks contradict the manifest--> unknown
 
 Chunks are published once for everybody who asked, in the server's order and pace, and any may be lost. So the device
-only ever says what it still lacks, and says it again after a silence. Chunks may come in any order, twice, damaged, or
-without being wanted.
+only ever says what it still lacks. Silence is no sign of loss: on a slow link a chunk takes seconds, with others behind it
+in the broker's queue, and all would come twice. So after a silence the device asks for the manifest, whose answer comes
+behind them, and then for what is missing still. Chunks may come in any order, twice, damaged, or without being wanted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 from lwfed.blobs import Arrival, Holdings
 from lwfed.errors import InvalidPayload
@@ -32,6 +34,7 @@ MAX_BAD_IN_A_ROW = 3  # then the manifest itself is doubted: a restarted server 
 class _Blob:
     ref: BlobRef
     part: Arrival | None = None  # None: its manifest is unknown
+    asked: Literal["nothing", "chunks", "manifest"] = "nothing"  # and not answered yet
     bad_in_a_row: int = 0
 
 
@@ -73,8 +76,12 @@ class Downloads:
         if blob.part is None or blob.part.manifest != manifest:
             blob.part = self._store.part(manifest)
             blob.bad_in_a_row = 0
+            blob.asked = "nothing"
             self._fresh = True
             self._finish(blob)
+        elif blob.asked == "manifest":
+            blob.asked = "nothing"
+            self._fresh = True
 
     def on_chunk(self, blob: str, index: int, data: bytes) -> None:
         found = self._open.get(blob)
@@ -95,6 +102,8 @@ class Downloads:
     def reset(self) -> None:
         """The connection or the server is back: nothing that was asked before will be answered."""
         self._heard = False
+        for blob in self._open.values():
+            blob.asked = "nothing"
         if self._open:
             self._retry.now()
 
@@ -136,7 +145,10 @@ class Downloads:
         if not self._open:
             self._retry.stop()
         elif self._heard:
-            self._retry.wait(now)
+            if any(blob.asked == "manifest" for blob in self._open.values()):
+                self._retry.wait_longer(now)
+            else:
+                self._retry.wait(now)
             if self._fresh:
                 all_known = all(blob.part is not None for blob in self._open.values())
                 self._retry.at(now if all_known else now + GATHER_S)
@@ -146,9 +158,11 @@ class Downloads:
         wants: list[Want] = []
         room = MAX_NEED_CHARS
         for id, blob in self._open.items():
-            want = Want(id=id, missing=None if blob.part is None else ranges(blob.part.missing()))
+            chunks = blob.part is not None and blob.asked == "nothing"
+            want = Want(id=id, missing=ranges(blob.part.missing()) if blob.part and chunks else None)
             room -= len(want.missing or "")
             if wants and (room < 0 or len(wants) == MAX_NEED_BLOBS):
                 break
             wants.append(want)
+            blob.asked = "chunks" if chunks else "manifest"
         return Need(blobs=tuple(wants))

@@ -54,6 +54,11 @@ class Retry:
         self.answered()
         self.due = now + self._first_s * self._random.uniform(0.75, 1.25)
 
+    def wait_longer(self, now: float) -> None:
+        """Something came, but not the answer, which is on its way behind it: do not ask again in the same rhythm."""
+        self._unanswered = 0
+        self.due = now + self._wait_s * self._random.uniform(0.75, 1.25)
+
     def suspect(self, now: float) -> bool:
         """Whether the connection deserves to be made anew: no answer in half a minute to two questions or more, at most once a minute."""
         if self._unanswered < 2 or now - self._since < SUSPECT_S or now - self._last_reconnect < RECONNECT_EVERY_S:

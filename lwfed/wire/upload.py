@@ -76,6 +76,7 @@ class Upload:
         self._queue: list[int] = []  # chunks to send, the next one last
         self._pause_s: float | None = None  # a Wait that no poll has seen yet
         self._digest_refusals = 0
+        self._room = 0  # at the last poll
         self._retry = Retry(Random(seed), ANSWER_S)
         self._retry.now()
 
@@ -124,6 +125,9 @@ class Upload:
             self._retry.answered()
             self._retry.at(now + self._pause_s)
             self._pause_s = None
+        if self.state == "finishing" and room > self._room and not self._retry.is_due(now):
+            self._retry.wait(now)  # chunks are still leaving, and `fin` behind them
+        self._room = room
         commands = self._chunks(now, room) if self.state == "sending" else []
         if self._retry.is_due(now) and not commands:  # the traffic that is told at the end has the last chunks in it
             commands += self._question(now, traffic)

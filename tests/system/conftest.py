@@ -1,5 +1,7 @@
 """Real processes for the system tests: started with ``--json``, watched through what they say."""
 
+import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -28,15 +31,15 @@ SMALL = [
 
 
 class Program:
-    """One of the console scripts as a process."""
+    """One of the console scripts as a process; `before` is the command that runs it, if any."""
 
-    def __init__(self, name, *arguments):
+    def __init__(self, name, *arguments, before=()):
         script = os.path.join(os.path.dirname(sys.executable), name)
         self.name = name
         self.said = []
         self._fresh = queue.Queue()
         self.process = subprocess.Popen(
-            [script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+            [*before, script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )
         self.errors = []
         self._threads = [threading.Thread(target=self._read_out), threading.Thread(target=self._read_errors)]
@@ -82,43 +85,69 @@ class Program:
         return self.end()
 
 
-@pytest.fixture
-def start():
+@contextlib.contextmanager
+def starting():
+    """A function that starts programs, which end with the block."""
     programs = []
 
-    def start(name, *arguments):
-        programs.append(Program(name, *arguments))
+    def start(name, *arguments, **options):
+        programs.append(Program(name, *arguments, **options))
         return programs[-1]
 
-    yield start
-    for program in programs:
-        program.end(signal.SIGKILL)
+    try:
+        yield start
+    finally:
+        for program in programs:
+            program.end(signal.SIGKILL)
 
 
 @pytest.fixture
-def port():
+def start():
+    with starting() as start:
+        yield start
+
+
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
-class Fleet:
-    """A server and its devices in one directory; each can be killed and started again."""
+@pytest.fixture
+def port():
+    return free_port()
 
-    def __init__(self, start, root, port, *, broker="embedded", settings=()):
-        self._start, self._root, self._port, self._broker = start, root, port, broker
+
+class Fleet:
+    """A server and its devices in one directory; each can be killed and started again.
+
+    `way` leads a device's number to the port by which it reaches the broker.
+    """
+
+    def __init__(self, start, root, port, *, broker="embedded", settings=(), way=None, before=()):
+        self._start, self._root, self.port, self._broker = start, root, port, broker
+        self._way, self._before = way or (lambda number: port), before
         self._settings = [f"--set={setting}" for setting in (*SMALL, *settings)]
 
     def server(self):
         return self._start(
-            "cloud-server", "serve", "--config", "demo", *self._settings, "--broker", self._broker, "--port", self._port,
-            "--state", self._root / "server", "--until-done", "--json",
+            "cloud-server", "serve", "--config", "demo", *self._settings, "--broker", self._broker, "--port", self.port,
+            "--state", self._root / "server", "--until-done", "--json", before=self._before,
         )  # fmt: skip
 
     def device(self, number, data="digits"):
         return self._start(
-            "edge-agent", "join", f"mqtt://127.0.0.1:{self._port}", "--data", data, "--name", f"device-{number}",
-            "--state", self._root / f"device-{number}", "--wait", 60, "--json",
+            "edge-agent", "join", f"mqtt://127.0.0.1:{self._way(number)}", "--data", data, "--name", f"device-{number}",
+            "--state", self._root / f"device-{number}", "--wait", 60, "--json", before=self._before,
         )  # fmt: skip
+
+    def begin(self):
+        """The server, and two devices that have joined it one after the other."""
+        server = self.server()
+        devices = []
+        for number in (1, 2):
+            devices.append(self.device(number))
+            server.wait_for("device", participant=number - 1)
+        return server, devices
 
 
 @pytest.fixture
@@ -127,3 +156,8 @@ def fleet(start, tmp_path, port):
         return Fleet(start, tmp_path / name, port, **options)
 
     return fleet
+
+
+def digest_of_result(server):
+    path = Path(server.wait_for("finished")["encoder"])
+    return hashlib.sha256(path.read_bytes()).hexdigest()

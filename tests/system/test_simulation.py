@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lwfed.tools.demo import run_fleet
-from lwfed.tools.screen import Screen
+from lwfed.tools.fleet import run_fleet
 
 SETTINGS = ("stages.rounds_per_stage=2", "train.epochs=1", "train.micro_batch=16", "calibration.epochs=1", "model.depth=2")
 
@@ -21,7 +20,8 @@ def test_a_simulation_gives_the_bits_of_real_processes(start, tmp_path, strategy
     )  # fmt: skip
     assert simulated.result() == 0, simulated.transcript()
     (run,) = json.loads((tmp_path / "simulated" / "report.json").read_text())["runs"]
-    events = run_fleet(strategy, (*SETTINGS, "run.seed=4", "rounds.min_devices=3"), tmp_path / "real", Screen(live=False))
+    settings = (*SETTINGS, "run.seed=4", "rounds.min_devices=3", f"stages.strategy={strategy}")
+    events = run_fleet("demo", settings, "digits", tmp_path / "real", lambda program, said: None)
     encoder = Path(next(event["encoder"] for event in events if event["event"] == "finished"))
     assert run["encoder_sha256"] == hashlib.sha256(encoder.read_bytes()).hexdigest()
     ended = [event for event in events if event["event"] == "stage" and event["status"] == "ended"]

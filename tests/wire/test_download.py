@@ -120,7 +120,21 @@ def test_a_chunk_puts_the_next_question_off(bench):
     bench.chunk(1)
     assert bench.downloads.poll(1.4) == []
     assert bench.downloads.next_wakeup(1.4) >= 1.4 + 1.5
-    assert needs(bench.downloads.poll(4.0)) == [("0,2-3",)]
+    assert len(needs(bench.downloads.poll(4.0))) == 1
+
+
+def test_after_a_silence_it_asks_for_the_manifest_and_behind_it_for_what_is_missing(bench):
+    bench.downloads.want([bench.ref])
+    bench.downloads.on_manifest(bench.manifest)
+    assert needs(bench.downloads.poll(0.0)) == [("0-3",)]
+    bench.downloads.on_manifest(bench.manifest)  # of an earlier question that was asked twice
+    assert bench.downloads.poll(0.1) == []
+    assert needs(bench.downloads.poll(4.0)) == [(None,)]
+    bench.chunk(1)
+    assert bench.downloads.poll(4.1) == []
+    assert bench.downloads.next_wakeup(4.1) >= 4.1 + 3, "an answer is on its way behind the chunk"
+    bench.downloads.on_manifest(bench.manifest)
+    assert needs(bench.downloads.poll(4.2)) == [("0,2-3",)]
 
 
 def test_after_a_reset_it_asks_at_once_and_only_for_the_rest(bench):

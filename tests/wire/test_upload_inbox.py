@@ -148,6 +148,18 @@ def test_silence_repeats_the_question_and_after_half_a_minute_doubts_the_connect
     assert SUSPECT_S <= now <= 100
 
 
+def test_while_chunks_are_leaving_an_answer_is_not_missed(upload):
+    """Of a slow link: `fin` waits behind the last chunks for longer than an answer takes."""
+    fin = Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)
+    upload.on_grant(grant(upload, "0-3"))
+    upload.poll(0.0, 4, TRAFFIC)
+    assert said(upload.poll(0.1, 1, TRAFFIC), UP) == [fin], "at once, although room has grown"
+    for room, now in ((2, 3.0), (3, 6.0), (4, 9.0)):
+        assert upload.poll(now, room, TRAFFIC) == []
+    assert upload.next_wakeup(9.0) > 12.0
+    assert said(upload.poll(15.0, 4, TRAFFIC), UP) == [fin], "no more has left, and nobody has answered"
+
+
 def test_a_link_that_takes_nothing_is_given_up(upload):
     upload.on_grant(grant(upload, "0-5"))
     assert upload.poll(0.0, 0, TRAFFIC) == []
