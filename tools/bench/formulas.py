@@ -7,7 +7,9 @@ from functools import lru_cache
 from lwfed.config import RunConfig
 from lwfed.models import cost
 from lwfed.models.measure import measure
+from lwfed.models.shapes import shapes
 from lwfed.models.ssl import METHODS
+from lwfed.wire.deltas import packed_bytes
 
 FUSED = 1.4  # of what the formula says ours keeps: published code keeps more; for estimates
 
@@ -30,9 +32,11 @@ def published_macs(config: RunConfig, stage: int) -> float:
 
 
 def bytes_moved(config: RunConfig, stage: int) -> int:
-    """Down and up in one round: float32, without headers."""
-    plan, found = config.plan(stage), measured(config)
-    return 4 * (cost.count(found, plan.downloaded) + cost.count(found, plan.uploaded))
+    """Down and up in one round as `transfer.codec` sends them, without headers; int8 before it is compressed."""
+    plan, codec = config.plan(stage), config.transfer.codec
+    if codec != "fp32":
+        return sum(packed_bytes(shapes(config, parts), codec) for parts in (plan.downloaded, plan.uploaded))
+    return 4 * sum(cost.count(measured(config), parts) for parts in (plan.downloaded, plan.uploaded))
 
 
 def training_mb(config: RunConfig, stage: int) -> float:
