@@ -14,6 +14,7 @@ import torch
 from lwfed.config import RunConfig, load_config
 from lwfed.edge_agent.profiling import measure
 from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP, DidNotFit, Measured, OnStep
+from lwfed.errors import WorkerFailed
 from lwfed.models.kernels import library
 from lwfed.tools.bench import formulas
 from lwfed.tools.bench.formulas import bytes_moved, whole
@@ -121,6 +122,8 @@ def measure_row(row: Row, on_step: Callable[[int, int, int], None]) -> dict[str,
             found = row.measure(stage, lambda step, steps, stage=stage: on_step(stage, step, steps))  # type: ignore[misc]
         except DidNotFit as problem:
             return {**about, "reason": f"it did not fit into memory: {problem}", "stages": records}
+        except WorkerFailed as problem:  # what the other rows have taken hours for is not lost
+            return {**about, "reason": str(problem), "stages": records}
         epoch_s = found.epoch_s(EPOCH_IMAGES, row.config.train.batch_size)
         costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": bytes_moved(row.config, stage), "epoch_s": round(epoch_s, 1)}
         records.append({"stage": stage, **found.record(), **costs})
