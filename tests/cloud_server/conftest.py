@@ -285,7 +285,7 @@ class FakeDevice:
             name: current[name] + drawn(shape, task.participant, task.stage, task.round, name) * np.float32(self.run.lr_scale)
             for name, shape in shapes(config, plan.uploaded).items()
         }
-        blob = self.spool.put(self.encode(config, self.spoil(update), current))
+        blob = self.spool.put(self.encode(config, task, self.spoil(update), current))
         offer = Offer(
             contribution=contribution_id(task.run, task.stage, task.round, self.name, blob.id), run=task.run, stage=task.stage,
             round=task.round, participant=task.participant, manifest=self.spool.manifest(blob.id, config.transfer.chunk_bytes),
@@ -295,10 +295,11 @@ class FakeDevice:
         self.sent += 1
         self.upload = Upload(self.topics, self.name, offer, self.spool, seed=task.participant)
 
-    def encode(self, config, update, received):
+    def encode(self, config, task, update, received):
         if config.transfer.codec == "fp32":
             return tensors.encode(update)
-        return deltas.encode({name: update[name] - received[name] for name in update}, config.transfer.codec, 1.0, self.sent)[0]
+        seed = derive(config.run.seed, "codec", task.stage, task.round, task.participant)
+        return deltas.encode({name: update[name] - received[name] for name in update}, config.transfer.codec, 1.0, seed)[0]
 
     def next_wakeup(self, now):
         if self.online is None or not self.online.online:

@@ -48,7 +48,7 @@ def test_a_run_from_first_device_to_encoder(world, said):
 
 
 def test_the_model_is_the_weighted_mean_of_the_updates(world):
-    fleet = world("calibration.every=never", "stages.rounds_per_stage=1", "stages.strategy=end_to_end")
+    fleet = world("transfer.codec=fp32", "calibration.every=never", "stages.rounds_per_stage=1", "stages.strategy=end_to_end")
     fleet.start()
     sent = []
     for name in ("a", "b"):
@@ -62,7 +62,8 @@ def test_the_model_is_the_weighted_mean_of_the_updates(world):
 
 
 def test_l_dawa_measures_angles_to_what_the_devices_received(world):
-    fleet = world("aggregation.rule=l_dawa", "calibration.every=never", "stages.strategy=end_to_end", "rounds.min_devices=1")
+    settings = ("calibration.every=never", "stages.strategy=end_to_end", "rounds.min_devices=1")
+    fleet = world("transfer.codec=fp32", "aggregation.rule=l_dawa", *settings)
     fleet.start()
     sent, received = [], []
     name = "blocks.1.mlp.fc1.weight"

@@ -19,7 +19,7 @@ def test_an_update_that_does_not_fit_is_refused_and_harms_nobody(world, said):
 
     expected = None
     for spoil in (poisoned, lambda update: {**update, "extra": np.zeros(1, np.float32)}, lambda update: dict(list(update.items())[1:])):
-        fleet = world("rounds.quorum=0.5", "rounds.min_devices=2")
+        fleet = world("transfer.codec=fp32", "rounds.quorum=0.5", "rounds.min_devices=2")
         fleet.start()
         fleet.join("honest")
         liar = fleet.join("liar", spoil=spoil)
@@ -35,7 +35,7 @@ def test_an_update_that_does_not_fit_is_refused_and_harms_nobody(world, said):
 
 
 def test_an_update_larger_than_the_plan_allows_is_not_even_received(world):
-    fleet = world()
+    fleet = world("transfer.codec=fp32")
     fleet.start()
     fleet.join("honest")
     big = fleet.join("big", spoil=lambda update: {**update, "extra": np.zeros(100_000, np.float32)})
@@ -224,7 +224,7 @@ def test_a_device_that_was_mended_and_started_again_is_asked_at_once(world, said
 
 
 def test_a_device_whose_update_was_refused_is_asked_again_when_it_was_started_again(world, said):
-    fleet = world("rounds.min_devices=1")
+    fleet = world("transfer.codec=fp32", "rounds.min_devices=1")
     fleet.start()
     wrong = fleet.join("wrong", spoil=lambda update: {**update, "extra": np.zeros(1, np.float32)})
     fleet.settle(until=lambda: wrong.refusals != [])

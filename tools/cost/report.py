@@ -93,7 +93,8 @@ def _table(config: RunConfig, report: Record) -> Iterator[str]:
     yield "paper's: as the paper counts. paper GB: its account of Table 2; worst: of Table 5."
     codec = config.transfer.codec
     written = codec if codec == "fp32" else f"differences in {codec} not yet compressed"
-    yield f"MB down, up, sent: on our wire, {written}; to join: what a device that holds nothing fetches."
+    yield f"MB down, up, sent: on our wire, {written};"
+    yield "to join: what a device that holds nothing fetches."
     yield "memory: MB that training takes, an estimate."
     for strategy, why in report["obstacles"].items():
         yield from wrap(f"{strategy} cannot run like this: {why}", 99)
