@@ -240,7 +240,7 @@ class FakeDevice:
             case messages.Task():
                 if message not in (self.task, self.done_task):
                     self.tasks.append((message.stage, message.round))
-                    self.task, self.upload = message, None
+                    self.task, self.upload, self.ready_at = message, None, None
             case messages.Manifest():
                 self.downloads.on_manifest(message)
             case _ if self.upload:

@@ -50,7 +50,7 @@ def test_an_update_after_the_own_deadline_counts_while_the_round_is_open(world, 
 def over_selected(world, faults=None, seconds=(10.0, 20.0, 30.0)):
     """Three devices, of which two make a round; they are as fast as `seconds` say, each round another one."""
     settings = ("rounds.min_devices=3", "rounds.sample=2", "rounds.oversample=1.5", "rounds.deadline_s=3600")
-    fleet = world(*settings, "rounds.straggler_factor=null", faults=faults)
+    fleet = world(*settings, faults=faults)
     fleet.start()
     for number, name in enumerate(("a", "b", "c")):
         fleet.join(name, takes=lambda stage, round, number=number: seconds[(number + round + stage) % 3])

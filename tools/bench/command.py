@@ -23,7 +23,7 @@ NOTES = (
     "Libraries: the same sum after the imports. Training: the rest of the peak. Memory of several stages is that of the largest.",
     f"Time: median of up to {STEPS} steps after {WARM_UP} to warm up, with views, on one thread; of several stages their mean.",
     f"An epoch has {EPOCH_IMAGES} images. They are noise: neither time nor memory depends on what they show.",
-    "GMAC: 10^9 multiply-accumulates, of all branches and views. MB/round: tensors, down and up, in float32; ours in int8, not yet compressed.",
+    "GMAC: 10^9 multiply-accumulates, of all branches and views. MB/round: down and up, in float32; ours int8, uncompressed.",
     "Accumulating gradients changes the loss of the baseline: each piece has its own negatives and statistics. Ours keeps it.",
 )
 REUSED = (
