@@ -91,7 +91,9 @@ class Duties:
     def _take(self, result: Json, now: float) -> None:
         match self._duty, result["event"]:
             case Prepare(), "prepared":
-                self._course.expected = result["sizes"]
+                self._course.foresee(
+                    {part: {name: tuple(shape) for name, shape in found.items()} for part, found in result["shapes"].items()}
+                )
                 self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]

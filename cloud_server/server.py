@@ -208,9 +208,9 @@ class Server:
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
-        if not (sizes := self._course.sizes):
+        if not (shapes := self._course.shapes):
             return  # until there are weights
-        fitting = run_chunk_bytes(self._course.config, sizes, self._transport.packet_limit)
+        fitting = run_chunk_bytes(self._course.config, shapes, self._transport.packet_limit)
         if fitting != self._chunk_bytes:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)
