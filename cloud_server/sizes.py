@@ -38,7 +38,9 @@ def update_bytes(uploaded: Iterable[str], codec: Codec, parts: Parts) -> int:
 def _largest_load(config: RunConfig, parts: Parts) -> tuple[tuple[str, ...], int]:
     """What is largest among updates and parts of the model, which travel as one blob each; its bytes."""
     plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
-    loads = {(part,): largest_bytes(shapes, "fp32") for part, shapes in parts.items()}  # whole, for who joins late
+    loads: dict[tuple[str, ...], int] = {}
+    for part, shapes in parts.items():
+        loads[part,] = largest_bytes(shapes, "fp32")  # whole, for who joins late
     for plan in plans:
         if parts.keys() >= set(plan.uploaded):
             loads[plan.uploaded] = update_bytes(plan.uploaded, config.transfer.codec, parts)
