@@ -10,10 +10,12 @@ from pathlib import Path
 from lwfed.blobs import BlobStore
 from lwfed.cloud_server.aggregate import Screened, combine, screen
 from lwfed.cloud_server.checkpoint import choose, export
-from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.events import Aggregated, Calibrated, Event
 from lwfed.cloud_server.identity import accept
+from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Presence, Rules, State
+from lwfed.cloud_server.rounds import Presence, Rules, State
 from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates

@@ -15,14 +15,13 @@ from collections.abc import Callable
 
 from lwfed.child import Ended, Said
 from lwfed.cloud_server import orders
-from lwfed.cloud_server.coordinator import Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
+from lwfed.cloud_server.events import Event, Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
-from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled, State
+from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled
+from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.sizes import round_bytes
 
 

@@ -35,7 +35,8 @@ TRAIN = {  # processes of their own
 }
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 
-PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in ("coordinator", "plateau", "rounds", "sampling"))}  # and lwfed.wire
+COORDINATING = ("coordinator", "duty", "events", "notices", "plateau", "rounds", "sampling")
+PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in COORDINATING)}  # and lwfed.wire
 OUTSIDE = {
     *("asyncio", "datetime", "glob", "io", "multiprocessing", "os", "paho", "pathlib", "queue", "random", "secrets", "select", "selectors"),
     *("shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "tempfile", "threading", "time", "urllib", "uuid"),
