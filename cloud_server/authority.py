@@ -75,7 +75,7 @@ class Authority:
         try:
             asked = x509.load_pem_x509_csr(request)
             key, signed = asked.public_key(), asked.is_signature_valid
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise InvalidPayload("this is no certificate signing request") from None
         if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise InvalidPayload("a certificate signing request must be signed with a key of P-256")

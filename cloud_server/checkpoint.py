@@ -18,6 +18,7 @@ from lwfed.config import ModelSection, RunConfig
 from lwfed.errors import StateError
 from lwfed.plan import HEADS
 from lwfed.wire import tensors
+from lwfed.wire.sizes import stated_shapes
 
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
 
@@ -47,7 +48,7 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
     found: dict[str, npt.NDArray[np.float32]] = {}
     for part in encoder:
         file = find(parts[part])
-        found |= tensors.decode(file, tensors.stated_shapes(file))
+        found |= tensors.decode(file, stated_shapes(file))
     about = {
         "version": __version__,
         "run": config.run.name,

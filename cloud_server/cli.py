@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lwfed import __version__
-from lwfed.cli import Connection, Program, connection_options, json_option, setting_option
+from lwfed.cli import Connection, Program, connection_options, database_option, json_option, setting_option
 from lwfed.signals import on_signals
 
 if TYPE_CHECKING:
@@ -24,14 +24,6 @@ NO_SERVER = "no server is running: it is done when `cloud-server serve` is start
 @click.version_option(__version__)
 def main() -> None:
     """Train an encoder on devices that keep their images to themselves."""
-
-
-database_option = click.option(
-    "--database",
-    envvar="LWFED_DATABASE",
-    metavar="URL",
-    help="A PostgreSQL database, postgresql://USER@HOST/NAME; or set LWFED_DATABASE. Default: an SQLite file in the run's folder.",
-)
 
 
 @main.command()

@@ -6,130 +6,41 @@
     [evaluating --Evaluated-->] preparing of the next stage, or finished; where it collapsed perhaps preparing of the same
     stage once more, or stopped
 
-`duty(state)` says what the phase wants done. The shell stores each state together with what caused it; after a crash it
+`lwfed.cloud_server.duty` says what the phase wants done. The shell stores each state together with what caused it; after a crash it
 loads the last one, hands over `Started` and does that duty again: every duty is a function of what is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from lwfed.cloud_server.deadlines import elapsed, opened, own_deadline, scheduled, slowed
-from lwfed.cloud_server.rounds import (
-    MAX_ATTEMPTS,
-    Begun,
-    Closed,
-    Collapsed,
+from lwfed.cloud_server.events import (
+    Absent,
+    Aggregated,
+    Calibrated,
+    CannotTrain,
+    Contributed,
+    Evaluated,
     Event,
-    Extended,
-    GivenUp,
     IllegalEvent,
-    Joined,
-    Notice,
-    Overdue,
-    Presence,
-    Reaction,
-    Reduced,
-    Rules,
-    Stalled,
-    State,
-    Step,
-    assign_more,
-    free,
-    with_presence,
+    Paused,
+    Prepared,
+    Present,
+    Restarted,
+    Resumed,
+    Started,
+    TimeUp,
+    Unfit,
 )
-from lwfed.cloud_server.sampling import sample
+from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled
+from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Presence, Reaction, Rules, State, with_presence
+from lwfed.cloud_server.sampling import assign_more, free, sample
 
 KEPT_PATCHES = 3  # of a part: who has been away for longer is better served with the whole part
 RETURN_S = 60.0  # a round waits so long for devices that are merely away, so that a restart loses nobody
-
-
-@dataclass(frozen=True)
-class Started(Event):
-    """The server runs (again): who is there must be seen anew, and clocks begin anew."""
-
-
-@dataclass(frozen=True)
-class Present(Event):
-    participant: int
-
-
-@dataclass(frozen=True)
-class Absent(Event):
-    participant: int
-    for_good: bool  # it said goodbye, instead of just falling silent
-
-
-@dataclass(frozen=True)
-class Restarted(Event):
-    """A device began anew: what it could not do before, it perhaps can do now."""
-
-    participant: int
-
-
-@dataclass(frozen=True)
-class TimeUp(Event):
-    """`state.due` has come."""
-
-
-@dataclass(frozen=True)
-class Prepared(Event):
-    parts: dict[str, str]  # part -> blob
-
-
-@dataclass(frozen=True)
-class Evaluated(Event):
-    collapsed: bool | None = None  # None: that could not be judged
-
-
-@dataclass(frozen=True)
-class Contributed(Event):
-    participant: int
-    contribution: str
-
-
-@dataclass(frozen=True)
-class CannotTrain(Event):
-    participant: int
-    refused: bool  # we found its update wrong: after the deadline others are asked before it
-
-
-@dataclass(frozen=True)
-class Unfit(Event):
-    """A chosen device turned out to be none that can train, in this round or a later one: the round goes on with another in its place."""
-
-    participant: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Aggregated(Event):
-    parts: dict[str, str]  # those that changed
-    loss: float  # of the round, mean by images
-    patches: dict[str, Step] = field(default_factory=dict)  # to them from those that the round began with
-    residuals: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Calibrated(Event):
-    parts: dict[str, str]  # those that changed
-    patches: dict[str, Step] = field(default_factory=dict)
-    residuals: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Paused(Event):
-    """The operator wants no further round to begin."""
-
-    withdraw: bool  # nor the present one to go on
-
-
-@dataclass(frozen=True)
-class Resumed(Event):
-    """The operator wants the run to go on."""
-
 
 Result = tuple[State, list[Notice]]
 Transition = Callable[[Rules, State, Any, float], Result]

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from lwfed.blobs import BlobStore
 from lwfed.cloud_server.aggregate import Screened, combine, screen
 from lwfed.cloud_server.checkpoint import choose, export
-from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.events import Aggregated, Calibrated, Event
 from lwfed.cloud_server.identity import accept
+from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Presence, Rules, State
+from lwfed.cloud_server.rounds import Presence, Rules, State
+from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
 from lwfed.seeds import derive
-from lwfed.wire import deltas, tensors
+from lwfed.wire import tensors
 from lwfed.wire.messages import Patch, Run
+from lwfed.wire.sizes import Shapes, stated_shapes
 
 Write = Callable[[Step], None]
 MODEL_FOLDER = "model"
-SIZE_SLACK = 1.1
-HEADER_BYTES = 64 * 1024  # names and shapes beside the numbers
 
 
 class Course:
@@ -50,7 +52,7 @@ class Course:
         except BaseException:
             self.store.close()
             raise
-        self.expected: dict[str, int] = {}  # part -> bytes, of the whole run: what the worker reckons beforehand
+        self._shapes: dict[str, Shapes] = {}  # by part, of those that were foreseen or looked up: they never change
         self._seq = 0
 
     @property
@@ -118,27 +120,24 @@ class Course:
         return tuple(Patch(base=base, blob=self.blobs.ref(blob)) for base, blob in steps)
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Part -> bytes, as far as parts exist or are foreseen."""
-        return {**self.expected, **{part: self.blobs.ref(blob).size for part, blob in self.state.parts.items()}}
+    def shapes(self) -> Mapping[str, Shapes]:
+        """Part -> its tensors, as far as parts exist or are foreseen."""
+        for part in self.state.parts.keys() - self._shapes.keys():
+            self._shapes[part] = stated_shapes(self.blobs.path(self.state.parts[part]))
+        return self._shapes
+
+    def foresee(self, shapes: Mapping[str, Shapes]) -> None:
+        """`shapes`: part -> its tensors, of all parts that the run will ever have."""
+        self._shapes.update(shapes)
 
     def update_limit(self) -> int:
-        """The largest update that can be one of this stage, in bytes."""
-        codec = self.config.transfer.codec
-        if codec != "fp32":
-            return deltas.limit_bytes(self._update_shapes(), codec)
-        return int(sum(self.sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
+        """The largest update that can be one of this stage, in bytes; 0 while parts of it are not known."""
+        uploaded, shapes = self.plan.uploaded, self.shapes
+        return update_bytes(uploaded, self.config.transfer.codec, shapes) if shapes.keys() >= set(uploaded) else 0
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
-        check(self.config.transfer, self._update_files(), path)
-
-    def _update_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for file in self._update_files() for name, shape in tensors.stated_shapes(file).items()}
-
-    def _update_files(self) -> list[Path]:
-        """Of the parts that exist: all, once devices train."""
-        return list(self._files(part for part in self.plan.uploaded if part in self.state.parts).values())
+        check(self.config.transfer, self._files(self.plan.uploaded).values(), path)
 
     def aggregate(self) -> tuple[Aggregated, Screened]:
         """The round's contributions made one model; and which of them counted."""

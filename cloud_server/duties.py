@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lwfed.child import Json
-from lwfed.cloud_server.coordinator import Evaluated, Prepared
 from lwfed.cloud_server.course import Course, Write
+from lwfed.cloud_server.duty import Aggregate, Calibrate, Duty, Evaluate, Export, Prepare, duty
+from lwfed.cloud_server.events import Evaluated, Event, Prepared
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Aggregate, Calibrate, Duty, Evaluate, Event, Export, Prepare, duty
 from lwfed.cloud_server.store import Judgement, Scores, Step
 from lwfed.cloud_server.telling import say_over
 from lwfed.cloud_server.workshop import FromChild, Starter, Workshop
@@ -91,7 +91,9 @@ class Duties:
     def _take(self, result: Json, now: float) -> None:
         match self._duty, result["event"]:
             case Prepare(), "prepared":
-                self._course.expected = result["sizes"]
+                self._course.foresee(
+                    {part: {name: tuple(shape) for name, shape in found.items()} for part, found in result["shapes"].items()}
+                )
                 self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]

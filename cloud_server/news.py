@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +175,10 @@ class News:
         text = f"stage {stage} collapsed, its features are all alike: {follows[reaction]}; {REMEDY}"
         self._say("collapse", "warning", text, stage=stage, attempt=attempt, reaction=reaction)
 
-    def stage_started(self, rules: Rules, plan: StagePlan, attempt: int, sizes: Mapping[str, int]) -> None:
-        """`sizes`: bytes of each part."""
-        down, up = (sum(sizes[part] for part in parts) for parts in (plan.downloaded, plan.uploaded))
+    def stage_started(self, rules: Rules, plan: StagePlan, attempt: int, down: int, up: int) -> None:
+        """`down` and `up`: bytes of a device in a round, at most."""
         begins = "begins" if attempt == 1 else f"begins anew, attempt {attempt}"
-        text = f"{begins}; devices train {', '.join(plan.trained)}; a round takes {_bytes(down)} down and {_bytes(up)} up"
+        text = f"{begins}; devices train {', '.join(plan.trained)}; a round takes at most {_bytes(down)} down and {_bytes(up)} up"
         fields = {"stage": plan.stage, "stages": rules.stages, "status": "started", "attempt": attempt}
         self._say("stage", f"stage {plan.stage}/{rules.stages}", text, **fields, round_bytes_down=down, round_bytes_up=up)
 

@@ -16,6 +16,7 @@ from lwfed.config import TransferSection
 from lwfed.errors import Diverged
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
+from lwfed.wire.sizes import stated_shapes
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
 
 def _read(blobs: BlobStore, id: str) -> dict[str, tensors.Array]:
     path = blobs.path(id)
-    return tensors.decode(path, tensors.stated_shapes(path))
+    return tensors.decode(path, stated_shapes(path))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lwfed.cloud_server.coordinator import Absent, CannotTrain, Contributed, Present, Restarted, Unfit
 from lwfed.cloud_server.course import Course, Write
+from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, Restarted, Unfit
 from lwfed.cloud_server.fleet import Fleet, Member
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.store import Contribution
 from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
 from lwfed.wire.broadcast import Broadcast

@@ -1,4 +1,4 @@
-"""What the coordinator decides on and remembers: the rules of a run, its state, and what it lets others know."""
+"""What the coordinator decides on and remembers: the rules of a run, and its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Literal
 
 from lwfed.cloud_server.plateau import plateaus
-from lwfed.cloud_server.sampling import ranked
 from lwfed.config import RunConfig
 from lwfed.wire.messages import Phase
 
@@ -19,17 +18,6 @@ Reaction = Literal["warn", "repeat", "stop"]  # to a stage that collapsed
 Step = tuple[str, str]  # (blob that it applies to, differences)
 
 MAX_ATTEMPTS = 3  # at a stage, with on_collapse: repeat
-
-
-class Event:
-    """Something that happened to the run."""
-
-
-class IllegalEvent(RuntimeError):
-    """The shell handed over what cannot happen now: a fault of the program, not of a device."""
-
-    def __init__(self, event: Event, state: State) -> None:
-        super().__init__(f"the coordinator cannot take {event} in phase {state.phase} of stage {state.stage}, round {state.round}")
 
 
 @dataclass(frozen=True)
@@ -205,150 +193,5 @@ class State:
         return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "stragglers")}})
 
 
-# Notices: what happened, for people and for the store. The state says what is to be done.
-
-
-@dataclass(frozen=True)
-class Begun:
-    stage: int
-    round: int
-    chosen: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Further devices were chosen in place of those that cannot train."""
-
-    participants: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Overdue:
-    """A device is over its own deadline: it is a straggler."""
-
-    participant: int
-    pace_s: float
-
-
-@dataclass(frozen=True)
-class Extended:
-    """The deadline passed without a quorum."""
-
-    stage: int
-    round: int
-    contributions: int
-    needed: int
-
-
-@dataclass(frozen=True)
-class Closed:
-    stage: int
-    round: int
-    devices: int
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """A device that was away did not return in time; the run goes on without it until it does."""
-
-    participant: int
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """The loss no longer falls: the learning rate of the rounds that follow is this part of its own."""
-
-    stage: int
-    round: int
-    lr_scale: float
-
-
-@dataclass(frozen=True)
-class Stalled:
-    """The loss no longer falls: the stage ends before its last round."""
-
-    stage: int
-    round: int
-
-
-@dataclass(frozen=True)
-class Collapsed:
-    """The features of the stage are all alike."""
-
-    stage: int
-    attempt: int
-    reaction: Reaction  # repeat: the stage begins anew; stop: also after the last attempt
-
-
-Notice = Begun | Joined | Overdue | Extended | Closed | GivenUp | Reduced | Stalled | Collapsed
-
-# Duties: what a phase wants done.
-
-
-@dataclass(frozen=True)
-class Prepare:
-    stage: int
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    stage: int
-    baselines: bool  # the random encoder and raw pixels, instead of the trained encoder
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    stage: int
-    contributions: dict[int, str]
-
-
-@dataclass(frozen=True)
-class Calibrate:
-    stage: int
-    round: int
-
-
-@dataclass(frozen=True)
-class Export:
-    pass
-
-
-Duty = Prepare | Evaluate | Aggregate | Calibrate | Export
-
-
-def duty(state: State) -> Duty | None:
-    """What the server must do in this phase; None while it waits for devices."""
-    match state.phase:
-        case "preparing":
-            return Prepare(state.stage, state.attempt)
-        case "evaluating":
-            return Evaluate(state.stage, baselines=not state.trained)
-        case "aggregating":
-            return Aggregate(state.stage, dict(sorted(state.contributed.items())))
-        case "calibrating":
-            return Calibrate(state.stage, state.round)
-        case "finished" | "stopped":
-            return Export()
-    return None
-
-
 def with_presence(state: State, participant: int, presence: Presence) -> State:
     return replace(state, devices={**state.devices, participant: presence})
-
-
-def free(rules: Rules, state: State) -> list[int]:
-    """Devices that are there and not chosen, those to ask first in front."""
-    chosen = set(state.chosen)
-    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
-
-
-def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
-    """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
-    hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
-    lacking = state.needed - len(state.contributed) - len(hopeful)
-    extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
-    if not extra:
-        return state, []
-    chosen, asked = tuple(sorted((*state.chosen, *extra))), {**state.asked, **dict.fromkeys(extra, now)}
-    return replace(state, chosen=chosen, asked=asked), [Joined(extra)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from lwfed.cloud_server.notices import Joined, Notice
+from lwfed.cloud_server.rounds import Rules, State
 from lwfed.seeds import derive
 
 
@@ -18,3 +21,20 @@ def ranked(seed: int, stage: int, round: int, participants: Iterable[int]) -> li
 def sample(seed: int, stage: int, round: int, participants: Iterable[int], count: int | None) -> tuple[int, ...]:
     """`count` of the participants, or all of them, in ascending order."""
     return tuple(sorted(ranked(seed, stage, round, participants)[:count]))
+
+
+def free(rules: Rules, state: State) -> list[int]:
+    """Devices that are there and not chosen, those to ask first in front."""
+    chosen = set(state.chosen)
+    return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
+
+
+def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
+    """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
+    hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
+    lacking = state.needed - len(state.contributed) - len(hopeful)
+    extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
+    if not extra:
+        return state, []
+    chosen, asked = tuple(sorted((*state.chosen, *extra))), {**state.asked, **dict.fromkeys(extra, now)}
+    return replace(state, chosen=chosen, asked=asked), [Joined(extra)]

@@ -15,14 +15,13 @@ from collections.abc import Callable
 
 from lwfed.child import Ended, Said
 from lwfed.cloud_server import orders
-from lwfed.cloud_server.coordinator import Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
+from lwfed.cloud_server.events import Event, Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
-from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
@@ -208,9 +207,9 @@ class Server:
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
-        if not (sizes := self._course.sizes):
+        if not (shapes := self._course.shapes):
             return  # until there are weights
-        fitting = run_chunk_bytes(self._course.config, sizes, self._transport.packet_limit)
+        fitting = run_chunk_bytes(self._course.config, shapes, self._transport.packet_limit)
         if fitting != self._chunk_bytes:
             self._chunk_bytes = fitting
             self._broadcast = self._reception.broadcast = Broadcast(self._topics, self._course.blobs, fitting)

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from lwfed.cloud_server.course import HEADER_BYTES
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
+from lwfed.plan import StagePlan
+from lwfed.wire.sizes import Codec, Shapes, largest_bytes
 from lwfed.wire.upload import fitting_chunk_bytes
 
+Parts = Mapping[str, Shapes]
 
-def run_chunk_bytes(config: RunConfig, sizes: Mapping[str, int], packet_limit: int | None) -> int:
+
+def run_chunk_bytes(config: RunConfig, parts: Parts, packet_limit: int | None) -> int:
     """transfer.chunk_bytes, or less where a broker takes no larger packets. Raises ConfigError where the run cannot do with it.
 
-    `sizes` are the bytes of the parts; stages that have others are left out.
+    Stages that have other parts than `parts` are left out.
     """
-    parts, size = _largest_load(config, sizes)
+    names, size = _largest_load(config, parts)
     try:
         return fitting_chunk_bytes(size, config.transfer.chunk_bytes, config.train.epochs, packet_limit)
     except ConfigError as error:
-        raise ConfigError(f"{', '.join(parts)}: {error}") from None
+        raise ConfigError(f"{', '.join(names)}: {error}") from None
 
 
-def _largest_load(config: RunConfig, sizes: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+def round_bytes(plan: StagePlan, codec: Codec, parts: Parts) -> tuple[int, int]:
+    """(down, up): of a device in a round of the stage, at most, for one that was in the round before."""
+    return sum(largest_bytes(parts[part], codec) for part in plan.downloaded), update_bytes(plan.uploaded, codec, parts)
+
+
+def update_bytes(uploaded: Iterable[str], codec: Codec, parts: Parts) -> int:
+    """Of an update, at most."""
+    return largest_bytes({name: shape for part in uploaded for name, shape in parts[part].items()}, codec)
+
+
+def _largest_load(config: RunConfig, parts: Parts) -> tuple[tuple[str, ...], int]:
     """What is largest among updates and parts of the model, which travel as one blob each; its bytes."""
     plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
-    updates = [plan.uploaded for plan in plans if all(part in sizes for part in plan.uploaded)]
-    loads = {parts: sum(sizes[part] for part in parts) for parts in [*updates, *((part,) for part in sizes)]}
-    parts = max(loads, key=lambda parts: loads[parts])
-    return parts, loads[parts] + HEADER_BYTES
+    loads: dict[tuple[str, ...], int] = {}
+    for part, shapes in parts.items():
+        loads[part,] = largest_bytes(shapes, "fp32")  # whole, for who joins late
+    for plan in plans:
+        if parts.keys() >= set(plan.uploaded):
+            loads[plan.uploaded] = update_bytes(plan.uploaded, config.transfer.codec, parts)
+    return max(loads.items(), key=lambda load: load[1])

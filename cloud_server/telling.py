@@ -5,13 +5,15 @@ from __future__ import annotations
 from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
-from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled, State
+from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled
+from lwfed.cloud_server.rounds import State
+from lwfed.cloud_server.sizes import round_bytes
 
 
 def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
     after = course.state
     if before.phase == "preparing" != after.phase:
-        news.stage_started(course.rules, course.plan, after.attempt, course.sizes)
+        news.stage_started(course.rules, course.plan, after.attempt, *round_bytes(course.plan, course.config.transfer.codec, course.shapes))
     for notice in notices:
         _notice(news, course, notice)
     if after.stage > before.stage or (after.over and not before.over):

@@ -12,17 +12,18 @@ import numpy as np
 from lwfed.config import TransferSection
 from lwfed.errors import InvalidPayload
 from lwfed.wire import deltas, tensors
+from lwfed.wire.sizes import stated_shapes
 
 
 def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
     """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes finite weights."""
-    shapes = {name: shape for path in received for name, shape in tensors.stated_shapes(path).items()}
+    shapes = {name: shape for path in received for name, shape in stated_shapes(path).items()}
     if transfer.codec == "fp32":
         tensors.check_update(update, shapes)
         return
     change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
     for path in received:
-        for name, tensor in tensors.iterate(path, tensors.stated_shapes(path)):
+        for name, tensor in tensors.iterate(path, stated_shapes(path)):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(tensor + change[name]).all()
             if not finite:
@@ -40,7 +41,7 @@ def as_weights(transfer: TransferSection, received: Iterable[Path], updates: Ite
         return
     before: dict[str, tensors.Array] = {}
     for path in received:
-        before |= tensors.decode(path, tensors.stated_shapes(path))
+        before |= tensors.decode(path, stated_shapes(path))
     shapes = {name: tensor.shape for name, tensor in before.items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -5,7 +5,7 @@ In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "
       {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}     trained: its variety too
 Out:  {"event": "ready"}                                       after the imports, once
       {"event": "prepared", "parts": {part: file},             the parts that the stage adds
-                            "sizes": {part: bytes}}            of the tensors of all parts that the run will ever have
+                            "shapes": {part: {tensor: shape}}} of all parts that the run will ever have
       {"event": "calibrated", "parts", "loss", "seconds"}      the parts that were trained; the loss of the last epoch
       {"event": "evaluated", "scores": {name: {"knn", "probe"}},   figures of models.evaluation.metrics, or null; none without labels
                              "variety": {"spread", "rank", "collapsed"}, or null}
@@ -36,7 +36,7 @@ from lwfed.models.evaluation.metrics import metrics
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local
 from lwfed.models.placement import choose, move, move_images
-from lwfed.models.shapes import part_shapes, size_bytes
+from lwfed.models.shapes import Shape, part_shapes
 from lwfed.plan import by_part, in_model_order
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
@@ -60,7 +60,7 @@ class Worker:
 
     def _prepare(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         added = grow(_with_stream(config, data["attempt"]), config.plan(data["stage"]), _load(config, data["parts"]))
-        return {"event": "prepared", "parts": _write(added, Path(data["out"])), "sizes": part_sizes(config)}
+        return {"event": "prepared", "parts": _write(added, Path(data["out"])), "shapes": foreseen(config)}
 
     def _calibrate(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         started = time.monotonic()
@@ -120,10 +120,10 @@ def _with_stream(config: RunConfig, attempt: int) -> RunConfig:
     return config.model_copy(update={"run": run})
 
 
-def part_sizes(config: RunConfig) -> dict[str, int]:
-    """Bytes of the tensors of every part that some stage of the run has."""
+def foreseen(config: RunConfig) -> dict[str, dict[str, Shape]]:
+    """The tensors of every part that some stage of the run has."""
     parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
-    return {part: size_bytes(config, [part]) for part in in_model_order(parts)}
+    return {part: part_shapes(config, part) for part in in_model_order(parts)}
 
 
 def _load(config: RunConfig, parts: Mapping[str, str]) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def enrol(token: Token, state: Path, wait_s: float) -> str:
     if (state / JOURNAL).exists():
         raise StateError(f"{state} is of a device that has joined without enrolment: delete it, or use another --name or --state")
     folder = state / FOLDER
-    request = _prepare(token, folder)
+    request = signing_request(token, folder)
     admission = _ask(token, request, folder / "authority.pem", time.monotonic() + wait_s)
     if admission.device is None or admission.certificate is None:
         raise Refused(f"the server refuses: {admission.refused}")
@@ -104,8 +104,11 @@ def enrol(token: Token, state: Path, wait_s: float) -> str:
     return admission.device
 
 
-def _prepare(token: Token, folder: Path) -> str:
-    """The signing request for this token: that of an earlier attempt, or a new one. Key and authority lie beside it."""
+def signing_request(token: Token, folder: Path) -> str:
+    """The signing request for this token: that of an earlier attempt, or a new one. Key and authority lie beside it.
+
+    Raises ConfigError and StateError.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -116,7 +119,7 @@ def _prepare(token: Token, folder: Path) -> str:
     try:
         authority = x509.load_der_x509_certificate(token.authority)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ConfigError(f"this token holds no certificate: {RENEW}") from None
     except OSError as error:
         raise StateError(f"cannot make {folder}: {error.strerror or error}") from None

@@ -9,7 +9,7 @@ aside and nothing is given up for it: it may be stray.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,12 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
 from lwfed.wire.messages import Beat, BlobRef, Execution, Fail, FailCode, Report, Run, Task, Traffic, encode
+from lwfed.wire.sizes import Shape, largest_bytes, stated_shapes
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
@@ -241,10 +242,10 @@ class Work:
         except (ConfigError, ValueError) as error:
             return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
         try:
-            size = sum(run.parts[part].size for part in uploaded if part in run.parts)
+            size = largest_bytes(self._shapes(uploaded), config.transfer.codec)
             self.handover.fitting(size, config.transfer.chunk_bytes, config.train.epochs)
-        except ConfigError as error:
-            return self._fail(task, events.WorkerError("ConfigError", str(error)))
+        except (ConfigError, InvalidPayload) as error:
+            return self._fail(task, events.WorkerError(type(error).__name__, str(error)))
         job = Job(task, run, config, self._ways)
         self._job, self._phase = job, "starting"
         if self._worker == job.worker:
@@ -252,6 +253,12 @@ class Work:
         effects = self._end_worker()
         self._worker = job.worker
         return [*effects, StartWorker(job.worker.threads)]
+
+    def _shapes(self, parts: Iterable[str]) -> dict[str, Shape]:
+        """Of the tensors of those among `parts` that were announced; the worker refuses others."""
+        ways = [self._ways[part] for part in parts if part in self._ways]
+        files = [self._held.path(way.base or way.part.id) for way in ways]
+        return {name: shape for file in files for name, shape in stated_shapes(file).items()}
 
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
         order = {

@@ -100,6 +100,12 @@ def setting_option(command: Command) -> Command:
     return option(command)
 
 
+def database_option(command: Command) -> Command:
+    """Add ``--database``; the command gets `database`: str | None, the address of a server's records."""
+    text = "A PostgreSQL database, postgresql://USER@HOST/NAME; or set LWFED_DATABASE. Default: an SQLite file in the run's folder."
+    return click.option("--database", envvar="LWFED_DATABASE", metavar="URL", help=text)(command)
+
+
 def json_option(command: Command) -> Command:
     """Add ``--json``; the command gets `as_json`: bool."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for other programs.")(command)

@@ -1,14 +1,8 @@
 """What the documentation says, held against the programs: its commands, configurations, code and tables."""
 
 import contextlib
-import os
-import queue
 import re
 import shlex
-import shutil
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,55 +12,17 @@ import pytest
 
 from lwfed import errors
 from lwfed.backbones import CONVOLUTIONAL
-from lwfed.cli import Connection
 from lwfed.cloud_server.checkpoint import export
-from lwfed.cloud_server.cli import main as cloud_server
 from lwfed.config import load_config, presets
 from lwfed.data.torchvision_sets import import_torchvision
-from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.models.shapes import part_shapes
-from lwfed.tools.cli import main as lwfed
 from lwfed.tools.tables import load_table
-from lwfed.transport import mqtt
-from lwfed.transport.address import BrokerAddress
-from lwfed.transport.base import Connected, Disconnected, Received
 from lwfed.wire import messages, tensors, topics
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "ARCHITECTURE.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-PROGRAMS = {"edge-agent": edge_agent, "cloud-server": cloud_server, "lwfed": lwfed}
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+from .pages import FENCE, PAGES, PROGRAMS, ROOT, blocks, check, commands, page
+
 SHELL = {"pip", "scp", "python3", "make", "openssl", "echo", "chmod", "export", "sed", "sudo", "mosquitto", "mosquitto_passwd"}
 LANGUAGES = {"sh", "yaml", "python", "text"}
-
-
-def page(name):
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def blocks(language, pages=tuple(PAGES)):
-    return [
-        pytest.param(found["text"].replace("\n" + found["indent"], "\n").strip(), id=f"{path.name}-{number}")
-        for path in pages
-        for number, found in enumerate(FENCE.finditer(path.read_text(encoding="utf-8")))
-        if found["language"] == language
-    ]
-
-
-def text_of(name, language):
-    return [block.values[0] for block in blocks(language, (ROOT / name,))]
-
-
-def commands(text):
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            yield shlex.split(line, comments=True)
 
 
 def inline_commands():
@@ -77,15 +33,6 @@ def inline_commands():
             words = quoted.split()
             if words[0] in PROGRAMS and len(words) > 1:
                 yield pytest.param(words, id=f"{path.name}-{quoted}")
-
-
-def check(words):
-    """Raises when the program has no such command or option. Nothing runs."""
-    command, arguments, context = PROGRAMS[words[0]], words[1:], None
-    while isinstance(command, click.Group) and not (command.invoke_without_command and all(word.startswith("-") for word in arguments)):
-        context = click.Context(command, parent=context, info_name=words[0])
-        _, command, arguments = command.resolve_command(context, arguments)
-    return command.make_context(command.name, list(arguments), parent=context)
 
 
 def settings_of(words):
@@ -279,124 +226,3 @@ def test_documented_variables_are_read():
 def test_the_folders_in_architecture_are_those_that_there_are():
     listed = {row[0].rstrip("/") for row in rows("ARCHITECTURE.md", "folder")}
     assert listed == {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests"}
-
-
-# docs/BROKER.md, done
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def documented(tmp_path_factory):
-    """A folder in which the page's files were made by its own commands, for a broker called localhost; and its port."""
-    mosquitto = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if not mosquitto or not shutil.which("openssl") or not shutil.which("mosquitto_passwd"):
-        pytest.skip("mosquitto or openssl is not installed")
-    folder, port = tmp_path_factory.mktemp("broker"), free_port()
-    make, *_ = text_of("docs/BROKER.md", "sh")
-    acl, conf = text_of("docs/BROKER.md", "text")
-    subprocess.run(["sh", "-e", "-c", make.replace("broker.example", "localhost")], cwd=folder, check=True, capture_output=True)
-    (folder / "acl").write_text(acl + "\n")
-    root = "user root\n" if os.geteuid() == 0 else ""
-    (folder / "mosquitto.conf").write_text(conf.replace("8883", str(port)) + "\n" + root)
-    broker = subprocess.Popen([mosquitto, "-c", "mosquitto.conf"], cwd=folder, stderr=subprocess.PIPE, text=True)
-    said = []
-    for line in broker.stderr:
-        said.append(line)
-        if line.rstrip().endswith("running"):
-            break
-    assert broker.poll() is None, said
-    yield folder, port
-    broker.terminate()
-    broker.communicate(timeout=10)
-
-
-def line_of(program, folder, port, **changes):
-    """The page's own command line, for localhost, that port, and with further changes."""
-    text = next(line for block in text_of("docs/BROKER.md", "sh") for line in block.splitlines() if line.startswith(program))
-    for old, new in {"broker.example": f"localhost:{port}", **changes}.items():
-        text = text.replace(old, str(new))
-    words = shlex.split(text)
-    return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-
-
-def test_the_documented_broker_refuses_a_wrong_password(documented, tmp_path):
-    folder, port = documented
-    words = line_of("edge-agent join", folder, port, **{"~/Pictures": "digits", "--username porch": "--username server"})
-    done = subprocess.run([*words, "--state", tmp_path / "device"], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == errors.Refused.exit_code, done.stdout + done.stderr
-
-
-class Client:
-    """The connection that a documented command line makes, without the rest of its program."""
-
-    def __init__(self, folder, words, client_id, filters):
-        given = check([Path(words[0]).name, *words[1:]]).params
-        files = {name: folder / given[name] for name in ("password_file", "ca")}
-        connection = Connection(username=given["username"], **files)
-        self.transport = connection.transport(BrokerAddress.parse(given.get("url") or given["broker"]))
-        self._events = queue.SimpleQueue()
-        for filter in filters:
-            self.transport.subscribe(filter)
-        self.transport.open(client_id, None, self._events.put)
-        self.next(Connected)
-
-    def next(self, kind):
-        while not isinstance(event := self._events.get(timeout=10), kind):
-            pass
-        return event
-
-
-@pytest.fixture
-def connect(documented, monkeypatch):
-    monkeypatch.setattr(mqtt, "FIRST_DELAY_S", 0.01)
-    folder, port = documented
-    with contextlib.ExitStack() as stack:
-
-        def connect(command, client_id, *filters):
-            client = Client(folder, line_of(command, folder, port), client_id, filters)
-            stack.callback(client.transport.close)
-            return client
-
-        yield connect
-
-
-def test_the_documented_permissions_let_through_what_is_needed_and_no_more(connect):
-    fleet = topics.Topics("default")
-    server = connect("cloud-server serve", "lwfed-default-server", fleet.from_all_devices)
-    for state in (fleet.server_state, fleet.run):
-        server.transport.publish(state, b"retained", retain=True)
-    device = connect("edge-agent join", "porch-1", *fleet.for_device("porch-1"), fleet.blob_chunks("ab"))
-    assert {device.next(Received).topic, device.next(Received).topic} == {fleet.server_state, fleet.run}
-    for topic in (fleet.blob_chunk("ab", 0), fleet.to_device("porch-1", "task")):
-        server.transport.publish(topic, b"down")
-        assert device.next(Received) == Received(topic, b"down")
-    for topic in (fleet.from_device("porch-1", "hello"), fleet.update_chunk("porch-1", "w0", "cd", 0)):
-        device.transport.publish(topic, b"up")
-        assert server.next(Received) == Received(topic, b"up")
-    for forbidden in (fleet.run, fleet.blob_chunk("ab", 0), fleet.from_device("another", "hello")):
-        device.transport.publish(forbidden, b"forged")
-        assert isinstance(device.next(Disconnected).reason, errors.Refused)
-        device.next(Connected)
-
-
-@pytest.mark.slow
-def test_a_fleet_trains_through_the_documented_broker(documented):
-    """Permissions as documented are enough for a whole run."""
-    folder, port = documented
-    small = "demo --set rounds.min_devices=1 --set data.devices=1 --set model.width=32 --set model.depth=1 --set stages.rounds_per_stage=1"
-    short = " --set train.epochs=1 --set calibration.every=never --set evaluation.data=null --set train.batch_size=256"
-    server = line_of("cloud-server serve", folder, port, **{"garden.yaml": small + short})
-    agent = line_of("edge-agent join", folder, port, **{"~/Pictures": "digits"})
-    with (folder / "agent.log").open("wb") as log:
-        device = subprocess.Popen([*agent, "--state", folder / "device"], cwd=folder, stdout=log, stderr=log)
-    try:
-        words = [*server, "--state", folder / "run", "--until-done"]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
-    finally:
-        device.terminate()
-        device.wait(20)
-    assert done.returncode == 0, done.stdout + done.stderr + (folder / "agent.log").read_text()

@@ -35,13 +35,15 @@ TRAIN = {  # processes of their own
 }
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 
-PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in ("coordinator", "plateau", "rounds", "sampling"))}  # and lwfed.wire
+COORDINATING = ("coordinator", "duty", "events", "notices", "plateau", "rounds", "sampling")
+PURE = {"lwfed.plan", *(f"lwfed.cloud_server.{name}" for name in COORDINATING)}  # and lwfed.wire
 OUTSIDE = {
     *("asyncio", "datetime", "glob", "io", "multiprocessing", "os", "paho", "pathlib", "queue", "random", "secrets", "select", "selectors"),
     *("shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "tempfile", "threading", "time", "urllib", "uuid"),
 }
 EXCUSED = {
     ("lwfed.wire.tensors", "pathlib.Path"),  # an update is checked tensor by tensor from the file in which it lies
+    ("lwfed.wire.sizes", "pathlib.Path"),  # reads the header of a part from the file in which it lies
     ("lwfed.wire.inbox", "pathlib.Path"),  # hands on where the blob store has put a verified update
     ("lwfed.wire.retry", "random.Random"),  # jitter, from a generator that is an argument
     ("lwfed.wire.download", "random.Random"),  # makes that generator from the seed that is its argument

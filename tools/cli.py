@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from lwfed import __version__
-from lwfed.cli import Program, json_option, listed, setting_option
+from lwfed.cli import Program, database_option, json_option, listed, setting_option
 from lwfed.plan import Strategy
 from lwfed.tools.endings import leave, on_endings
 
@@ -239,6 +239,7 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("encoder", metavar="FILE|STATE", type=click.Path(path_type=Path))
+@database_option
 @click.option("--data", required=True, metavar="NAME|FILE|FOLDER", help="Labelled images: a data set, an .npz file, a folder of classes.")
 @click.option(
     "--protocol",
@@ -258,6 +259,7 @@ def config(name: str | None, settings: tuple[str, ...]) -> None:
 @json_option
 def evaluate(
     encoder: Path,
+    database: str | None,
     data: str,
     protocols: tuple[str, ...],
     neighbours: int,
@@ -273,7 +275,7 @@ def evaluate(
 
     from lwfed.tools.evaluate.command import Asked, run_evaluate
 
-    run_evaluate(Asked(encoder, data, cast(Any, protocols), neighbours, epochs, limit, seed, threads), as_json, out)
+    run_evaluate(Asked(encoder, database, data, cast(Any, protocols), neighbours, epochs, limit, seed, threads), as_json, out)
 
 
 @main.command()

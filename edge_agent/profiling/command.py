@@ -113,6 +113,7 @@ def make_report(told: Profile, config: RunConfig, records: Sequence[dict[str, An
         "batch_size": config.train.batch_size,
         "budget_mb": budget_mb,
         "images": told.images,
+        "codec": codec_text(config),
         "steps": STEPS,
         "cases": records,
         "recommended": recommend(records, budget_mb, config),
@@ -128,8 +129,15 @@ def make_report(told: Profile, config: RunConfig, records: Sequence[dict[str, An
     }
 
 
+def codec_text(config: RunConfig) -> str:
+    """In what form updates travel."""
+    transfer = config.transfer
+    return transfer.codec + (f", top_k {transfer.top_k:g}" if transfer.top_k < 1 else "")
+
+
 def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"batch {report['batch_size']}; an epoch of {report['images']} images; MB of 10^6 bytes, of all processes of the agent"
+    yield f"MB down and up: a round in the codec {report['codec']} (transfer.codec), for a device that was in the round before"
     head = (f"{name:>{width}}" for name, width in HEAD.items())
     yield f"{'strategy':13}{'stage':>6}{'threads':>9}{'limit':>7}{''.join(head)}"
     for record in report["cases"]:

@@ -30,6 +30,7 @@ def page(report: Mapping[str, Any]) -> str:
         batch=report["batch_size"],
         images=report["images"],
         steps=report["steps"],
+        codec=escape(report["codec"]),
         advice="\n".join(f"<li>{escape(text)}</li>" for text in report["recommended"]["texts"]),
         memory=bars(memory, "MB", budget_mb),
         budget=f"{budget_mb:.0f} MB"

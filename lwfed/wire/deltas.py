@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from numpy.random import Philox
 
 from lwfed.errors import InvalidPayload
+from lwfed.wire.sizes import Shapes, as_bytes, counts, raw_bytes
 from lwfed.wire.tensors import Array
 
 if sys.version_info >= (3, 14):
@@ -32,7 +34,6 @@ MAGIC = b"LWD1"
 LEVEL = 1  # of zstd, whose entropy coding is what gains here: higher ones look for repetitions, and noise has none
 LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and what rounding loses is sent later
 RANDOM = np.uint16  # random numbers that a rounding takes, one a value
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> tuple[bytes, dict[str, Array]]:
@@ -46,7 +47,7 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
     halves: list[bytes] = []
     steps: list[bytes] = []
     for tensor in sent.values():
-        if _as_bytes(tensor.shape, codec):
+        if as_bytes(tensor.shape, codec):
             scale, step = _to_int8(tensor, random)
             scales.append(scale.astype("<f4").tobytes())
             steps.append(step.tobytes())
@@ -60,24 +61,6 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
         if not np.isfinite(tensor).all():
             raise ValueError(f"the difference of tensor {name} is not finite, or too large")
     return MAGIC + zstd.compress(raw, LEVEL), residual
-
-
-def raw_bytes(shapes: Shapes, codec: Codec) -> int:
-    """Before compression."""
-    rows, halves, steps = _sizes(shapes, codec)
-    return 4 * rows + 2 * halves + steps
-
-
-def packed_bytes(shapes: Shapes, codec: Codec) -> int:
-    """About what a file has whose numbers are all equally frequent: 7 bits a step, since 127 of a byte's 256 values occur."""
-    rows, halves, steps = _sizes(shapes, codec)
-    return 4 * rows + 2 * halves + steps * 7 // 8
-
-
-def limit_bytes(shapes: Shapes, codec: Codec) -> int:
-    """More than any file of these tensors has: zstd adds little to what it cannot compress."""
-    raw = raw_bytes(shapes, codec)
-    return len(MAGIC) + raw + raw // 128 + 64
 
 
 def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
@@ -95,7 +78,7 @@ class Deltas:
     """Differences by the names of their tensors, read out of what `encode` compresses."""
 
     def __init__(self, raw: bytes, shapes: Shapes, codec: Codec) -> None:
-        rows, halves, _ = _sizes(shapes, codec)
+        rows, halves, _ = counts(shapes, codec)
         self._codec, self._shapes = codec, {name: tuple(shapes[name]) for name in sorted(shapes)}
         self._scales = np.frombuffer(raw, "<f4", rows)
         self._halves = np.frombuffer(raw, "<u2", halves, offset=4 * rows)
@@ -105,8 +88,8 @@ class Deltas:
     def __getitem__(self, name: str) -> Array:
         """The difference, float32, in the shape of the tensor."""
         shape, (row, first) = self._shapes[name], self._places[name]
-        values = slice(first, first + _count(shape))
-        if not _as_bytes(shape, self._codec):
+        values = slice(first, first + prod(shape))
+        if not as_bytes(shape, self._codec):
             return (self._halves[values].astype("<u4") << 16).view("<f4").astype(np.float32).reshape(shape)
         scales, steps = self._scales[row : row + shape[0]], self._steps[values]
         decoded: Array = steps.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
@@ -116,12 +99,12 @@ class Deltas:
         """(first row, first value among those of its form)."""
         row = half = step = 0
         for name, shape in self._shapes.items():
-            if _as_bytes(shape, self._codec):
+            if as_bytes(shape, self._codec):
                 yield name, (row, step)
-                row, step = row + shape[0], step + _count(shape)
+                row, step = row + shape[0], step + prod(shape)
             else:
                 yield name, (row, half)
-                half += _count(shape)
+                half += prod(shape)
 
 
 def _largest(delta: Array, share: float) -> Array:
@@ -179,18 +162,3 @@ def _decompress(data: bytes, size: int) -> bytes:
     if len(raw) != size or not decompressor.eof or decompressor.unused_data:
         raise InvalidPayload(f"its differences do not fill the {size} bytes that the tensors of this stage take")
     return raw
-
-
-def _as_bytes(shape: tuple[int, ...], codec: Codec) -> bool:
-    return codec == "int8" and len(shape) > 1
-
-
-def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
-    """How many scales, halves and bytes."""
-    steps = [shape for shape in shapes.values() if _as_bytes(shape, codec)]
-    numbers = sum(_count(shape) for shape in steps)
-    return sum(shape[0] for shape in steps), sum(_count(shape) for shape in shapes.values()) - numbers, numbers
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))

@@ -75,11 +75,11 @@ class Inbox:
         contribution = offer.contribution
         if contribution != contribution_id(offer.run, offer.stage, offer.round, device, offer.manifest.blob.id):
             return self.refuse(device, contribution, "identity", "the contribution's id is not that of its device, round and content")
+        if self._known(contribution):  # perhaps of an earlier stage, whose updates were larger
+            return [self._tell(device, Done(contribution=contribution))]
         if offer.manifest.blob.size > self.limit_bytes:
             reason = f"{offer.manifest.blob.size} bytes; an update of this stage has at most {self.limit_bytes}"
             return self.refuse(device, contribution, "too_large", reason)
-        if self._known(contribution):
-            return [self._tell(device, Done(contribution=contribution))]
         if contribution in self._checking:
             return [self._tell(device, Wait(contribution=contribution, retry_s=CHECKING_S))]
         self._drop_others(device, contribution)

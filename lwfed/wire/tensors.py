@@ -15,8 +15,8 @@ import safetensors
 from safetensors.numpy import save
 
 from lwfed.errors import InvalidPayload
+from lwfed.wire.sizes import LENGTH_BYTES, MAX_HEADER_BYTES, Shapes
 
-MAX_HEADER_BYTES = 1 << 20  # 150 bytes a tensor, hence 7,000 tensors; ViT-Large has 300
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -28,24 +28,18 @@ def encode(tensors: Mapping[str, Array]) -> bytes:
     return save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
 
 
-def decode(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+def decode(source: bytes | Path, shapes: Shapes) -> dict[str, Array]:
     """Exactly the tensors of `shapes`; raises InvalidPayload naming what is wrong."""
     return dict(iterate(source, shapes))
 
 
-def stated_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes by the header of a file of ours, in the order of names."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-
-
-def check_update(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_update(path: Path, shapes: Shapes) -> None:
     """Raises InvalidPayload unless the file holds finite float32 tensors of exactly these names and shapes."""
     for _ in iterate(path, shapes):
         pass
 
 
-def iterate(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+def iterate(source: bytes | Path, shapes: Shapes) -> Iterator[tuple[str, Array]]:
     """The tensors of `shapes` by name, each read and checked when its turn comes; raises InvalidPayload."""
     _check_header_size(source)
     try:
@@ -54,7 +48,7 @@ def iterate(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> Iter
         raise InvalidPayload(f"not a safetensors file: {error}") from None
 
 
-def _from_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+def _from_file(path: Path, shapes: Shapes) -> Iterator[tuple[str, Array]]:
     with safetensors.safe_open(path, framework="numpy") as file:
         names = set(file.keys())
         _check_names(names, shapes)
@@ -64,7 +58,7 @@ def _from_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tu
             yield name, _finite(name, file.get_tensor(name))
 
 
-def _from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
+def _from_bytes(data: bytes, shapes: Shapes) -> Iterator[tuple[str, Array]]:
     parse: Any = safetensors.deserialize  # without types
     found: dict[str, Any] = dict(parse(data))
     _check_names(set(found), shapes)
@@ -77,14 +71,14 @@ def _from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
 def _check_header_size(source: bytes | Path) -> None:
     if isinstance(source, Path):
         with source.open("rb") as file:
-            start = file.read(8)
+            start = file.read(LENGTH_BYTES)
     else:
-        start = source[:8]
-    if len(start) < 8 or struct.unpack("<Q", start)[0] > MAX_HEADER_BYTES:
+        start = source[:LENGTH_BYTES]
+    if len(start) < LENGTH_BYTES or struct.unpack("<Q", start)[0] > MAX_HEADER_BYTES:
         raise InvalidPayload(f"not a safetensors file: its header is cut off or longer than {MAX_HEADER_BYTES} bytes")
 
 
-def _check_names(found: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_names(found: set[str], shapes: Shapes) -> None:
     for what, names in (("lacks", shapes.keys() - found), ("has unexpected", found - shapes.keys())):
         if names:
             listed = ", ".join(repr(name[:80]) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -15,7 +15,7 @@ from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.store import open_store
-from lwfed.cloud_server.worker import part_sizes
+from lwfed.cloud_server.worker import foreseen
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
 from lwfed.models.shapes import part_shapes, shapes
@@ -25,6 +25,7 @@ from lwfed.transport.memory import MemoryBroker
 from lwfed.wire import deltas, messages, tensors
 from lwfed.wire.download import Downloads
 from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encode
+from lwfed.wire.sizes import stated_shapes
 from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id
 
@@ -121,7 +122,7 @@ class NumpyWorker:
             for part in config.plan(job["stage"]).added
         }
         files = {part: self._write(job, part, found) for part, found in new.items()}
-        return {"event": "prepared", "parts": files, "sizes": part_sizes(config)}
+        return {"event": "prepared", "parts": files, "shapes": foreseen(config)}
 
     def _calibrate(self, config, job):
         files = {}
@@ -442,7 +443,7 @@ def merge(write):
     """The tensor w of some shares, where devices had received `before`, ones where it is not stated."""
 
     def merge(rule, shares, before=None, **settings):
-        shape = tensors.stated_shapes(shares[0].path)["w"] if shares else ()
+        shape = stated_shapes(shares[0].path)["w"] if shares else ()
         received = {"stem": write("before", w=np.ones(shape) if before is None else before)}
         return merge_parts(settings_of(rule, **settings), received, shares)["stem"]["w"]
 

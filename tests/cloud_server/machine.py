@@ -2,8 +2,10 @@
 
 import hashlib
 
-from lwfed.cloud_server.coordinator import Aggregated, Calibrated, Contributed, Evaluated, Prepared, Present, advance
-from lwfed.cloud_server.rounds import Aggregate, Calibrate, Evaluate, Prepare, Rules, State, duty
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.duty import Aggregate, Calibrate, Evaluate, Prepare, duty
+from lwfed.cloud_server.events import Aggregated, Calibrated, Contributed, Evaluated, Prepared, Present
+from lwfed.cloud_server.rounds import Rules, State
 
 RULES = Rules(
     seed=0, stages=2, rounds=(2, 2), parts=(("stem", "layer.1", "adapter.1"), ("stem", "layer.1", "layer.2")), min_devices=2,

@@ -1,5 +1,6 @@
 """The server's certificates, looked at and used as OpenSSL does."""
 
+import base64
 import ssl
 import stat
 
@@ -18,6 +19,13 @@ def request(key=None, subject="anybody"):
     key = key or ec.generate_private_key(ec.SECP256R1())
     algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
     return x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
+
+
+PEM = b"-----BEGIN CERTIFICATE REQUEST-----\n%s-----END CERTIFICATE REQUEST-----\n"
+
+
+def der_of(pem):
+    return x509.load_pem_x509_csr(pem).public_bytes(serialization.Encoding.DER)
 
 
 def handshake(server, client, host):
@@ -107,8 +115,9 @@ def test_a_device_gets_the_name_it_was_invited_by_and_no_other_right(tmp_path):
         request(ed25519.Ed25519PrivateKey.generate()),
         request(rsa.generate_private_key(65537, 2048)),
         request(ec.generate_private_key(ec.SECP384R1())),
+        PEM % base64.encodebytes(der_of(request()).replace(b"\x02\x01\x00", b"\x02\x01\x02", 1)),
     ],
-    ids=["empty", "junk", "ed25519", "rsa", "p384"],
+    ids=["empty", "junk", "ed25519", "rsa", "p384", "of another version"],
 )
 def test_other_requests_are_refused(tmp_path, bad):
     with pytest.raises(InvalidPayload):

@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwfed.cloud_server.coordinator import (
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.events import (
     Absent,
     Aggregated,
     Calibrated,
     CannotTrain,
     Contributed,
     Evaluated,
+    IllegalEvent,
     Paused,
     Prepared,
     Present,
@@ -21,9 +23,9 @@ from lwfed.cloud_server.coordinator import (
     Started,
     TimeUp,
     Unfit,
-    advance,
 )
-from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Begun, IllegalEvent, State
+from lwfed.cloud_server.notices import Begun
+from lwfed.cloud_server.rounds import MAX_ATTEMPTS, State
 
 from .machine import RULES, after, training, update_of, work
 

@@ -5,24 +5,25 @@ from dataclasses import replace
 
 import pytest
 
-from lwfed.cloud_server.coordinator import (
-    RETURN_S,
+from lwfed.cloud_server.coordinator import RETURN_S, advance
+from lwfed.cloud_server.deadlines import LEAST_DEADLINE_S, own_deadline
+from lwfed.cloud_server.events import (
     Absent,
     Aggregated,
     Calibrated,
     CannotTrain,
     Contributed,
     Evaluated,
+    IllegalEvent,
     Prepared,
     Present,
     Restarted,
     Started,
     TimeUp,
     Unfit,
-    advance,
 )
-from lwfed.cloud_server.deadlines import LEAST_DEADLINE_S, own_deadline
-from lwfed.cloud_server.rounds import Closed, Extended, IllegalEvent, Joined, Overdue, State
+from lwfed.cloud_server.notices import Closed, Extended, Joined, Overdue
+from lwfed.cloud_server.rounds import State
 
 from .machine import RULES, after, training
 

@@ -2,20 +2,21 @@
 
 import pytest
 
-from lwfed.cloud_server.coordinator import (
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.events import (
     Aggregated,
     Calibrated,
     Contributed,
     Evaluated,
+    IllegalEvent,
     Paused,
     Prepared,
     Present,
     Resumed,
     Started,
     TimeUp,
-    advance,
 )
-from lwfed.cloud_server.rounds import IllegalEvent, State
+from lwfed.cloud_server.rounds import State
 
 from .machine import RULES, after, training
 

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from lwfed.cloud_server.coordinator import Absent, Aggregated, Calibrated, Contributed, Evaluated, Prepared, Present, Started, advance
-from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Aggregate, Collapsed, Export, Prepare, Reduced, Stalled, State, duty
+from lwfed.cloud_server.coordinator import advance
+from lwfed.cloud_server.duty import Aggregate, Export, Prepare, duty
+from lwfed.cloud_server.events import Absent, Aggregated, Calibrated, Contributed, Evaluated, Prepared, Present, Started
+from lwfed.cloud_server.notices import Collapsed, Reduced, Stalled
+from lwfed.cloud_server.rounds import MAX_ATTEMPTS, State
 
 from .machine import RULES, after, training, update_of, work
 

@@ -20,6 +20,7 @@ from lwfed.cloud_server.store.database import open_sqlite
 from lwfed.config import load_config
 from lwfed.errors import DatabaseUnreachable, StateError
 from lwfed.signals import on_signals
+from lwfed.tools.cli import main as lwfed
 from lwfed.transport.memory import MemoryBroker
 from lwfed.wire.messages import Traffic
 
@@ -360,6 +361,9 @@ def test_status_and_export_of_runs_in_a_database(world, address, tmp_path, monke
     assert "other" not in one
     assert run("export", "--state", folder, "--out", out, "--database", address).exit_code == 0
     assert out.read_bytes() == encoder
+    asked = ["evaluate", str(folder), "--data", "digits", "--protocol", "knn", "--limit", "50", "--database", address]
+    evaluated = CliRunner().invoke(lwfed, asked)
+    assert "run small, layer_wise, stage 2, on digits" in evaluated.output
     without = run("export", "--state", folder, "--out", out)
     assert without.exit_code == 73
     assert "run 'small' in" in without.output

@@ -34,7 +34,7 @@ def test_jobs_prepare_calibrate_evaluate(job, tiny):
     worker = Worker()
     prepared = do(worker, job("prepare", stage=1, attempt=1))
     assert set(prepared["parts"]) == set(tiny().plan(1).added)
-    assert set(prepared["sizes"]) == {*tiny().plan(1).present, "layer.2"}
+    assert prepared["shapes"] == {part: part_shapes(tiny(), part) for part in (*tiny().plan(1).present, "layer.2")}
     initial = load_file(prepared["parts"]["layer.1"])
     assert {name: value.shape for name, value in initial.items()} == part_shapes(tiny(), "layer.1")
 

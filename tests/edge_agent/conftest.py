@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lwfed.blobs import BlobStore
@@ -12,7 +13,7 @@ from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
 from lwfed.transport.base import Received, Will
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire import messages, topics
+from lwfed.wire import messages, tensors, topics
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.inbox import Inbox
 from lwfed.wire.messages import Hello, Memory, Run, ServerState, State, Task
@@ -20,6 +21,11 @@ from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
 CONFIG = load_config("demo", ["transfer.chunk_bytes=1024", "worker.linger_s=60"])
+
+
+def part_file(part: str, content: bytes = b"weights" * 1000) -> bytes:
+    """As it travels: one tensor, of 25 rows, of the bytes `content`."""
+    return tensors.encode({f"{part}.weight": np.frombuffer(content, "<f4").reshape(25, -1)})
 
 
 class Server:
@@ -48,7 +54,7 @@ class Server:
 
     def announce(self, phase="training", stage=1, round=1, run="demo", content=b"weights" * 1000, seq=None, parts=None, **more):
         self.seq = self.seq + 1 if seq is None else seq
-        blobs = {part: self.store.put(part.encode() + content) for part in ("stem", "layer.1", "norm", "projector", "predictor")}
+        blobs = {part: self.store.put(part_file(part, content)) for part in ("stem", "layer.1", "norm", "projector", "predictor")}
         place = {"stage": stage, "stages": 4, "round": round, "rounds": 4}
         message = Run(run=run, epoch=self.epoch, seq=self.seq, phase=phase, config=self.config, parts=parts or blobs, **place, **more)
         self.link.publish(TOPICS.run, messages.encode(message), retain=True)

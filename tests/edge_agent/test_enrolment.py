@@ -3,8 +3,9 @@
 import pytest
 
 from lwfed.cli import Connection
+from lwfed.cloud_server.authority import Authority
 from lwfed.edge_agent.agent import JOURNAL
-from lwfed.edge_agent.enrolment import Identity, enrol, find_way
+from lwfed.edge_agent.enrolment import Identity, enrol, find_way, signing_request
 from lwfed.edge_agent.journal import Journal
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.address import BrokerAddress
@@ -66,3 +67,9 @@ def test_a_token_without_a_certificate_is_refused_before_a_key_is_made(tmp_path)
     with pytest.raises(ConfigError, match="holds no certificate"):
         enrol(TOKEN, tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_certificate_of_another_version_is_none(tmp_path):
+    authority = Authority(tmp_path).der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x07", 1)
+    with pytest.raises(ConfigError, match="holds no certificate"):
+        signing_request(Token(TOKEN.header, authority), tmp_path / "identity")

@@ -13,6 +13,8 @@ from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, tensors
 from lwfed.wire.messages import Fail, Patch
 
+from .conftest import part_file
+
 PART = "layer.1"
 OTHERS = ("stem", "norm", "projector", "predictor")
 SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, output_dim: 8}"]
@@ -23,18 +25,18 @@ class Rounds:
 
     def __init__(self, server, patch_bytes=500):
         self.server = server
-        self.parts = [server.store.put(PART.encode() + b"weights" * 1000)]
+        self.parts = [server.store.put(part_file(PART))]
         self.patches = []
         self.patch_bytes = patch_bytes
 
     def move(self):
         number = len(self.parts)
         self.patches.append(Patch(base=self.parts[-1].id, blob=self.server.store.put(b"%d" % number * self.patch_bytes)))
-        self.parts.append(self.server.store.put(PART.encode() + b"%d" % number * 7000))
+        self.parts.append(self.server.store.put(part_file(PART, b"%d" % number * 7000)))
 
     def announce(self, device):
         round = len(self.parts)
-        whole = {part: self.server.store.put(part.encode() + b"weights" * 1000) for part in OTHERS}
+        whole = {part: self.server.store.put(part_file(part)) for part in OTHERS}
         self.server.announce(
             round=round, parts={**whole, PART: self.parts[-1]}, patches={PART: tuple(self.patches)} if self.patches else {}
         )
@@ -109,11 +111,11 @@ def test_without_a_base_the_part_is_fetched(world, trained, lost):
     assert order(device) == held(device, rounds.parts[-1].id)
 
 
-@pytest.mark.parametrize(("patch_bytes", "patched"), [(3500, True), (3504, False)])
-def test_a_way_that_costs_more_than_the_part_is_not_taken(world, trained, patch_bytes, patched):
-    """Of 7,007 bytes, in two patches."""
+@pytest.mark.parametrize(("more", "patched"), [(-1, True), (1, False)])
+def test_a_way_that_costs_more_than_the_part_is_not_taken(world, trained, more, patched):
+    """In two patches, each of half the part's bytes and a little."""
     rounds, device = trained
-    rounds.patch_bytes = patch_bytes
+    rounds.patch_bytes = rounds.parts[0].size // 2 + more
     rounds.move()
     rounds.move()
     rounds.announce(device)

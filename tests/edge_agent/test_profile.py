@@ -201,11 +201,19 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert [case["fits"] for case in report["cases"]] == [True, True, False]
     assert {case["epoch_s"] for case in report["cases"]} == {5.0}
     assert report["recommended"]["memory_mb"] == 550
+    assert report["codec"] == "fp32"
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "3.34x less" in page
     assert "$" not in page
     assert not any(word in page for word in ("<script", '<link rel="stylesheet', "http-equiv", "<img"))
+
+
+def test_the_codec_that_bytes_were_measured_in_is_named(measured, tmp_path):
+    done = measured("--stages", "12", "--set", "transfer.codec=int8", "--set", "transfer.top_k=0.25", peaks={("layer_wise", 12): 500.0})
+    assert "MB down and up: a round in the codec int8, top_k 0.25 (transfer.codec)" in done.stdout
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["codec"] == "int8, top_k 0.25"
+    assert (tmp_path / "out" / "report.html").read_text().count("a round, int8, top_k 0.25</th>") == 2
 
 
 def test_the_recommended_memory_is_what_planning_wants_where_that_is_more_than_the_peak(measured, tmp_path):

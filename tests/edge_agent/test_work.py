@@ -3,12 +3,16 @@ import re
 import pytest
 
 from lwfed.blobs import PartFile
+from lwfed.config import load_config
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Fin, Offer, State
 from lwfed.wire.topics import Topics
 
+from .conftest import part_file
+
 TOPICS = Topics("default")
+PARTS = ("stem", "layer.1", "norm", "projector", "predictor")
 
 
 def state(world):
@@ -131,8 +135,8 @@ def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_ch
     device.finish()
     world.settle(2)
     before, chunks = len(device.worker), server.broadcast.sent_chunks
-    parts = {part: server.store.put(part.encode() + b"weights" * 1000) for part in ("stem", "norm", "projector", "predictor")}
-    server.announce(round=2, parts={**parts, "layer.1": server.store.put(b"changed" * 1000)})
+    parts = {part: server.store.put(part_file(part)) for part in ("stem", "norm", "projector", "predictor")}
+    server.announce(round=2, parts={**parts, "layer.1": server.store.put(part_file("layer.1", b"changed" * 1000))})
     server.assign(device.id, round=2)
     world.settle(2)
     assert [type(effect) for effect in device.worker[before:]] == [Train]
@@ -336,6 +340,30 @@ def test_a_broker_that_takes_too_small_packets_for_an_update_is_found_before_tra
     server.assign(device.id)
     world.settle(2)
     assert device.worker == [StartWorker(1)]
+
+
+@pytest.mark.parametrize(("codec", "trains"), [("fp32", False), ("bf16", False), ("int8", True)])
+def test_whether_an_update_can_travel_is_judged_by_what_its_codec_can_make_of_it(world, monkeypatch, codec, trains):
+    """140 kB, 70 kB and 36 kB, whose offer takes 22.7 kB, 18.2 kB and 15.9 kB."""
+    config = load_config("demo", ["transfer.chunk_bytes=1024", f"transfer.codec={codec}"])
+    server, device = world.start_server(config=config), world.start_device()
+    monkeypatch.setattr(type(device.link), "packet_limit", 17_000)
+    world.settle(0.2)
+    server.announce(content=b"weights" * 4000)
+    server.assign(device.id)
+    world.settle(2)
+    assert bool(device.worker) == trains
+    assert [fail.code for fail in server.of(Fail)] == [] if trains else ["config"]
+
+
+def test_a_part_whose_file_states_no_shapes_fails_the_round(world):
+    server, device = world.joined()
+    server.announce(parts={part: server.store.put(part.encode() + b"junk" * 9) for part in PARTS})
+    server.assign(device.id)
+    world.settle(2)
+    fail = server.of(messages.Fail)[-1]
+    assert (fail.code, device.worker) == ("worker", [])
+    assert "header" in fail.reason
 
 
 def test_a_stage_that_the_configuration_does_not_have_fails_its_round(world):

@@ -14,6 +14,7 @@ from lwfed.tools.cli import main
 from lwfed.tools.load.canned import Training
 from lwfed.tools.load.command import Log, Used, summary
 from lwfed.wire import deltas, tensors
+from lwfed.wire.sizes import stated_shapes
 
 SMALL = ("model.depth=1", "model.width=16", "model.heads=2", "ssl.hidden_dim=16", "ssl.output_dim=8")
 USED = {"server": Used(100.0, 2.0), "broker": Used(10.0, 1.0)}
@@ -56,7 +57,7 @@ def test_differences_are_made_parts_as_a_device_makes_them(prepared):
     training, config, order = prepared("int8")
     told = order(0)
     base = Path(told["parts"]["layer.1"])
-    before = tensors.decode(base, tensors.stated_shapes(base))
+    before = tensors.decode(base, stated_shapes(base))
     shapes = {name: tensor.shape for name, tensor in before.items()}
     data, _ = deltas.encode({name: np.ones_like(tensor) for name, tensor in before.items()}, "int8", 1.0, 0)
     patch = base.with_name("patch")

@@ -1,10 +1,11 @@
-"""Everything that reads bytes from the network, as functions of bytes, with samples of what it should read.
+"""Everything that reads bytes from the network, or what a person was sent, as functions of bytes, with samples of what it should read.
 
 What is wrong is refused by an exception of ours, which the callers know; any other would end a server or an agent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,17 @@ from typing import Any, get_args
 import numpy as np
 
 from lwfed.blobs import BlobStore, check_chunk
+from lwfed.cloud_server.authority import Authority
+from lwfed.cloud_server.enrolment import admit
+from lwfed.cloud_server.registry import Device
+from lwfed.cloud_server.weights import check
 from lwfed.config import RunConfig, load_config
+from lwfed.edge_agent.enrolment import signing_request
 from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload, LwfedError, ProtocolMismatch
 from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
+from lwfed.wire.sizes import Codec, largest_bytes, stated_shapes
+from lwfed.wire.token import Header, Token, digest
 from lwfed.wire.topics import Topics
 
 from .samples import ID, MANIFEST, SAMPLES
@@ -96,11 +104,31 @@ def _tensors(data: bytes) -> object:
     return found
 
 
-def _tensors_in_a_file(data: bytes) -> object:
+def _shapes(data: bytes) -> object:
+    """And what they take, as a device reckons it."""
+    with _file(data) as path:
+        found = stated_shapes(path)
+    return [largest_bytes(found, codec) for codec in get_args(Codec)]
+
+
+def _update(codec: Codec) -> Decoder:
+    """As a server checks it before it counts."""
+    transfer = load_config("demo", [f"transfer.codec={codec}"]).transfer
+
+    def decode(data: bytes) -> object:
+        with _file(data) as update, _file(tensors.encode(TENSORS)) as received:
+            return check(transfer, [received], update)
+
+    sample = tensors.encode(TENSORS) if codec == "fp32" else deltas.encode(TENSORS, codec, 1.0, 1)[0]
+    return Decoder((sample,), decode, (InvalidPayload,))
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "update"
+        path = Path(folder) / "file"
         path.write_bytes(data)
-        return tensors.check_update(path, SHAPES)
+        yield path
 
 
 def _deltas(codec: deltas.Codec) -> Decoder:
@@ -111,6 +139,55 @@ def _deltas(codec: deltas.Codec) -> Decoder:
 
     sample, _ = deltas.encode(TENSORS, codec, 1.0, 1)
     return Decoder((sample,), decode, (InvalidPayload,))
+
+
+class Register:
+    """In place of the registry: device `porch` is invited, and no more."""
+
+    def __init__(self, secret: str) -> None:
+        blank = dict.fromkeys(("request", "certificate", "joined_s", "revoked_s"))
+        self._device = Device(name="porch", token=TOKEN.header.id, secret=digest(secret), expires_s=1.0, **blank)
+
+    def of_token(self, token: str) -> Device:
+        return self._device
+
+    def certify(self, token: str, request: str, certificate: str) -> None:
+        assert certificate.startswith("-----BEGIN CERTIFICATE-----")
+
+
+def _invited() -> tuple[Authority, Token, str]:
+    """A server's authority, the token that it gave a device, and the device's request."""
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder))
+        header = Header(host="garden.local", port=8883, fleet="fleet", id="0123456789abcdef", secret="s" * 43)
+        token = Token(header, authority.der)
+        return authority, token, signing_request(token, Path(folder) / "identity")
+
+
+AUTHORITY, TOKEN, REQUEST = _invited()
+
+
+def _admit(data: bytes) -> object:
+    """Whatever a bearer of the token says, there is an answer, and it can be sent."""
+    register: Any = Register(TOKEN.header.secret)
+    return m.encode(admit(AUTHORITY, register, TOKEN.header.id, data, 0.0))
+
+
+def _certify(data: bytes) -> object:
+    return AUTHORITY.certify(data, "porch")
+
+
+def _token(data: bytes) -> object:
+    """As a person pastes it."""
+    token = Token.parse(data.decode("utf-8", "surrogateescape"))
+    assert Token.parse(str(token)) == token
+    return token
+
+
+def _authority(data: bytes) -> object:
+    """Of a token: what a device makes of it before it asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        return signing_request(Token(TOKEN.header, data), Path(folder) / "identity")
 
 
 def _of_every_kind() -> Mapping[str, Decoder]:
@@ -139,9 +216,14 @@ DECODERS: Mapping[str, Decoder] = {
         (InvalidMessage, InvalidPayload, ProtocolMismatch),
     ),
     "tensors": Decoder((tensors.encode(TENSORS),), _tensors, (InvalidPayload,)),
-    "tensors-in-a-file": Decoder((tensors.encode(TENSORS),), _tensors_in_a_file, (InvalidPayload,)),
+    "shapes": Decoder((tensors.encode(TENSORS),), _shapes, (InvalidPayload,)),
+    **{f"update-{codec}": _update(codec) for codec in get_args(Codec)},
     **{f"deltas-{codec}": _deltas(codec) for codec in get_args(deltas.Codec)},
     "config": Decoder((load_config("demo").to_bytes(),), RunConfig.from_bytes, (ConfigError,)),
+    "token": Decoder((str(TOKEN).encode(),), _token, (ConfigError,)),
+    "authority": Decoder((TOKEN.authority,), _authority, (ConfigError,)),
+    "enrolment": Decoder((m.encode(m.Enrol(secret=TOKEN.header.secret, request=REQUEST)),), _admit, ()),
+    "signing-request": Decoder((REQUEST.encode(),), _certify, (InvalidPayload,)),
 }
 
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lwfed.errors import InvalidPayload
-from lwfed.wire.deltas import MAGIC, decode, encode, limit_bytes, raw_bytes
+from lwfed.wire.deltas import MAGIC, decode, encode
+from lwfed.wire.sizes import largest_bytes, raw_bytes
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -79,7 +80,7 @@ def test_what_is_decoded_and_what_is_lost_make_up_what_was_given(deltas, codec, 
     data, residual = encode(deltas, codec, 1.0, seed)
     found = decode(data, of(deltas), codec)
     assert residual.keys() == deltas.keys()
-    assert len(data) <= limit_bytes(of(deltas), codec)
+    assert len(data) <= largest_bytes(of(deltas), codec)
     assert len(raw_of(data)) == raw_bytes(of(deltas), codec)
     for name, delta in deltas.items():
         assert found[name].dtype == residual[name].dtype == np.float32
@@ -94,7 +95,7 @@ def test_what_is_decoded_and_what_is_lost_make_up_what_was_given(deltas, codec, 
 
 def test_what_zstd_cannot_compress_stays_below_the_limit():
     noise = np.random.default_rng(0).bytes(300_000)
-    assert len(file(noise)) <= limit_bytes({"w": (150_000,)}, "bf16")
+    assert len(file(noise)) <= largest_bytes({"w": (150_000,)}, "bf16")
 
 
 def test_rounding_is_unbiased():

@@ -332,6 +332,13 @@ def test_too_large_is_refused_before_a_byte_is_kept(inbox, store, spool, tmp_pat
     assert list((tmp_path / "spool" / "parts").iterdir()) == []
 
 
+def test_what_is_recorded_is_done_although_the_present_stage_has_smaller_updates(inbox, store, recorded):
+    offer = make_offer(store)
+    recorded.add(offer.contribution)
+    inbox.limit_bytes = 0
+    assert said(inbox.offer("d1", offer, 0.0), DOWN) == [Done(contribution=offer.contribution)]
+
+
 def test_a_device_has_one_part_at_a_time(inbox, store, tmp_path):
     for round in (1, 2, 3):
         inbox.offer("d1", make_offer(store, content=bytes([round]) * 2000, round=round), 0.0)

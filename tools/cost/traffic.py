@@ -21,11 +21,12 @@ from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
-from lwfed.models.shapes import shapes, size_bytes
-from lwfed.plan import StagePlan
+from lwfed.models.shapes import part_shapes, shapes
+from lwfed.plan import StagePlan, in_model_order
 from lwfed.transport.packets import publish_bytes
-from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
+from lwfed.wire import tensors
+from lwfed.wire.sizes import packed_bytes
 from lwfed.wire.topics import Topics
 
 CONFIG = "config"  # fetched as parts are
@@ -56,7 +57,7 @@ def obstacle(config: RunConfig) -> str | None:
     """Why a server would refuse to lead this run: something is too large to travel."""
     parts = {part for stage in range(1, config.stage_count + 1) for part in config.plan(stage).present}
     try:
-        run_chunk_bytes(config, {part: size_bytes(config, [part]) for part in parts}, packet_limit=None)
+        run_chunk_bytes(config, {part: part_shapes(config, part) for part in in_model_order(parts)}, packet_limit=None)
     except ConfigError as error:
         return str(error)
     return None
@@ -145,7 +146,7 @@ class Packets:
     def _change_bytes(self, parts: frozenset[str]) -> int:
         """What brings `parts` from one round to the next, or an update of them: in fp32 themselves."""
         codec = self._config.transfer.codec
-        return self._size(parts) if codec == "fp32" else deltas.packed_bytes(shapes(self._config, parts), codec)
+        return self._size(parts) if codec == "fp32" else packed_bytes(shapes(self._config, parts), codec)
 
     def _size(self, parts: frozenset[str]) -> int:
         if parts not in self._sizes:

@@ -47,6 +47,7 @@ class Asked:
     """What `lwfed evaluate` was told."""
 
     encoder: Path  # a file, or the --state of a server
+    database: str | None  # of that server; None: a file in its folder
     data: str
     protocols: tuple[Protocol, ...]
     neighbours: int
@@ -78,7 +79,7 @@ def run_evaluate(asked: Asked, as_json: bool, out: Path | None) -> None:
 def make_report(asked: Asked) -> Record:
     """Raises DataError, MissingDependency and StateError."""
     torch.set_num_threads(asked.threads)
-    subject = read_encoder(asked.encoder)
+    subject = read_encoder(asked.encoder, asked.database)
     seed = subject.about["seed"] if asked.seed is None else asked.seed
     bank, queries = _images(asked, seed, Shape(subject.model.image_size, subject.model.channels))
     named: dict[str, Mapping[str, Tensor] | None] = {
@@ -159,12 +160,15 @@ def _config(model: ModelSection, seed: int) -> RunConfig:
     return base.model_copy(update={"model": model, "stages": stages, "run": base.run.model_copy(update={"seed": seed})})
 
 
-def read_encoder(path: Path) -> Subject:
-    """The encoder in `path`, a file that `cloud-server export` wrote or a run's folder. Raises StateError."""
+def read_encoder(path: Path, database: str | None) -> Subject:
+    """The encoder in `path`, a file that `cloud-server export` wrote or the folder of a run, which `database` has the records of.
+
+    Raises StateError.
+    """
     if path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
-            export_from(path, Path(folder) / "encoder.safetensors", None)
-            return read_encoder(Path(folder) / "encoder.safetensors")
+            export_from(path, Path(folder) / "encoder.safetensors", None, database)
+            return read_encoder(Path(folder) / "encoder.safetensors", None)
     remedy = "give a file that `cloud-server export` has written, or the --state of a server"
     try:
         with safe_open(path, framework="pt") as file:

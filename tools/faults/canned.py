@@ -122,8 +122,8 @@ class ServerWorker:
     def _prepare(self, job: Json) -> Json:
         plan = self._config.plan(job["stage"])
         present = {part for stage in range(1, self._config.stage_count + 1) for part in self._config.plan(stage).present}
-        sizes = {part: 4 * sum(int(np.prod(shape)) for shape in shapes(part).values()) for part in sorted(present)}
-        return {"event": "prepared", "parts": _write({part: initial(part, job["attempt"]) for part in plan.added}, job), "sizes": sizes}
+        files = _write({part: initial(part, job["attempt"]) for part in plan.added}, job)
+        return {"event": "prepared", "parts": files, "shapes": {part: shapes(part) for part in sorted(present)}}
 
     def _calibrate(self, job: Json) -> Json:
         parts = self._config.plan(job["stage"]).calibrated

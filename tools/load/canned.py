@@ -16,6 +16,7 @@ from lwfed.edge_agent.events import WorkerDone
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
 from lwfed.wire.messages import Memory
+from lwfed.wire.sizes import stated_shapes
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -69,7 +70,7 @@ class Training:
         for part in parts:
             told = order["parts"][part]
             path = Path(told) if isinstance(told, str) else self._store.path(told["id"])
-            found |= tensors.decode(path, tensors.stated_shapes(path))
+            found |= tensors.decode(path, stated_shapes(path))
         return found
 
 
@@ -82,7 +83,7 @@ def _open_ended(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _patch(base: Path, patches: list[Path], codec: deltas.Codec) -> bytes:
-    shapes = tensors.stated_shapes(base)
+    shapes = stated_shapes(base)
     found = tensors.decode(base, shapes)
     for file in patches:
         change = deltas.decode(file.read_bytes(), shapes, codec)

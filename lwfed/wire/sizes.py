@@ -1,0 +1,82 @@
+"""How many bytes tensors take as files, by their names and shapes alone. Without numpy, for an agent's control process reckons too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from lwfed.errors import InvalidPayload
+from lwfed.wire.messages import MAX_BLOB_BYTES, Record
+
+Codec = Literal["int8", "bf16", "fp32"]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: 150 a tensor, hence 7,000 tensors; ViT-Large has 300
+LENGTH_BYTES = 8  # before the header, which is filled up to a multiple of it
+FRAME_BYTES = 64  # that a file of differences has beside its blocks: "LWD1" and the head of a zstd frame take less than half
+
+
+class _Stated(Record):
+    dtype: Literal["F32"]
+    shape: tuple[Annotated[int, Field(ge=0, le=MAX_BLOB_BYTES)], ...]
+    data_offsets: tuple[int, int]
+
+
+_HEADER = TypeAdapter(dict[str, _Stated])
+
+
+def stated_shapes(path: Path) -> dict[str, Shape]:
+    """Names and shapes by the header of a safetensors file, in the order of names. Raises InvalidPayload unless float32 numbers fill it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        header = file.read(min(length, MAX_HEADER_BYTES))
+    try:
+        shapes = {name: stated.shape for name, stated in sorted(_HEADER.validate_json(header).items())}
+    except ValidationError:
+        raise InvalidPayload("not a safetensors file of float32 numbers: its header cannot be read") from None
+    if LENGTH_BYTES + length + 4 * numbers(shapes) != path.stat().st_size:
+        raise InvalidPayload("not a safetensors file of float32 numbers: its header and its length differ")
+    return shapes
+
+
+def largest_bytes(shapes: Shapes, codec: Codec) -> int:
+    """No update or change of these tensors has more in `codec`, whatever their numbers are."""
+    if codec == "fp32":
+        data = 4 * numbers(shapes)
+        header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [data, data]} for name, shape in shapes.items()}
+        return 2 * LENGTH_BYTES + len(json.dumps(header)) + data
+    raw = raw_bytes(shapes, codec)
+    return FRAME_BYTES + raw + raw // 128  # what zstd cannot compress it keeps as it is, with 3 bytes for every 128 KiB
+
+
+def packed_bytes(shapes: Shapes, codec: Codec) -> int:
+    """About what a file of differences has whose numbers are all equally frequent: 7 bits a step, of a byte's 256 values 127 occur."""
+    rows, halves, steps = counts(shapes, codec)
+    return 4 * rows + 2 * halves + steps * 7 // 8
+
+
+def raw_bytes(shapes: Shapes, codec: Codec) -> int:
+    """Of differences before compression."""
+    rows, halves, steps = counts(shapes, codec)
+    return 4 * rows + 2 * halves + steps
+
+
+def counts(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
+    """Of differences: how many scales, halves and bytes."""
+    steps = {name: shape for name, shape in shapes.items() if as_bytes(shape, codec)}
+    return sum(shape[0] for shape in steps.values()), numbers(shapes) - numbers(steps), numbers(steps)
+
+
+def as_bytes(shape: Shape, codec: Codec) -> bool:
+    """Whether the differences of such a tensor are int8."""
+    return codec == "int8" and len(shape) > 1
+
+
+def numbers(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
