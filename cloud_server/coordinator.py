@@ -41,6 +41,7 @@ from lwfed.cloud_server.rounds import (
     with_presence,
 )
 from lwfed.cloud_server.sampling import sample
+from lwfed.plan import GraphEngine
 
 KEPT_PATCHES = 3  # of a part: who has been away for longer is better served with the whole part
 RETURN_S = 60.0  # a round waits so long for devices that are merely away, so that a restart loses nobody
@@ -77,6 +78,7 @@ class TimeUp(Event):
 @dataclass(frozen=True)
 class Prepared(Event):
     parts: dict[str, str]  # part -> blob
+    graphs: dict[GraphEngine, str] = field(default_factory=dict)  # those that the run did not have
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
 
 
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
-    ready = replace(state, parts={**state.parts, **event.parts})
+    ready = replace(state, parts={**state.parts, **event.parts}, graphs={**state.graphs, **event.graphs})
     if rules.evaluate and not state.trained:
         return replace(ready, phase="evaluating"), []
     return _wait(rules, ready, now)

@@ -1,10 +1,10 @@
 """One layer of the Vision Transformer as an ONNX graph without weights; all frozen layers run in sessions of this one graph.
 
 A graph of the whole prefix would have to be made anew at each stage. One of a single layer is a few KB, is made once for a
-model, and weights go in when a session is made. The tensors' names are those of the layer, with matrices transposed;
+run, and weights go in when a session is made. The tensors' names are those of the layer, with matrices transposed;
 with int8 a matrix ``W`` becomes ``W``, int8 with a scale for each output, and ``W.scale``.
 
-`python -m lwfed.models.onnx_layer` writes it, in a process of its own: the package onnx takes memory that training needs.
+`python -m lwfed.models.onnx_layer` writes it for each engine, in a process of its own: the package onnx takes some 60 MB.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def layer_graph(width: int, heads: int, hidden: int, eps: float, int8: bool) -> 
 
 
 def main() -> None:
-    out, width, heads, hidden, eps, int8 = sys.argv[1:]
-    Path(out).write_bytes(layer_graph(int(width), int(heads), int(hidden), float(eps), int8 == "int8"))
+    width, heads, hidden, eps, *files = sys.argv[1:]
+    for engine, file in (one.split("=", 1) for one in files):
+        Path(file).write_bytes(layer_graph(int(width), int(heads), int(hidden), float(eps), engine == "onnx_int8"))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ class Sample:
     folder: Path
     config: Path
     parts: Mapping[str, str]
+    graphs: Mapping[str, str]
+    no_graphs: str | None  # why there are none
     data: str
     images: int
     bytes_down: int  # of one round
@@ -128,6 +130,7 @@ def agent(
         "do": "train",
         "config": str(sample.config),
         "parts": sample.parts,
+        "graphs": sample.graphs,
         "stage": stage,
         "round": 1,
         "participant": 0,
