@@ -22,7 +22,7 @@ from lwfed.config import RunConfig
 from lwfed.plan import GraphEngine, StagePlan
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
-from lwfed.wire.messages import GraphRef, Patch, Run
+from lwfed.wire.messages import BlobRef, Patch, Run
 
 Write = Callable[[Step], None]
 Name = TypeVar("Name", bound=str)
@@ -118,10 +118,9 @@ class Course:
         )
 
     @property
-    def graphs(self) -> dict[GraphEngine, GraphRef]:
+    def graphs(self) -> dict[GraphEngine, BlobRef]:
         """Those that there are: training goes on without them, and what a disk has lost is made again with the next stage."""
-        held = {engine: self.blobs.ref(blob) for engine, blob in self.state.graphs.items() if self.blobs.has(blob)}
-        return {engine: GraphRef(**vars(ref)) for engine, ref in held.items()}
+        return {engine: self.blobs.ref(blob) for engine, blob in self.state.graphs.items() if self.blobs.has(blob)}
 
     def _patches(self, steps: tuple[tuple[str, str], ...]) -> tuple[Patch, ...]:
         return tuple(Patch(base=base, blob=self.blobs.ref(blob)) for base, blob in steps)

@@ -18,6 +18,7 @@ MATRICES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 NORMS = ("norm1", "norm2")
 OPSET, IR_VERSION = 20, 10  # Gelu came with opset 20; both are older than every onnxruntime since 1.18
 INPUT, OUTPUT = "x", "y"
+NO_GRAPH = "the server has sent no graph"  # why torch runs frozen layers
 
 
 def layer_graph(width: int, heads: int, hidden: int, eps: float, int8: bool) -> bytes:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lwfed.models.allocator import give_back
 from lwfed.models.encoder import Encoder
-from lwfed.models.onnx_layer import INPUT, MATRICES, NORMS, OUTPUT
+from lwfed.models.onnx_layer import INPUT, MATRICES, NO_GRAPH, NORMS, OUTPUT
 from lwfed.models.vit import VisionTransformer
 from lwfed.plan import GraphEngine, PrefixEngine
 
@@ -90,7 +90,7 @@ def make_prefix(
         return Chosen(plain, "as configured" if wanted == "torch" else "nothing to gain")
     candidates = {engine: graph for engine, graph in graphs.items() if wanted in ("auto", engine)}
     if not candidates:
-        return Chosen(plain, "the server has sent no graph")
+        return Chosen(plain, NO_GRAPH)
     reference = plain(trial, ())
 
     def judge(made: Prefix) -> tuple[float, float]:

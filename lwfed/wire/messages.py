@@ -9,7 +9,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
 from lwfed.plan import GraphEngine, PrefixEngine
@@ -100,8 +109,13 @@ class Patch(Record):
     blob: BlobRef
 
 
-class GraphRef(BlobRef):
-    size: Annotated[int, Field(ge=0, le=MAX_GRAPH_BYTES)]
+def _is_small(graph: BlobRef) -> BlobRef:
+    if graph.size > MAX_GRAPH_BYTES:
+        raise ValueError(f"a graph of {graph.size} bytes exceeds the {MAX_GRAPH_BYTES} allowed")
+    return graph
+
+
+GraphRef = Annotated[BlobRef, AfterValidator(_is_small)]
 
 
 class Run(Message):

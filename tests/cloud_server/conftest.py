@@ -122,6 +122,8 @@ class NumpyWorker:
             for part in config.plan(job["stage"]).added
         }
         files = {part: self._write(job, part, found) for part, found in new.items()}
+        if self._world.no_graphs:
+            return {"event": "prepared", "parts": files, "sizes": part_sizes(config), "graphs": {}, "no_graphs": self._world.no_graphs}
         graphs = {engine: f"{job['out']}/{engine}.onnx" for engine in job["graphs"]}
         for engine, file in graphs.items():
             Path(file).write_bytes(f"graph of {engine}".encode())
@@ -261,7 +263,7 @@ class FakeDevice:
         if self.online is None or not self.online.online:
             return
         if self.task and self.run and (self.run.stage, self.run.round, self.run.phase) == (self.task.stage, self.task.round, "training"):
-            self.downloads.want([self.run.config, *self.run.parts.values()])
+            self.downloads.want([self.run.config, *self.run.parts.values(), *self.run.graphs.values()])
             if self.downloads.complete:
                 if self.ready_at is None:
                     self.ready_at = now + self.takes(self.task.stage, self.task.round)
@@ -320,6 +322,7 @@ class World:
     broker: MemoryBroker
     devices: list = field(default_factory=list)
     orders: list = field(default_factory=list)  # to the torch process
+    no_graphs: str | None = None  # why the torch process makes none
     collapses: set | None = None  # (stage, attempt); None: that cannot be judged
     now: float = 0.0
     server: Server | None = None

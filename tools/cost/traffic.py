@@ -147,7 +147,7 @@ class Packets:
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
         patches = {part: (self._patch(part),) * min(count, KEPT_PATCHES) for part, count in steps.items() if part in blobs}
         place = {"run": self._config.run.name, "epoch": 1, "seq": 100}
-        graphs = {engine: m.GraphRef(id=DIGEST, size=GRAPHS[engine]) for engine in self.graphs(plan)} if phase == "training" else {}
+        graphs = {engine: _blob(GRAPHS[engine]) for engine in self.graphs(plan)} if phase == "training" else {}
         run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches, graphs=graphs)
         return publish_bytes(self._topics.run, m.encode(run), version5=True)
 
