@@ -148,6 +148,7 @@ def test_graphs_come_with_the_parts_and_stay_until_another_run_has_none(world):
         server.assign(device.id, stage=stage)
         world.settle(2)
         device.ready()
+        world.settle(1)
         assert device.worker[-1].order["graphs"] == {engine: str(file) for engine, file in files.items()}
         assert files["onnx_int8"].read_bytes() == b"graph of onnx_int8"
         device.finish()
@@ -158,6 +159,7 @@ def test_graphs_come_with_the_parts_and_stay_until_another_run_has_none(world):
     server.assign(device.id, run="another")
     world.settle(2)
     device.ready()
+    world.settle(1)
     assert device.worker[-1].order["graphs"] == {}
     assert not any(file.exists() for file in files.values())
 

@@ -95,8 +95,8 @@ class Packets:
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._topics = config, Topics(config.run.fleet)
-        sizes = {CONFIG: len(config.to_bytes()), **{engine: GRAPHS[engine] for engine in config.graphs}}
-        self._sizes: dict[frozenset[str], int] = {frozenset({name}): size for name, size in sizes.items()}
+        self._sizes: dict[frozenset[str], int] = {frozenset({CONFIG}): len(config.to_bytes())}
+        self._sizes |= {frozenset({engine}): GRAPHS[engine] for engine in config.graphs}
         self.fetching = lru_cache(self._fetching)
         self.training = lru_cache(self._training)
         self._change = lru_cache(self._change_bytes)
