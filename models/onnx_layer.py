@@ -4,7 +4,7 @@ A graph of the whole prefix would have to be made anew at each stage. One of a s
 run, and weights go in when a session is made. The tensors' names are those of the layer, with matrices transposed;
 with int8 a matrix ``W`` becomes ``W``, int8 with a scale for each output, and ``W.scale``.
 
-`python -m lwfed.models.onnx_layer` writes it for each engine, in a process of its own: the package onnx takes some 60 MB.
+`python -m lwfed.models.onnx_layer` writes it for each engine, in a process of its own, which takes 40 MB.
 """
 
 from __future__ import annotations
