@@ -79,7 +79,7 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
 
 
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
-    ready = replace(state, parts={**state.parts, **event.parts})
+    ready = replace(state, parts={**state.parts, **event.parts}, graphs={**state.graphs, **event.graphs})
     if rules.evaluate and not state.trained:
         return replace(ready, phase="evaluating"), []
     return _wait(rules, ready, now)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from lwfed.blobs import BlobStore
 from lwfed.cloud_server.aggregate import Screened, combine, screen
@@ -21,13 +22,14 @@ from lwfed.cloud_server.store import Step, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import RunConfig
-from lwfed.plan import StagePlan
+from lwfed.plan import GraphEngine, StagePlan
 from lwfed.seeds import derive
 from lwfed.wire import tensors
-from lwfed.wire.messages import Patch, Run
+from lwfed.wire.messages import BlobRef, Patch, Run
 from lwfed.wire.sizes import Shapes, stated_shapes
 
 Write = Callable[[Step], None]
+Name = TypeVar("Name", bound=str)
 MODEL_FOLDER = "model"
 
 
@@ -92,7 +94,7 @@ class Course:
         state = self.state
         models = [state.parts, state.start, state.announced, state.residuals, *self.store.checkpoints().values()]
         ways = (blob for steps in state.patches.values() for step in steps for blob in step)  # simulated devices borrow the bases
-        self.blobs.forget({self.config_ref.id, *ways, *(blob for parts in models for blob in parts.values())})
+        self.blobs.forget({self.config_ref.id, *state.graphs.values(), *ways, *(blob for parts in models for blob in parts.values())})
         if self.state.phase not in ("training", "aggregating") and not self.state.suspended:
             self.spool.forget(())
 
@@ -114,7 +116,13 @@ class Course:
             config=self.config_ref,
             parts={part: self.blobs.ref(blob) for part, blob in state.parts.items()},
             patches={part: self._patches(steps) for part, steps in state.patches.items()} if state.phase == "training" else {},
+            graphs=self.graphs if state.phase == "training" and self.plan.frozen_layers else {},
         )
+
+    @property
+    def graphs(self) -> dict[GraphEngine, BlobRef]:
+        """Those that there are: training goes on without them, and what a disk has lost is made again with the next stage."""
+        return {engine: self.blobs.ref(blob) for engine, blob in self.state.graphs.items() if self.blobs.has(blob)}
 
     def _patches(self, steps: tuple[tuple[str, str], ...]) -> tuple[Patch, ...]:
         return tuple(Patch(base=base, blob=self.blobs.ref(blob)) for base, blob in steps)
@@ -165,9 +173,9 @@ class Course:
         seed = derive(self.config.run.seed, "publish", state.stage, state.round)
         return publish(self.config.transfer, self.blobs, state.announced, parts, state.residuals, seed)
 
-    def adopt(self, files: dict[str, str]) -> dict[str, str]:
-        """Take over the parts that the worker wrote: part -> file becomes part -> blob."""
-        return {part: self.blobs.adopt(Path(file)).id for part, file in files.items()}
+    def adopt(self, files: dict[Name, str]) -> dict[Name, str]:
+        """Take over what the worker wrote: part -> file becomes part -> blob, and so with graphs."""
+        return {name: self.blobs.adopt(Path(file)).id for name, file in files.items()}
 
     def files(self, parts: dict[str, str]) -> dict[str, str]:
         """Part -> path, for the worker."""

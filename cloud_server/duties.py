@@ -27,6 +27,7 @@ class Duties:
         self._course, self._news, self._apply = course, news, apply
         self._workshop = Workshop(start, deliver, course.root / "work", course.config.worker.linger_s)
         self._duty: Duty | None = None  # done, or being done
+        self._without_graphs = False  # said already
 
     @property
     def busy(self) -> bool:
@@ -42,7 +43,9 @@ class Duties:
             case Prepare(stage, attempt):
                 self._news.doing(f"making the weights that stage {stage} begins with")
                 copied = self._course.config.stages.layer_init == "copy" and attempt == 1  # a copy would be the same once more
-                self._submit("prepare", self._course.files(self._course.state.parts) if copied else {}, stage=stage, attempt=attempt)
+                lacking = [engine for engine in self._course.config.graphs if engine not in self._course.graphs]
+                parts = self._course.files(self._course.state.parts) if copied else {}
+                self._submit("prepare", parts, stage=stage, attempt=attempt, graphs=lacking)
             case Evaluate(_, baselines):
                 self._news.doing("measuring random weights and raw pixels" if baselines else "measuring the trained encoder")
                 names = ["random", "raw_pixels"] if baselines else ["trained"]
@@ -94,7 +97,8 @@ class Duties:
                 self._course.foresee(
                     {part: {name: tuple(shape) for name, shape in found.items()} for part, found in result["shapes"].items()}
                 )
-                self._apply(Prepared(self._course.adopt(result["parts"])), now, None)
+                self._say_without_graphs(result["no_graphs"])
+                self._apply(Prepared(self._course.adopt(result["parts"]), self._course.adopt(result["graphs"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]
                 self._news.calibration(stage, round, loss, seconds)
@@ -103,6 +107,11 @@ class Duties:
                 judgement = Judgement(**result["variety"]) if result["variety"] else None
                 scores = {name: Scores.of(**found) for name, found in result["scores"].items()}
                 self._evaluated(0 if baselines else stage, scores, judgement, now)
+
+    def _say_without_graphs(self, reason: str | None) -> None:
+        if reason and not self._without_graphs:
+            self._news.warning(f"devices run frozen layers by torch, which takes longer: {reason}")
+            self._without_graphs = True
 
     def _evaluated(self, stage: int, scores: Mapping[str, Scores], judgement: Judgement | None, now: float) -> None:
         attempt = self._course.state.attempt

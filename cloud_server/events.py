@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lwfed.cloud_server.rounds import State, Step
+from lwfed.plan import GraphEngine
 
 
 class Event:
@@ -49,6 +50,7 @@ class TimeUp(Event):
 @dataclass(frozen=True)
 class Prepared(Event):
     parts: dict[str, str]  # part -> blob
+    graphs: dict[GraphEngine, str] = field(default_factory=dict)  # those that the run did not have
 
 
 @dataclass(frozen=True)

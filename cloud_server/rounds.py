@@ -10,6 +10,7 @@ from typing import Literal
 
 from lwfed.cloud_server.plateau import plateaus
 from lwfed.config import RunConfig
+from lwfed.plan import GraphEngine
 from lwfed.wire.messages import Phase
 
 Presence = Literal["here", "away", "gone"]  # away: fell silent and may return; gone: said goodbye, or was waited for in vain
@@ -125,6 +126,7 @@ class State:
     announced: dict[str, str] = field(default_factory=dict)  # the model that the devices of the round received
     patches: dict[str, tuple[Step, ...]] = field(default_factory=dict)  # part -> the way to it from what it was in rounds before
     residuals: dict[str, str] = field(default_factory=dict)  # part -> blob: what the last of them could not say
+    graphs: dict[GraphEngine, str] = field(default_factory=dict)  # engine -> blob: what it runs a frozen layer by
     losses: dict[int, float] = field(default_factory=dict)  # round of this attempt -> mean loss
     devices: dict[int, Presence] = field(default_factory=dict)  # participant -> seen how
     begun: bool = False  # a first round has been opened

@@ -1,11 +1,12 @@
 """The server's torch process: ``python -m lwfed.cloud_server.worker``, driven by JSON lines (`lwfed.child`).
 
-In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "out": folder}
+In:   {"do": "prepare",   "config", "stage", "attempt", "parts": {part: file}, "graphs": [engine], "out": folder}
       {"do": "calibrate", "config", "stage", "round", "lr_scale", "parts", "kept": folder, "out"}
       {"do": "evaluate",  "config", "names": [random | raw_pixels | trained], "parts", "kept"}     trained: its variety too
 Out:  {"event": "ready"}                                       after the imports, once
       {"event": "prepared", "parts": {part: file},             the parts that the stage adds
-                            "shapes": {part: {tensor: shape}}} of all parts that the run will ever have
+                            "shapes": {part: {tensor: shape}}, of all parts that the run will ever have
+                            "graphs": {engine: file}, "no_graphs": why they could not be made, or null}
       {"event": "calibrated", "parts", "loss", "seconds"}      the parts that were trained; the loss of the last epoch
       {"event": "evaluated", "scores": {name: {"knn", "probe"}},   figures of models.evaluation.metrics, or null; none without labels
                              "variety": {"spread", "rank", "collapsed"}, or null}
@@ -28,11 +29,13 @@ from lwfed.cloud_server.halves import halves
 from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import auxiliary_images, labelled_images
+from lwfed.errors import MissingDependency
 from lwfed.models.backbones import load_encoder
 from lwfed.models.evaluation.classifiers import knn, linear_probe
 from lwfed.models.evaluation.collapse import FEWEST, collapsed, variety
 from lwfed.models.evaluation.features import features, raw_pixels
 from lwfed.models.evaluation.metrics import metrics
+from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, train_local
 from lwfed.models.placement import choose, move, move_images
@@ -60,7 +63,12 @@ class Worker:
 
     def _prepare(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         added = grow(_with_stream(config, data["attempt"]), config.plan(data["stage"]), _load(config, data["parts"]))
-        return {"event": "prepared", "parts": _write(added, Path(data["out"])), "shapes": foreseen(config)}
+        parts = {"parts": _write(added, Path(data["out"])), "shapes": foreseen(config)}
+        try:
+            graphs = make_graphs(config.model, data["graphs"], Path(data["out"]))
+        except MissingDependency as error:
+            return {"event": "prepared", **parts, "graphs": {}, "no_graphs": str(error)}
+        return {"event": "prepared", **parts, "graphs": {engine: str(file) for engine, file in graphs.items()}, "no_graphs": None}
 
     def _calibrate(self, config: RunConfig, data: Json, device: torch.device) -> Json:
         started = time.monotonic()

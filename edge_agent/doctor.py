@@ -38,6 +38,7 @@ TORCH = (
     "(a @ a).sum().backward(); assert float(a.grad[0, 0]) == 512; print(torch.__version__)"
 )
 TORCHVISION = "import torchvision; print(torchvision.__version__)"
+ONNX_RUNTIME = "import onnxruntime; print(onnxruntime.__version__)"
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -132,6 +133,7 @@ def _torch() -> Iterator[Check]:
     yield Check("torch.works", "ok", f"torch {version} multiplies and differentiates on 2 threads")
     if find_spec("torchvision") is not None:
         yield _torchvision(version)
+    yield _onnx_runtime()
 
 
 def _torchvision(torch: str) -> Check:
@@ -142,6 +144,18 @@ def _torchvision(torch: str) -> Check:
     need = "lwfed itself does not need that" if "torchvision::" in problem else "lwfed needs it for data sets by name only"
     advice = f"{need}; to mend it, install the build of torchvision that matches torch {torch}, from the index that torch came from"
     return Check("torch.torchvision", "warn", f"`import torchvision`, and so `import timm`, fails as it is installed: {problem}", advice)
+
+
+def _onnx_runtime() -> Check:
+    """Optional; but what dies at its import takes the training process along."""
+    if find_spec("onnxruntime") is None:
+        advice = "where a wheel exists, pip install 'lwfed[onnx]' lets it train faster above frozen layers"
+        return Check("torch.onnxruntime", "ok", "ONNX Runtime is not installed: torch runs frozen layers", advice)
+    version, problem = _probe(ONNX_RUNTIME)
+    if problem is None:
+        return Check("torch.onnxruntime", "ok", f"ONNX Runtime {version} can run frozen layers, by graphs that the server sends")
+    advice = "pip install --upgrade 'lwfed[onnx]', or pip uninstall onnxruntime: torch does its work"
+    return Check("torch.onnxruntime", "fail", f"ONNX Runtime fails as it is installed: {problem}", advice)
 
 
 def _torch_advice(problem: str) -> str:

@@ -26,7 +26,7 @@ from lwfed.models.backbones import load_encoder
 from lwfed.models.local import Images
 from lwfed.models.prefix import Prefix, make_prefix
 from lwfed.models.step import Means, Terms
-from lwfed.plan import STEM, PrefixEngine, StagePlan, part_of
+from lwfed.plan import GraphEngine, PrefixEngine, part_of
 
 ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
 
@@ -53,9 +53,14 @@ class Found:
 
 
 def find_means(
-    config: RunConfig, stage: int, tensors: Mapping[str, Tensor], images: Images, budget_mb: float | None, graphs: Path
+    config: RunConfig,
+    stage: int,
+    tensors: Mapping[str, Tensor],
+    images: Images,
+    budget_mb: float | None,
+    graphs: Mapping[GraphEngine, Path],
 ) -> Found:
-    """For training `stage` of the model `tensors` on `images`; `graphs` is a folder for those of ONNX Runtime.
+    """For training `stage` of the model `tensors` on `images`; `graphs` are those that ONNX Runtime can run layers by.
 
     `budget_mb` is what this process may take in all; None: a share of what is available. Raises Unfit.
     """
@@ -84,7 +89,7 @@ def find_means(
     if device.type != "cpu":
         size, _ = fit(None, torch.cuda.mem_get_info(device)[0])
         return Found(Means(None, size), "a GPU, on which torch runs all layers", own_mb())
-    if not layers_of(plan):
+    if not plan.frozen_layers:
         return with_torch("no layer is frozen")
     if config.train.prefix == "torch":
         return with_torch("as configured")
@@ -95,11 +100,11 @@ def find_means(
         return with_torch("too little memory for ONNX Runtime")
     least = held + ONNX_BYTES + takes
     trial = _tokens(config, tensors, images, size)
-    chosen = make_prefix(load_encoder(config.model, tensors), len(layers_of(plan)), config.model, config.train.prefix, graphs, trial)
+    chosen = make_prefix(load_encoder(config.model, tensors), len(plan.frozen_layers), config.train.prefix, graphs, trial)
     del trial
     engine, reason = chosen.prefix.engine, chosen.reason
     if engine != "torch":
-        weights = 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in layers_of(plan))
+        weights = 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in plan.frozen_layers)
         held, room = _memory(budget_mb)
         with contextlib.suppress(Unfit):
             size, takes = fit(chosen.prefix, room + weights)
@@ -107,11 +112,6 @@ def find_means(
         reason = f"{engine} leaves too little memory"
     del chosen
     return with_torch(reason)
-
-
-def layers_of(plan: StagePlan) -> list[str]:
-    """The frozen layers."""
-    return [part for part in plan.frozen if part != STEM]
 
 
 def _memory(budget_mb: float | None) -> tuple[float, float]:

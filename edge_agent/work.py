@@ -210,7 +210,7 @@ class Work:
             return []
         if self._phase == "called" and _is_on(task, run):
             self._ways = {part: self._way(run, part, ref) for part, ref in run.parts.items()}
-            wanted = [run.config, *(blob for way in self._ways.values() for blob in way.fetched)]
+            wanted = [run.config, *run.graphs.values(), *(blob for way in self._ways.values() for blob in way.fetched)]
             self._held.forget({ref.id for ref in wanted} | {way.base for way in self._ways.values() if way.base})
             self.downloads.want(wanted)
             have, total = self.downloads.progress()
@@ -265,6 +265,7 @@ class Work:
             "do": "train",
             "config": str(self._held.path(job.run.config.id)),
             "parts": {part: self._source(way) for part, way in job.ways.items()},
+            "graphs": {engine: str(self._held.path(ref.id)) for engine, ref in job.run.graphs.items()},
             "stage": job.task.stage,
             "round": job.task.round,
             "participant": job.task.participant,

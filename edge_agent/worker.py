@@ -2,6 +2,7 @@
 
 In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
        "parts": {part: file, or {"base": file, "patches": [file], "id": digest of what they make of it}},
+       "graphs": {engine: file}, without weights, for ONNX Runtime,
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
@@ -38,7 +39,7 @@ from lwfed.data.images import Images
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.events import READING, VIEWS
-from lwfed.edge_agent.means import Found, find_means, layers_of
+from lwfed.edge_agent.means import Found, find_means
 from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
@@ -120,8 +121,8 @@ class Worker:
     ) -> tuple[dict[str, Tensor], Found]:
         """The model, and how to compute; of layers that torch does not run it has shapes only."""
         stage, fixed = data["stage"], data["execution"]
-        layers = layers_of(config.plan(stage))
-        key = config.digest, stage, len(images.pixels), *(_name(data["parts"].get(part)) for part in layers)
+        layers = config.plan(stage).frozen_layers
+        key = config.digest, stage, len(images.pixels), data["graphs"], *(_name(data["parts"].get(part)) for part in layers)
         if self._found is not None and (self._found[0] != key or fixed not in (None, self._found[1].fixed)):
             self._found = None  # let the old engine go before there is a new one
         known = self._found and self._found[1]
@@ -137,7 +138,7 @@ class Worker:
 
     def _find(self, data: Json, config: RunConfig, tensors: dict[str, Tensor], images: Images) -> Found:
         """As in an earlier round of the stage; with fewer images at a time where that has no room any more. Raises Unfit."""
-        fixed, graphs = data["execution"], Path(data["out"]).parent / "graphs"
+        fixed, graphs = data["execution"], {engine: Path(file) for engine, file in data["graphs"].items()}
 
         def find(train: Json) -> Found:
             wanted = config.model_copy(update={"train": config.train.model_copy(update=train)})

@@ -18,7 +18,8 @@ from typing import Literal, TypeVar
 
 Strategy = Literal["layer_wise", "progressive", "end_to_end"]
 SslMethod = Literal["moco_v3", "simclr", "byol", "mae"]
-PrefixEngine = Literal["torch", "onnx", "onnx_int8"]  # what runs frozen layers
+GraphEngine = Literal["onnx", "onnx_int8"]  # ONNX Runtime in float32 or int8, which needs a graph of a layer
+PrefixEngine = Literal["torch"] | GraphEngine  # what runs frozen layers
 CalibrationScope = Literal["model", "active"]
 CalibrationEvery = Literal["round", "stage", "never"] | int  # a number: every so many rounds
 PerStage = int | Sequence[int]  # the same in every stage, or stage by stage
@@ -83,6 +84,10 @@ class StagePlan:
     uploaded: tuple[str, ...]  # sent by the device in every round
     calibrated: tuple[str, ...]  # trained by the server after aggregation, when it calibrates
     downloaded: tuple[str, ...]  # changed by every round, hence sent to the device in every round
+
+    @property
+    def frozen_layers(self) -> tuple[str, ...]:
+        return tuple(part for part in self.frozen if part != STEM)
 
     @property
     def prefix_moves(self) -> bool:

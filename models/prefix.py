@@ -9,10 +9,6 @@ An engine is used for a stage only after its tokens have been compared with torc
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -24,16 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lwfed.config import ModelSection
 from lwfed.models.allocator import give_back
 from lwfed.models.encoder import Encoder
-from lwfed.models.onnx_layer import INPUT, MATRICES, NORMS, OUTPUT
-from lwfed.models.vit import EPS, VisionTransformer
-from lwfed.plan import PrefixEngine
+from lwfed.models.onnx_layer import INPUT, MATRICES, NO_GRAPH, NORMS, OUTPUT
+from lwfed.models.vit import VisionTransformer
+from lwfed.plan import GraphEngine, PrefixEngine
 
-TOLERANCE: Mapping[str, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
+TOLERANCE: Mapping[GraphEngine, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
 TRIAL_S = 0.3  # for timing one engine
-GRAPH_S = 60.0
 
 Array = npt.NDArray[Any]
 Found = TypeVar("Found")
@@ -61,13 +55,14 @@ class TorchPrefix:
 
 
 class OnnxPrefix:
-    """Raises ImportError without ONNX Runtime, OSError and subprocess.SubprocessError when the graph cannot be made."""
+    """Raises ImportError without ONNX Runtime, and ONNX Runtime's errors where it does not take the graph."""
 
-    def __init__(self, encoder: VisionTransformer, layers: int, model: ModelSection, int8: bool, folder: Path) -> None:
-        self.engine: PrefixEngine = "onnx_int8" if int8 else "onnx"
+    def __init__(self, encoder: VisionTransformer, layers: int, engine: GraphEngine, graph: Path) -> None:
+        int8 = engine == "onnx_int8"
+        self.engine: PrefixEngine = engine
         self.kept_as: torch.dtype | None = torch.float16 if int8 else None  # rounding that is far finer than int8's
-        graph = graph_file(folder, model, int8).read_bytes()
-        self._sessions = [_session(graph, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
+        content = graph.read_bytes()
+        self._sessions = [_session(content, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor:
         tokens = x.float().numpy()
@@ -84,24 +79,27 @@ class Chosen:
 
 
 def make_prefix(
-    encoder: Encoder, layers: int, model: ModelSection, wanted: PrefixEngine | Literal["auto"], folder: Path, trial: Tensor
+    encoder: Encoder, layers: int, wanted: PrefixEngine | Literal["auto"], graphs: Mapping[GraphEngine, Path], trial: Tensor
 ) -> Chosen:
     """The engine `wanted`, or the fastest of those within tolerance; torch where nothing else will do.
 
-    `trial` [micro-batch, tokens, width] is what the stem gives for some images; graphs are kept in `folder`.
+    `trial` [micro-batch, tokens, width] is what the stem gives for some images; `graphs` are of one of its layers.
     """
     plain = TorchPrefix(encoder, layers)
     if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
         return Chosen(plain, "as configured" if wanted == "torch" else "nothing to gain")
+    candidates = {engine: graph for engine, graph in graphs.items() if wanted in ("auto", engine)}
+    if not candidates:
+        return Chosen(plain, NO_GRAPH)
     reference = plain(trial, ())
 
     def judge(made: Prefix) -> tuple[float, float]:
         return relative_error(made(trial, ()), reference), _time(made, trial) if wanted == "auto" else 0.0
 
-    seconds: dict[str, float] = {}
+    seconds: dict[PrefixEngine, float] = {}
     refused: list[str] = []
-    for engine in (wanted,) if wanted != "auto" else ("onnx", "onnx_int8"):
-        tried = _attempt(encoder, layers, model, engine, folder, judge)  # the one before has gone: memory holds one at a time
+    for engine, graph in candidates.items():
+        tried = _attempt(encoder, layers, engine, graph, judge)  # the one before has gone: memory holds one at a time
         if isinstance(tried, str):
             refused.append(f"{engine}: {tried}")
             continue
@@ -119,7 +117,7 @@ def make_prefix(
     seconds["torch"] = _time(plain, trial)
     best = min(seconds, key=lambda engine: seconds[engine])
     speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
-    again = (plain, 0) if best == "torch" else _attempt(encoder, layers, model, best, folder, lambda made: made(trial, ()))
+    again = (plain, 0) if best == "torch" else _attempt(encoder, layers, best, candidates[best], lambda made: made(trial, ()))
     if isinstance(again, str):  # it could be had a moment ago
         return Chosen(plain, again)
     return Chosen(again[0], "; ".join([speeds, *refused]))
@@ -130,48 +128,17 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
 
 
 def _attempt(
-    encoder: VisionTransformer, layers: int, model: ModelSection, engine: str, folder: Path, judge: Callable[[Prefix], Found]
+    encoder: VisionTransformer, layers: int, engine: GraphEngine, graph: Path, judge: Callable[[Prefix], Found]
 ) -> tuple[Prefix, Found] | str:
-    """The engine and what `judge` says of it, or why it cannot be had. A graph that does not work is made anew, once."""
-    graph = graph_path(folder, model, engine == "onnx_int8")
-    kept = graph.is_file()
+    """The engine and what `judge` says of it, or why it cannot be had."""
     try:
-        made = OnnxPrefix(encoder, layers, model, engine == "onnx_int8", folder)
+        made = OnnxPrefix(encoder, layers, engine, graph)
         return made, judge(made)
     except ImportError:
         return "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr or "").strip().splitlines()
-        return f"its graph cannot be made ({last[-1] if last else error}): pip install 'lwfed[onnx]'"
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    with contextlib.suppress(OSError):
-        graph.unlink(missing_ok=True)
-    if kept and not graph.exists():
-        return _attempt(encoder, layers, model, engine, folder, judge)
-    return f"its graph {graph} does not work ({said}): pip install --upgrade 'lwfed[onnx]'"
-
-
-def graph_path(folder: Path, model: ModelSection, int8: bool) -> Path:
-    hidden = int(model.width * model.mlp_ratio)
-    return folder / f"layer-{model.width}-{model.heads}-{hidden}{'-int8' if int8 else ''}.onnx"
-
-
-def graph_file(folder: Path, model: ModelSection, int8: bool) -> Path:
-    """The layer's graph, made at first use."""
-    path, hidden = graph_path(folder, model, int8), int(model.width * model.mlp_ratio)
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".layer-", delete=False) as file:
-            temporary = Path(file.name)
-        arguments = [str(temporary), str(model.width), str(model.heads), str(hidden), str(EPS), "int8" if int8 else "float32"]
-        try:
-            command = [sys.executable, "-m", "lwfed.models.onnx_layer", *arguments]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=GRAPH_S)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
+    return f"its graph {graph.name} does not work ({said}): pip install --upgrade 'lwfed[onnx]'"
 
 
 def weights(block: Mapping[str, Tensor], int8: bool) -> dict[str, Array]:

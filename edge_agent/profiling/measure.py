@@ -32,6 +32,7 @@ from lwfed.edge_agent.profiling.limits import NO_LIMIT, Limit
 from lwfed.edge_agent.profiling.memory import Footprint, Watch
 from lwfed.errors import StateError, WorkerFailed
 from lwfed.locks import state_home
+from lwfed.models.onnx_layer import NO_GRAPH
 
 WARM_UP = 1  # steps
 EPOCH_IMAGES = 5000  # of a device, where nobody says: a tenth of CIFAR-10
@@ -79,6 +80,8 @@ class Sample:
     folder: Path
     config: Path
     parts: Mapping[str, str]
+    graphs: Mapping[str, str]
+    no_graphs: str | None  # why there are none
     data: str
     images: int
     bytes_down: int  # of one round
@@ -128,6 +131,7 @@ def agent(
         "do": "train",
         "config": str(sample.config),
         "parts": sample.parts,
+        "graphs": sample.graphs,
         "stage": stage,
         "round": 1,
         "participant": 0,
@@ -139,6 +143,8 @@ def agent(
     told = {"order": order, "threads": config.train.threads, "sample_s": config.worker.sample_s, "state": str(state)}
     state.mkdir()
     found = _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
+    if found.planned.get("reason") == NO_GRAPH:
+        found = replace(found, planned={**found.planned, "reason": sample.no_graphs})
     rounds = 1 if config.plan(stage).prefix_moves else config.round_counts[stage - 1]
     return replace(found, ahead_s=found.ahead_s * config.train.batch_size / sample.images / (config.train.epochs * rounds))
 

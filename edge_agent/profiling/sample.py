@@ -1,7 +1,8 @@
 """What a measurement trains on, and what the formulas say of it: ``python -m lwfed.edge_agent.profiling.sample``.
 
 In:   {"config": file, "stage", "images": count, "folder"}, one line of JSON
-Out:  {"parts": {part: file}, "data": file, "bytes_down", "bytes_up", "macs"}
+Out:  {"parts": {part: file}, "graphs": {engine: file}, "no_graphs": why they could not be made, or null,
+       "data": file, "bytes_down", "bytes_up", "macs"}
 
 Images are seeded noise, which is honest for time and memory: neither depends on what the pixels show. Bytes are those of
 the files that travel in a round, encoded as agent and server encode theirs. What the round changes is seeded noise as well, of
@@ -21,8 +22,9 @@ import numpy as np
 
 from lwfed.config import RunConfig
 from lwfed.edge_agent import trainer
-from lwfed.errors import StateError
+from lwfed.errors import MissingDependency, StateError
 from lwfed.models.cost import true_macs
+from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_part
 from lwfed.models.measure import measure
 from lwfed.plan import StagePlan
@@ -44,9 +46,16 @@ def make_sample(config: RunConfig, stage: int, images: int, folder: Path) -> dic
     shape = (images, model.image_size, model.image_size, *([3] if model.channels == 3 else []))
     data = folder / "images.npz"
     np.savez(data, train_images=random.integers(0, 256, shape, dtype=np.uint8))
+    graphs, no_graphs = {}, None
+    try:
+        graphs = make_graphs(model, config.graphs if plan.frozen_layers else (), folder)
+    except MissingDependency as error:
+        no_graphs = str(error)
     down, up = round_bytes(config, plan, weights)
     return {
         "parts": {part: str(file) for part, file in parts.items()},
+        "graphs": {engine: str(file) for engine, file in graphs.items()},
+        "no_graphs": no_graphs,
         "data": str(data),
         "bytes_down": down,
         "bytes_up": up,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
@@ -19,6 +19,7 @@ from lwfed.plan import (
     HEADS,
     NORM,
     CalibrationScope,
+    GraphEngine,
     Place,
     PrefixEngine,
     SslMethod,
@@ -344,6 +345,14 @@ class RunConfig(Section):
             scope=self.calibration.scope,
             every=self.calibration.every,
         )
+
+    @property
+    def graphs(self) -> tuple[GraphEngine, ...]:
+        """The engines of which a device can use a graph in some stage."""
+        plans = (self.plan(stage) for stage in range(1, self.stage_count + 1))
+        if self.model.backbone in CONVOLUTIONAL or self.worker.device == "cuda" or not any(plan.frozen_layers for plan in plans):
+            return ()
+        return tuple(engine for engine in get_args(GraphEngine) if self.train.prefix in ("auto", engine))
 
     def place(self, stage: int, round: int, lr_scale: float = 1.0) -> Place:
         """Where a round (both 1-based) stands in the run."""

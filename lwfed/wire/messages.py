@@ -9,10 +9,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
-from lwfed.plan import PrefixEngine
+from lwfed.plan import GraphEngine, PrefixEngine
 
 PROTOCOL = 1
 MAX_PROTOCOL = 1_000_000  # larger numbers are no versions but junk, and would be quoted to people
@@ -21,6 +30,7 @@ MAX_BLOB_BYTES = 128 * 1024 * 1024  # ten layers of ViT-Small or three of ViT-La
 MAX_CHUNKS = 1200
 MIN_CHUNK_BYTES = 1024
 MAX_PATCHES = 8  # of a part, from one to the next
+MAX_GRAPH_BYTES = 16 * 1024  # a layer's graph takes 2 KB
 MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -99,6 +109,15 @@ class Patch(Record):
     blob: BlobRef
 
 
+def _is_small(graph: BlobRef) -> BlobRef:
+    if graph.size > MAX_GRAPH_BYTES:
+        raise ValueError(f"a graph of {graph.size} bytes exceeds the {MAX_GRAPH_BYTES} allowed")
+    return graph
+
+
+GraphRef = Annotated[BlobRef, AfterValidator(_is_small)]
+
+
 class Run(Message):
     """Where the run stands. (epoch, seq) grows; a device ignores what is older than it has seen."""
 
@@ -115,12 +134,13 @@ class Run(Message):
     lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
     patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = {}  # ways to parts from what they were before
     paused: bool = False  # no round begins until the operator wants it; said in phase waiting, the tasks of this round are withdrawn
+    graphs: dict[GraphEngine, GraphRef] = {}  # of one layer, without weights, for the frozen layers of this stage
 
     @model_serializer(mode="wrap")
     def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Devices from before patches and pauses refuse keys that they do not know."""
+        """Devices from before patches, pauses and graphs refuse keys that they do not know."""
         fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if value or name not in ("patches", "paused")}
+        return {name: value for name, value in fields.items() if value or name not in ("patches", "paused", "graphs")}
 
     @property
     def over(self) -> bool:

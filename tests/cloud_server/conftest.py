@@ -4,6 +4,7 @@ devices, and numpy in place of torch."""
 import itertools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 import numpy as np
@@ -122,7 +123,13 @@ class NumpyWorker:
             for part in config.plan(job["stage"]).added
         }
         files = {part: self._write(job, part, found) for part, found in new.items()}
-        return {"event": "prepared", "parts": files, "shapes": foreseen(config)}
+        found = {"event": "prepared", "parts": files, "shapes": foreseen(config)}
+        if self._world.no_graphs:
+            return {**found, "graphs": {}, "no_graphs": self._world.no_graphs}
+        graphs = {engine: f"{job['out']}/{engine}.onnx" for engine in job["graphs"]}
+        for engine, file in graphs.items():
+            Path(file).write_bytes(f"graph of {engine}".encode())
+        return {**found, "graphs": graphs, "no_graphs": None}
 
     def _calibrate(self, config, job):
         files = {}
@@ -258,7 +265,7 @@ class FakeDevice:
         if self.online is None or not self.online.online:
             return
         if self.task and self.run and (self.run.stage, self.run.round, self.run.phase) == (self.task.stage, self.task.round, "training"):
-            self.downloads.want([self.run.config, *self.run.parts.values()])
+            self.downloads.want([self.run.config, *self.run.parts.values(), *self.run.graphs.values()])
             if self.downloads.complete:
                 if self.ready_at is None:
                     self.ready_at = now + self.takes(self.task.stage, self.task.round)
@@ -318,6 +325,7 @@ class World:
     broker: MemoryBroker
     devices: list = field(default_factory=list)
     orders: list = field(default_factory=list)  # to the torch process
+    no_graphs: str | None = None  # why the torch process makes none
     collapses: set | None = None  # (stage, attempt); None: that cannot be judged
     now: float = 0.0
     server: Server | None = None

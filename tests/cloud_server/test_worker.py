@@ -2,16 +2,18 @@
 
 import itertools
 import queue
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lwfed.child import Ended, Said
+from lwfed.cloud_server import worker as worker_module
 from lwfed.cloud_server.halves import halves
 from lwfed.cloud_server.worker import Worker
 from lwfed.cloud_server.workshop import Workshop, starter
-from lwfed.errors import DataError, Diverged, WorkerFailed
+from lwfed.errors import DataError, Diverged, MissingDependency, WorkerFailed
 from lwfed.models.shapes import part_shapes
 
 
@@ -20,7 +22,7 @@ def job(tmp_path, tiny):
     config = tiny("calibration.batch_size=64", "calibration.epochs=1")
     (tmp_path / "config").write_bytes(config.to_bytes())
     (tmp_path / "out").mkdir()
-    places = {"config": str(tmp_path / "config"), "out": str(tmp_path / "out"), "kept": str(tmp_path / "kept"), "parts": {}}
+    places = {"config": str(tmp_path / "config"), "out": str(tmp_path / "out"), "kept": str(tmp_path / "kept"), "parts": {}, "graphs": []}
     return lambda do, **more: {"do": do, **places, **more}
 
 
@@ -54,6 +56,24 @@ def test_jobs_prepare_calibrate_evaluate(job, tiny):
     again = do(Worker(), job("evaluate", names=["random"]))
     assert again["scores"]["random"] == scores["random"]
     assert again["variety"] is None
+
+
+def test_graphs_come_with_the_weights_of_a_stage_or_the_reason_why_not(job, monkeypatch):
+    def prepare():
+        prepared = do(Worker(), job("prepare", stage=1, attempt=1, graphs=["onnx"]))
+        assert prepared["parts"]
+        return prepared["graphs"], prepared["no_graphs"]
+
+    made = []
+    monkeypatch.setattr(worker_module, "make_graphs", lambda model, engines, folder: made.append(model) or {"onnx": folder / "layer"})
+    graphs, reason = prepare()
+    assert (Path(graphs["onnx"]).name, reason, made[0].width) == ("layer", None, 8)
+
+    def missing(*_):
+        raise MissingDependency("pip install onnx")
+
+    monkeypatch.setattr(worker_module, "make_graphs", missing)
+    assert prepare() == ({}, "pip install onnx")
 
 
 def test_each_attempt_at_a_stage_has_weights_of_its_own(job):

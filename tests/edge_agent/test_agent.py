@@ -235,6 +235,7 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
         **files,
         **place,
         "parts": {part: str(tmp_path / part) for part in PARTS},
+        "graphs": {},
         "data": "digits",
         "shared": False,
         "execution": None,

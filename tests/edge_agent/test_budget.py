@@ -33,8 +33,9 @@ def order(tmp_path):
         (tmp_path / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
     np.savez(tmp_path / "images.npz", train_images=np.random.default_rng(0).integers(0, 256, (320, 64, 64, 3), dtype=np.uint8))
     return {
-        "do": "train", "config": str(tmp_path / "config"), "parts": parts, "stage": 2, "round": 1, "participant": 0, "lr_scale": 1.0,
-        "data": str(tmp_path / "images.npz"), "shared": False, "kept": str(tmp_path / "kept"), "out": str(tmp_path / "out"),
+        "do": "train", "config": str(tmp_path / "config"), "parts": parts, "graphs": {}, "stage": 2, "round": 1,
+        "participant": 0, "lr_scale": 1.0, "data": str(tmp_path / "images.npz"), "shared": False,
+        "kept": str(tmp_path / "kept"), "out": str(tmp_path / "out"),
         "execution": None,
     }  # fmt: skip
 

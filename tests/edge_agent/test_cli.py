@@ -159,6 +159,25 @@ def test_doctor_says_whether_torchvision_can_be_imported(monkeypatch, code, stat
     assert ("matches torch 2.13.0+cpu" in check.advice) == (status == "warn")
 
 
+@pytest.mark.parametrize(
+    ("installed", "code", "status", "text", "advice"),
+    [
+        (False, "", "ok", "torch runs frozen layers", "pip install 'lwfed[onnx]'"),
+        (True, "print('1.23.2')", "ok", "ONNX Runtime 1.23.2 can run frozen layers", ""),
+        (True, "raise ImportError('libgomp.so.1')", "fail", "ImportError: libgomp.so.1", "pip uninstall onnxruntime"),
+        (True, "import os; os.kill(os.getpid(), 4)", "fail", "another processor", "pip uninstall onnxruntime"),
+    ],
+    ids=["missing", "works", "fails", "dies"],
+)
+def test_doctor_says_whether_onnx_runtime_can_be_used(monkeypatch, installed, code, status, text, advice):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name if installed else None)
+    monkeypatch.setattr(doctor, "ONNX_RUNTIME", code)
+    check = doctor._onnx_runtime()
+    assert (check.id, check.status) == ("torch.onnxruntime", status)
+    assert text in check.text
+    assert advice in check.advice
+
+
 @pytest.mark.parametrize(("error", "status"), [(None, "ok"), (Refused("wrong password"), "fail"), (Unreachable("gone"), "fail")])
 def test_doctor_speaks_mqtt(error, status):
     broker = MemoryBroker()

@@ -1,7 +1,10 @@
 """How a device computes a stage: chosen within its memory, kept over rounds, the same in every repetition."""
 
 import importlib.util
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
 from lwfed.models import fitting
+from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
 from lwfed.models.reuse import forget
 from lwfed.plan import by_part
@@ -38,53 +42,60 @@ def config(*settings):
     return load_config("demo", [*SMALL, *settings])
 
 
-def means(made, stage, tmp_path, budget_mb=AMPLE_MB):
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory):
+    return make_graphs(config().model, ["onnx", "onnx_int8"], tmp_path_factory.mktemp("graphs"))
+
+
+def means(made, stage, graphs=None, budget_mb=AMPLE_MB):
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
-    return find_means(made, stage, init_parts(made, made.plan(stage).present), images, budget_mb, tmp_path / "graphs")
+    return find_means(made, stage, init_parts(made, made.plan(stage).present), images, budget_mb, graphs or {})
 
 
-def test_where_nothing_is_frozen_torch_does_it_all(tmp_path):
-    found = means(config("train.prefix=auto"), 1, tmp_path)
+def test_where_nothing_is_frozen_torch_does_it_all():
+    found = means(config("train.prefix=auto"), 1)
     assert (found.engine, found.micro_batch, found.reason) == ("torch", 20, "no layer is frozen")
 
 
-def test_a_backbone_with_batch_statistics_says_why_batches_stay_whole(tmp_path):
+def test_a_backbone_with_batch_statistics_says_why_batches_stay_whole():
     made = load_config("resnet18", ["model.image_size=8", "train.prefix=torch", "train.micro_batch=auto"])
-    found = means(made, 1, tmp_path)
+    found = means(made, 1)
     assert found.micro_batch == 20
     assert found.reason.endswith("; batches whole, for this backbone has statistics of the batch")
 
 
 @needs_onnx
 @pytest.mark.parametrize("engine", ["onnx", "onnx_int8"])
-def test_an_engine_that_is_asked_for_is_used(tmp_path, engine):
-    found = means(config(f"train.prefix={engine}", "train.micro_batch=4"), 3, tmp_path)
+def test_an_engine_that_is_asked_for_is_used(graphs, engine):
+    found = means(config(f"train.prefix={engine}", "train.micro_batch=4"), 3, graphs)
     assert (found.engine, found.micro_batch, found.means.prefix.engine) == (engine, 4, engine)
 
 
 @needs_onnx
-def test_auto_says_how_fast_each_is(tmp_path):
-    found = means(config("train.prefix=auto"), 3, tmp_path)
+def test_auto_says_how_fast_each_is(graphs):
+    found = means(config("train.prefix=auto"), 3, graphs)
     assert all(f"{engine} " in found.reason for engine in ("torch", "onnx", "onnx_int8"))
 
 
 def test_without_onnx_runtime_training_goes_on_with_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    found = means(config("train.prefix=onnx"), 3, tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "graph").write_bytes(b"graph")
+    found = means(config("train.prefix=onnx"), 3, {"onnx": tmp_path / "graph"})
     assert found.engine == "torch"
     assert "pip install 'lwfed[onnx]'" in found.reason
 
 
-def test_a_budget_below_the_process_itself_is_refused_with_a_way_out(tmp_path):
+def test_a_budget_below_the_process_itself_is_refused_with_a_way_out():
     with pytest.raises(Unfit, match=r"stage 2: .*room for 0 MB; raise --memory-budget or lower train\.batch_size"):
-        means(config(), 2, tmp_path, budget_mb=1)
+        means(config(), 2, budget_mb=1)
 
 
 class Device:
     """Training processes on the same folder; those of `fresh` remember nothing."""
 
-    def __init__(self, root, made, stage):
+    def __init__(self, root, made, stage, graphs=None):
         self.config, self.root, self.stage = made, root, stage
+        self.graphs = {engine: str(file) for engine, file in (graphs or {}).items()}
         self.planned, self.reasons, self.worker = [], [], Worker()
         (root / "config").write_bytes(made.to_bytes())
         self.parts = {}
@@ -92,13 +103,15 @@ class Device:
             self.parts[part] = str(root / part)
             (root / part).write_bytes(wire.encode({name: tensor.numpy() for name, tensor in held.items()}))
 
-    def train(self, round, execution=None, fresh=False, budget_mb=None):
-        order = {
-            "do": "train", "config": str(self.root / "config"), "parts": self.parts, "stage": self.stage, "round": round, "participant": 0,
-            "lr_scale": 1.0, "data": "digits", "shared": False, "kept": str(self.root / "kept"), "out": str(self.root / "out"),
-            "execution": execution, "budget_mb": budget_mb,
+    def order(self, round, execution=None, budget_mb=None):
+        return {
+            "do": "train", "config": str(self.root / "config"), "parts": self.parts, "graphs": self.graphs, "stage": self.stage,
+            "round": round, "participant": 0, "lr_scale": 1.0, "data": "digits", "shared": False, "kept": str(self.root / "kept"),
+            "out": str(self.root / "out"), "execution": execution, "budget_mb": budget_mb,
         }  # fmt: skip
-        (Worker() if fresh else self.worker).handle(order, self.hear)
+
+    def train(self, round, execution=None, fresh=False, budget_mb=None):
+        (Worker() if fresh else self.worker).handle(self.order(round, execution, budget_mb), self.hear)
         return (self.root / "out").read_bytes()
 
     def hear(self, said):
@@ -109,19 +122,19 @@ class Device:
 
 @needs_onnx
 @pytest.mark.parametrize("prefix", ["torch", "onnx_int8"])
-def test_a_repetition_in_another_process_gives_the_same_bits(tmp_path, prefix):
-    device = Device(tmp_path, config(f"train.prefix={prefix}", "train.micro_batch=16"), 3)
+def test_a_repetition_in_another_process_gives_the_same_bits(tmp_path, graphs, prefix):
+    device = Device(tmp_path, config(f"train.prefix={prefix}", "train.micro_batch=16"), 3, graphs)
     first, second = device.train(1), device.train(2, {"prefix": prefix, "micro_batch": 16})
     assert device.train(2, device.planned[0], fresh=True) == second != first
     assert device.planned == [{"prefix": prefix, "micro_batch": 16}] * 3
 
 
 @needs_onnx
-def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, monkeypatch):
+def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, graphs, monkeypatch):
     made = []
     find = worker.find_means
     monkeypatch.setattr(worker, "find_means", lambda *given: made.append(1) or find(*given))
-    device = Device(tmp_path, config("train.prefix=onnx"), 2)
+    device = Device(tmp_path, config("train.prefix=onnx"), 2, graphs)
     device.train(1)
     device.train(2, device.planned[0])
     assert len(made) == 1
@@ -133,6 +146,30 @@ def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, mon
     device.train(3, {**device.planned[0], "micro_batch": 5})
     assert len(made) == 3
     assert device.planned[-1]["micro_batch"] == 5
+
+
+def test_a_server_that_sends_no_graph_leaves_the_frozen_layers_to_torch(tmp_path):
+    device = Device(tmp_path, config("train.prefix=onnx", "train.micro_batch=16"), 2)
+    device.train(1, {"prefix": "onnx", "micro_batch": 16})
+    assert device.planned == [{"prefix": "torch", "micro_batch": 16}]
+    assert device.reasons == ["the server has sent no graph"]
+
+
+WITHOUT_ONNX = """
+import json, sys
+sys.modules["onnx"] = None
+from lwfed.edge_agent.worker import Worker
+Worker().handle(json.load(sys.stdin), lambda said: print(json.dumps(said)))
+"""
+
+
+@needs_onnx
+def test_a_device_without_the_package_onnx_runs_the_graph_of_the_server(tmp_path, graphs):
+    device = Device(tmp_path, config("train.prefix=onnx", "train.micro_batch=16"), 2, graphs)
+    order = json.dumps(device.order(round=1))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ONNX], input=order, capture_output=True, text=True, check=True)
+    planned, *_, last = (said for line in done.stdout.splitlines() if (said := json.loads(line))["event"] in ("planned", "done"))
+    assert (planned["prefix"], planned["reason"], last["event"]) == ("onnx", "as configured", "done")
 
 
 def test_what_an_earlier_round_has_fixed_wins_over_the_configuration(tmp_path):

@@ -37,6 +37,7 @@ class Device:
             "participant": participant,
             "lr_scale": 1.0,
             "shared": False,
+            "graphs": {},
             "execution": None,
             "budget_mb": None,
         }

@@ -169,7 +169,7 @@ def measured(monkeypatch, tmp_path):
 
     def run(*arguments, peaks, baseline=300.0, problem="", needs_mb=0.0):
         def sampled(config, stage, steps):
-            return contextlib.nullcontext(Sample(tmp_path, tmp_path, {}, "", 100, 4_000_000, 2_000_000, 5e9))
+            return contextlib.nullcontext(Sample(tmp_path, tmp_path, {}, {}, None, "", 100, 4_000_000, 2_000_000, 5e9))
 
         def agent(config, sample, stage, on_step, on_ready, limit, budget_mb, enough_s):
             asked.append((config.stages.strategy, stage, limit.mb, budget_mb))

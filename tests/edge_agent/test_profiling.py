@@ -246,8 +246,11 @@ def home(monkeypatch, tmp_path):
     return place
 
 
+MADE = {"parts": {}, "graphs": {}, "no_graphs": None, "data": "", "bytes_down": 0, "bytes_up": 0, "macs": 0.0}
+
+
 def test_what_a_killed_measurement_has_left_goes_with_the_next(home, monkeypatch):
-    monkeypatch.setattr(measure, "_ask", lambda order: {"parts": {}, "data": "", "bytes_down": 0, "bytes_up": 0, "macs": 0.0})
+    monkeypatch.setattr(measure, "_ask", lambda order: MADE)
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         dead.wait()
     kept = [f"profile-{os.getpid()}-other", "profile-x", "device"]

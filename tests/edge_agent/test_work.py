@@ -143,6 +143,31 @@ def test_a_second_round_of_a_stage_uses_the_same_worker_and_fetches_only_what_ch
     assert server.broadcast.sent_chunks - chunks == 7
 
 
+def test_graphs_come_with_the_parts_and_stay_until_another_run_has_none(world):
+    server, device = world.joined()
+    graphs = {engine: server.store.put(f"graph of {engine}".encode()) for engine in ("onnx", "onnx_int8")}
+    files = {engine: device.root / "model" / ref.id for engine, ref in graphs.items()}
+    for stage in (2, 3):
+        server.announce(stage=stage, graphs=graphs)
+        server.assign(device.id, stage=stage)
+        world.settle(2)
+        device.ready()
+        world.settle(1)
+        assert device.worker[-1].order["graphs"] == {engine: str(file) for engine, file in files.items()}
+        assert files["onnx_int8"].read_bytes() == b"graph of onnx_int8"
+        device.finish()
+        world.settle(2)
+    sent = [topic for _, topic, _ in world.broker.log if graphs["onnx"].id in topic]
+    assert len(sent) == 1
+    server.announce(run="another")
+    server.assign(device.id, run="another")
+    world.settle(2)
+    device.ready()
+    world.settle(1)
+    assert device.worker[-1].order["graphs"] == {}
+    assert not any(file.exists() for file in files.values())
+
+
 def test_a_new_stage_gets_a_new_worker(world):
     server, device = world.training()
     device.finish()

@@ -1,24 +1,23 @@
 import importlib.util
-import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from lwfed.config import load_config
 from lwfed.models import prefix as module
 from lwfed.models.backbones import load_encoder
+from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
 from lwfed.models.prefix import OnnxPrefix, TorchPrefix, make_prefix, quantise, relative_error, weights
+
+from .conftest import TINY
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
     reason="ONNX Runtime is not installed: pip install 'lwfed[onnx]'",
 )
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory):
-    return tmp_path_factory.mktemp("graphs")
 
 
 @pytest.fixture(params=["mean", "token"])
@@ -32,6 +31,11 @@ def encoder(request, tiny):
     ), config
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    return make_graphs(load_config("base", TINY).model, ["onnx", "onnx_int8"], tmp_path_factory.mktemp("graphs"))
+
+
 def tokens(encoder, batch=5, seed=1):
     return encoder.stem(torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed)))
 
@@ -40,8 +44,8 @@ def tokens(encoder, batch=5, seed=1):
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("layers", [1, 3])
 def test_float32_equals_torch_at_any_batch(encoder, graphs, batch, layers):
-    model, config = encoder
-    made = OnnxPrefix(model, layers, config.model, False, graphs)
+    model, _ = encoder
+    made = OnnxPrefix(model, layers, "onnx", graphs["onnx"])
     x = tokens(model, batch)
     assert relative_error(made(x, ()), TorchPrefix(model, layers)(x, ())) < 1e-6
     assert relative_error(made(x, {0}), TorchPrefix(model, layers)(x, {0})) < 1e-6
@@ -49,18 +53,19 @@ def test_float32_equals_torch_at_any_batch(encoder, graphs, batch, layers):
 
 @needs_onnx
 def test_int8_is_near(encoder, graphs):
-    model, config = encoder
-    error = relative_error(OnnxPrefix(model, 3, config.model, True, graphs)(tokens(model), ()), TorchPrefix(model, 3)(tokens(model), ()))
+    model, _ = encoder
+    made = OnnxPrefix(model, 3, "onnx_int8", graphs["onnx_int8"])
+    error = relative_error(made(tokens(model), ()), TorchPrefix(model, 3)(tokens(model), ()))
     assert 1e-6 < error < 0.1
 
 
 @needs_onnx
 def test_current_weights_go_in(encoder, graphs):
-    model, config = encoder
-    before = OnnxPrefix(model, 1, config.model, False, graphs)(tokens(model), ())
+    model, _ = encoder
+    before = OnnxPrefix(model, 1, "onnx", graphs["onnx"])(tokens(model), ())
     with torch.no_grad():
         model.blocks[0].mlp.fc2.weight.mul_(2)
-    after = OnnxPrefix(model, 1, config.model, False, graphs)(tokens(model), ())
+    after = OnnxPrefix(model, 1, "onnx", graphs["onnx"])(tokens(model), ())
     assert not torch.allclose(before, after)
     assert relative_error(after, TorchPrefix(model, 1)(tokens(model), ())) < 1e-6
 
@@ -90,27 +95,26 @@ def test_quantisation_is_that_of_onnxruntime(encoder):
 
 @needs_onnx
 def test_auto_takes_the_fastest_that_is_near_enough(encoder, graphs, monkeypatch):
-    model, config = encoder
+    model, _ = encoder
     speeds = {"torch": 3.0, "onnx": 2.0, "onnx_int8": 1.0}
     monkeypatch.setattr(module, "_time", lambda prefix, trial: speeds[prefix.engine])
-    chosen = make_prefix(model, 3, config.model, "auto", graphs, tokens(model))
+    chosen = make_prefix(model, 3, "auto", graphs, tokens(model))
     assert chosen.prefix.engine == "onnx_int8"
     monkeypatch.setattr(module, "TOLERANCE", {"onnx": 1e-4, "onnx_int8": 1e-9})
-    chosen = make_prefix(model, 3, config.model, "auto", graphs, tokens(model))
+    chosen = make_prefix(model, 3, "auto", graphs, tokens(model))
     assert chosen.prefix.engine == "onnx"
     assert "onnx_int8: off by" in chosen.reason
-    assert make_prefix(model, 3, config.model, "onnx_int8", graphs, tokens(model)).prefix.engine == "torch"
+    assert make_prefix(model, 3, "onnx_int8", graphs, tokens(model)).prefix.engine == "torch"
 
 
 def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monkeypatch):
-    model, config = encoder
-
-    def missing(*_, **__):
-        raise ImportError
-
-    monkeypatch.setattr(module, "OnnxPrefix", missing)
+    model, _ = encoder
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    sent = {engine: tmp_path / engine for engine in ("onnx", "onnx_int8")}
+    for file in sent.values():
+        file.write_bytes(b"graph")
     for wanted in ("auto", "onnx"):
-        chosen = make_prefix(model, 3, config.model, wanted, tmp_path, tokens(model))
+        chosen = make_prefix(model, 3, wanted, sent, tokens(model))
         assert chosen.prefix.engine == "torch"
         assert "pip install 'lwfed[onnx]'" in chosen.reason
 
@@ -130,44 +134,32 @@ BROKEN = [lambda content: b"", lambda content: content[: len(content) // 2], lam
 
 
 @needs_onnx
+@pytest.mark.parametrize("wanted", ["onnx", "auto"])
 @pytest.mark.parametrize("spoil", BROKEN, ids=["empty", "cut", "zeros", "damaged"])
-def test_a_kept_graph_that_does_not_work_is_made_anew(encoder, graphs, tmp_path, spoil):
-    model, config = encoder
-    file = module.graph_path(tmp_path, config.model, False)
-    whole = module.graph_file(graphs, config.model, False).read_bytes()
-    file.write_bytes(spoil(whole))
-    assert make_prefix(model, 3, config.model, "onnx", tmp_path, tokens(model)).prefix.engine == "onnx"
-    assert file.read_bytes() == whole
+def test_a_graph_that_does_not_work_is_a_reason_that_names_it(encoder, graphs, tmp_path, wanted, spoil):
+    model, _ = encoder
+    broken = {"onnx": tmp_path / "0123"}
+    broken["onnx"].write_bytes(spoil(graphs["onnx"].read_bytes()))
+    chosen = make_prefix(model, 3, wanted, broken, tokens(model))
+    assert chosen.prefix.engine == "torch"
+    assert "onnx: its graph 0123 does not work (" in chosen.reason
+    assert "pip install --upgrade 'lwfed[onnx]'" in chosen.reason
 
 
 @needs_onnx
-@pytest.mark.parametrize("wanted", ["onnx", "auto"])
-def test_a_new_graph_that_fails_when_it_runs_is_a_reason_that_names_it(encoder, graphs, tmp_path, monkeypatch, wanted):
-    model, config = encoder
-    spoilt = damage(module.graph_file(graphs, config.model, False).read_bytes())
-
-    def make(folder, *_):
-        module.graph_path(folder, config.model, False).write_bytes(spoilt)
-        return module.graph_path(folder, config.model, False)
-
-    monkeypatch.setattr(module, "graph_file", make)
-    chosen = make_prefix(model, 3, config.model, wanted, tmp_path, tokens(model))
+def test_a_graph_of_another_layer_is_refused(encoder, tiny, tmp_path):
+    model, _ = encoder
+    other = make_graphs(tiny("model.width=24").model, ["onnx"], tmp_path)
+    chosen = make_prefix(model, 3, "onnx", other, tokens(model))
     assert chosen.prefix.engine == "torch"
-    assert f"onnx: its graph {module.graph_path(tmp_path, config.model, False)} does not work (" in chosen.reason
-    assert "pip install --upgrade" in chosen.reason
+    assert "does not work" in chosen.reason
 
 
-def test_a_graph_that_cannot_be_made_is_a_reason(encoder, tmp_path, monkeypatch):
-    model, config = encoder
-
-    def fail(*_, **__):
-        raise subprocess.CalledProcessError(1, "python", stderr="No module named 'onnx'")
-
-    monkeypatch.setattr(module.subprocess, "run", fail)
-    chosen = make_prefix(model, 3, config.model, "auto", tmp_path, tokens(model))
-    assert chosen.prefix.engine == "torch"
-    assert "No module named 'onnx'" in chosen.reason
-    assert not list(tmp_path.glob(".layer-*"))
+def test_without_a_graph_torch_does_it_and_says_why(encoder, tmp_path):
+    model, _ = encoder
+    for wanted, sent in (("auto", {}), ("onnx", {}), ("onnx", {"onnx_int8": tmp_path / "graph"})):
+        chosen = make_prefix(model, 3, wanted, sent, tokens(model))
+        assert (chosen.prefix.engine, chosen.reason) == ("torch", "the server has sent no graph")
 
 
 def test_weights_have_every_tensor_of_the_layer(encoder):

@@ -143,11 +143,14 @@ class Fleet:
     def begin(self):
         """The server, and two devices that have joined it one after the other."""
         server = self.server()
+        return server, self.join(server)
+
+    def join(self, server):
         devices = []
         for number in (1, 2):
             devices.append(self.device(number))
             server.wait_for("device", participant=number - 1)
-        return server, devices
+        return devices
 
 
 @pytest.fixture

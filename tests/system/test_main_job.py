@@ -3,10 +3,13 @@
 import shutil
 import signal
 import sys
+from importlib.util import find_spec
 
 import psutil
 import pytest
 from safetensors.numpy import load_file
+
+ENGINE = "onnx" if all(find_spec(name) for name in ("onnx", "onnxruntime")) else "torch"
 
 
 @pytest.mark.parametrize(
@@ -21,8 +24,14 @@ from safetensors.numpy import load_file
         ),
     ],
 )
-def test_a_fleet_trains_stage_by_stage(fleet, broker):
-    server, devices = fleet(broker=broker).begin()
+def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
+    """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx."""
+    running = fleet(broker=broker, settings=[f"train.prefix={ENGINE}"])
+    server = running.server()
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "onnx.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
+    devices = running.join(server)
     for stage in (1, 2):
         for number in (1, 2):
             server.wait_for("round", stage=stage, round=number, status="closed", devices=2)
@@ -38,6 +47,7 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker):
     names = {said["name"] for said in server.said if said["event"] == "evaluation"}
     assert names == {"random", "raw_pixels", "trained"}
     for device in devices:
+        device.wait_for("planned", stage=2, prefix=ENGINE)
         assert device.end(signal.SIGTERM) == 0
         assert not device.errors
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from click.testing import CliRunner
 
 from lwfed.config import load_config
 from lwfed.data.torchvision_sets import import_torchvision
+from lwfed.models.graphs import make_graphs
 from lwfed.tools.cli import main
 from lwfed.tools.cost.report import make_report
-from lwfed.tools.cost.traffic import DEVICE, Packets, bytes_of, stage_traffic
+from lwfed.tools.cost.traffic import DEVICE, GRAPHS, Packets, bytes_of, stage_traffic
 from lwfed.tools.simulation.command import Simulation, plan, simulate
 from lwfed.transport.memory import MemoryBroker
 from lwfed.transport.packets import publish_bytes
@@ -148,17 +150,26 @@ def test_what_is_too_large_to_travel_is_reckoned_and_said():
     assert 1.05 < sent[0] / sent[1] < 1.2
 
 
-def test_a_device_that_joins_fetches_exactly_so_many_bytes(tmp_path):
+@pytest.mark.parametrize("prefix", ["torch", "auto"])
+def test_a_device_that_joins_fetches_exactly_so_many_bytes(tmp_path, prefix):
     """Through the transfer machines of both sides, over a broker in memory."""
-    config = load_config("demo", ["run.fleet=test", f"transfer.chunk_bytes={CHUNK_BYTES}", "ssl.hidden_dim=32"])
+    config = load_config("demo", ["run.fleet=test", f"transfer.chunk_bytes={CHUNK_BYTES}", "ssl.hidden_dim=32", f"train.prefix={prefix}"])
     world = World(MemoryBroker())
     server = Server(world, tmp_path / "server", slots=1)
     blobs = [config.to_bytes(), *(b"x" * bytes_of(config, [part]) for part in config.plan(3).present)]
+    blobs += [b"x" * GRAPHS[engine] for engine in config.graphs]
     device = Device(world, tmp_path, DEVICE, [server.models.put(b"%d" % number + blob[1:]) for number, blob in enumerate(blobs)], b"update")
     world.nodes = [server, device]
     world.run(lambda: device.downloads.complete)
     sent = sum(publish_bytes(topic, payload, True) for _, topic, payload in world.broker.log if "/blob/" in topic or "manifest" in topic)
     assert stage_traffic(config)[2].joining == sent
+
+
+@pytest.mark.skipif(find_spec("onnx") is None, reason="the package onnx is not installed")
+@pytest.mark.parametrize("preset", ["base", "demo"])
+def test_graphs_are_as_large_as_reckoned(tmp_path, preset):
+    for engine, file in make_graphs(load_config(preset).model, list(GRAPHS), tmp_path).items():
+        assert file.stat().st_size == pytest.approx(GRAPHS[engine], rel=0.02)
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
@@ -172,7 +183,7 @@ def test_bytes_of_a_run_are_those_that_it_takes(tmp_path, codec):
         "transfer.chunk_bytes=8192",
         f"transfer.codec={codec}",
         "model.depth=2",
-        "train.batch_size=256",
+        "train={batch_size: 256, prefix: onnx}",
         "calibration={every: stage, batch_size: 128}",
         *RUN,
     )

@@ -40,6 +40,7 @@ SAMPLES: dict[str, m.Message] = {
         parts={"stem": BLOB, "layer.1": BLOB, "layer.2": BLOB, "norm": BLOB, "projector": BLOB, "predictor": BLOB},
         lr_scale=0.25,
         patches={"layer.2": (m.Patch(base="ef" * 32, blob=m.BlobRef(id="12" * 32, size=700)), m.Patch(base="34" * 32, blob=BLOB))},
+        graphs={"onnx": m.BlobRef(id="56" * 32, size=1976), "onnx_int8": m.BlobRef(id="78" * 32, size=2230)},
     ),
     "state": m.State(state="training", boot=9),
     "hello": m.Hello(

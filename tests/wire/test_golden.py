@@ -17,7 +17,7 @@ from lwfed.wire.messages import DOWN, UP, Manifest, Run, decode, encode
 from .samples import SAMPLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = {**{name: name for name in SAMPLES}, "run": "run-patches"}  # as written today
+FILES = {**{name: name for name in SAMPLES}, "run": "run-graphs"}  # as written today
 BLOB = bytes(range(256)) * 20 + b"end"
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([-0.5, 1e-7], dtype=np.float32)}
 
@@ -29,13 +29,20 @@ def test_a_message_is_written_and_read_as_ever(name):
     assert decode(type(SAMPLES[name]), golden) == SAMPLES[name]
 
 
-@pytest.mark.parametrize(("earlier", "silent"), [("run", {"lr_scale": 1.0, "patches": {}}), ("run-lr-scale", {"patches": {}})])
-def test_a_run_that_says_nothing_of_the_rate_or_of_patches_is_read_as_one_with_the_whole_rate_and_without(earlier, silent):
+@pytest.mark.parametrize(
+    ("earlier", "silent"),
+    [
+        ("run", {"lr_scale": 1.0, "patches": {}, "graphs": {}}),
+        ("run-lr-scale", {"patches": {}, "graphs": {}}),
+        ("run-patches", {"graphs": {}}),
+    ],
+)
+def test_a_run_that_says_nothing_of_rate_patches_or_graphs_is_read_as_one_with_the_whole_rate_and_without(earlier, silent):
     assert decode(Run, (GOLDEN / f"{earlier}.json").read_bytes()) == SAMPLES["run"].model_copy(update=silent)
 
 
 def test_a_run_that_is_paused_says_so_and_no_other_says_anything_of_pauses():
-    paused = SAMPLES["run"].model_copy(update={"paused": True, "phase": "waiting", "patches": {}})
+    paused = SAMPLES["run"].model_copy(update={"paused": True, "phase": "waiting", "patches": {}, "graphs": {}})
     golden = (GOLDEN / "run-paused.json").read_bytes()
     assert encode(paused) == golden
     assert decode(Run, golden) == paused
@@ -44,7 +51,7 @@ def test_a_run_that_is_paused_says_so_and_no_other_says_anything_of_pauses():
 
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
-    earlier = {"run.json", "run-lr-scale.json", "run-paused.json", "blob-manifest.json"}
+    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "blob-manifest.json"}
     assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier
 
 

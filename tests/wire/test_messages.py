@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lwfed.errors import InvalidMessage, ProtocolMismatch
 from lwfed.wire.messages import (
     DOWN,
+    MAX_GRAPH_BYTES,
     MAX_MESSAGE_BYTES,
     UP,
     Admission,
@@ -70,6 +71,14 @@ def test_a_junk_state_of_the_server_is_invalid(payload):
 def test_too_long_is_refused_before_it_is_parsed(model):
     with pytest.raises(InvalidMessage, match="exceeds"):
         decode(model, b"1" * (MAX_MESSAGE_BYTES + 1))
+
+
+@pytest.mark.parametrize(("engine", "size", "problem"), [("onnx", MAX_GRAPH_BYTES + 1, "exceeds"), ("torch", 2000, "graphs")])
+def test_a_graph_is_small_and_of_an_engine_that_needs_one(engine, size, problem):
+    run = json.loads(encode(SAMPLES["run"]))
+    run["graphs"] = {engine: {"id": "56" * 32, "size": size}}
+    with pytest.raises(InvalidMessage, match=problem):
+        decode(Run, json.dumps(run).encode())
 
 
 def test_depth_is_refused():

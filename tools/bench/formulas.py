@@ -9,7 +9,7 @@ from lwfed.models import cost
 from lwfed.models.measure import measure
 from lwfed.models.shapes import shapes
 from lwfed.models.ssl import METHODS
-from lwfed.wire.deltas import packed_bytes
+from lwfed.wire.sizes import packed_bytes
 
 FUSED = 1.4  # of what the formula says ours keeps: published code keeps more; for estimates
 

@@ -22,7 +22,7 @@ from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
 from lwfed.models.shapes import part_shapes, shapes
-from lwfed.plan import StagePlan, in_model_order
+from lwfed.plan import GraphEngine, StagePlan, in_model_order
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages as m
 from lwfed.wire import tensors
@@ -30,6 +30,10 @@ from lwfed.wire.sizes import packed_bytes
 from lwfed.wire.topics import Topics
 
 CONFIG = "config"  # fetched as parts are
+GRAPHS: Mapping[GraphEngine, int] = {
+    "onnx": 1976,
+    "onnx_int8": 2230,
+}  # bytes, for width 192; some more or less for others
 DIGEST = "0" * 64
 DEVICE, CONTRIBUTION, WORKER = "device-00000000", DIGEST[:32], "w0"
 COUNT, REAL = 1_000_000, 1234.56  # as long, in digits, as what stands there
@@ -68,10 +72,12 @@ def stage_traffic(config: RunConfig) -> list[Traffic]:
     packets, rules = Packets(config), Rules.of(config)
     found: list[Traffic] = []
     lacking, moved = frozenset({CONFIG}), frozenset[str]()  # never fetched; changed since they were
+    graphs = frozenset[str]()
     steps = Counter[str]()  # part -> patches that lead to it
     for stage, rounds in enumerate(config.round_counts, 1):
         plan = config.plan(stage)
-        lacking, moved = lacking | frozenset(plan.added), moved & frozenset(plan.present)
+        before, graphs = graphs, frozenset(packets.graphs(plan))
+        lacking, moved = lacking | frozenset(plan.added) | (graphs - before), moved & frozenset(plan.present)
         down, up = packets.once_a_stage(plan), 0
         for round in range(1, rounds + 1):
             calibrated = rules.calibrates(State(stage=stage, round=round))
@@ -80,7 +86,7 @@ def stage_traffic(config: RunConfig) -> list[Traffic]:
                 down, up = down + one[0], up + one[1]
             lacking, moved = frozenset(), frozenset((*plan.uploaded, *(plan.calibrated if calibrated else ())))
             steps.update(moved if config.transfer.codec != "fp32" else ())
-        joining, _ = packets.fetching(frozenset((CONFIG, *plan.present)), frozenset())
+        joining, _ = packets.fetching(frozenset((CONFIG, *plan.present, *graphs)), frozenset())
         found.append(Traffic(down, up, joining))
     return found
 
@@ -91,6 +97,7 @@ class Packets:
     def __init__(self, config: RunConfig) -> None:
         self._config, self._topics = config, Topics(config.run.fleet)
         self._sizes: dict[frozenset[str], int] = {frozenset({CONFIG}): len(config.to_bytes())}
+        self._sizes |= {frozenset({engine}): GRAPHS[engine] for engine in config.graphs}
         self.fetching = lru_cache(self._fetching)
         self.training = lru_cache(self._training)
         self._change = lru_cache(self._change_bytes)
@@ -121,6 +128,10 @@ class Packets:
         up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
         return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))
 
+    def graphs(self, plan: StagePlan) -> tuple[GraphEngine, ...]:
+        """Those that devices need in a stage."""
+        return self._config.graphs if plan.frozen_layers else ()
+
     def announced(self, plan: StagePlan, calibrated: bool, steps: Mapping[str, int]) -> int:
         """Announcements of a round, down; `steps`: how often each part has changed so that a patch tells of it."""
         phases: tuple[m.Phase, ...] = ("aggregating", "calibrating") if calibrated else ("aggregating",)
@@ -137,7 +148,8 @@ class Packets:
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
         patches = {part: (self._patch(part),) * min(count, KEPT_PATCHES) for part, count in steps.items() if part in blobs}
         place = {"run": self._config.run.name, "epoch": 1, "seq": 100}
-        run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches)
+        graphs = {engine: _blob(GRAPHS[engine]) for engine in self.graphs(plan)} if phase == "training" else {}
+        run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches, graphs=graphs)
         return publish_bytes(self._topics.run, m.encode(run), version5=True)
 
     def _patch(self, part: str) -> m.Patch:

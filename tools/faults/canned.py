@@ -62,6 +62,10 @@ def calibrated(model: Model, parts: Iterable[str], stage: int, round: int) -> Mo
     return {part: {name: HALF * value + noise(value.shape) for name, value in model[part].items()} for part in parts}
 
 
+def graph(engine: str) -> bytes:
+    return b"graph of " + engine.encode()
+
+
 def images(participant: int) -> int:
     """|D_n|: every device weighs differently."""
     return 10 + 7 * participant
@@ -78,7 +82,11 @@ def load(files: Mapping[str, str]) -> Model:
 def train(order: Mapping[str, Any], config: RunConfig) -> WorkerDone:
     """What the worker of a device does with its order."""
     place = order["stage"], order["round"], order["participant"]
-    update = trained(load(order["parts"]), config.plan(order["stage"]).uploaded, *place)
+    plan = config.plan(order["stage"])
+    received = {engine: Path(file).read_bytes() for engine, file in order["graphs"].items()}
+    if received != {engine: graph(engine) for engine in config.graphs if plan.frozen_layers}:
+        raise RuntimeError(f"a device trains stage {order['stage']} with the graphs {received}")
+    update = trained(load(order["parts"]), plan.uploaded, *place)
     file = Path(order["out"])
     file.write_bytes(wire.encode(update))
     memory = Memory(baseline_mb=100.0, peak_mb=150.0, peak_source="samples", curve=())
@@ -122,8 +130,13 @@ class ServerWorker:
     def _prepare(self, job: Json) -> Json:
         plan = self._config.plan(job["stage"])
         present = {part for stage in range(1, self._config.stage_count + 1) for part in self._config.plan(stage).present}
-        files = _write({part: initial(part, job["attempt"]) for part in plan.added}, job)
-        return {"event": "prepared", "parts": files, "shapes": {part: shapes(part) for part in sorted(present)}}
+        parts = _write({part: initial(part, job["attempt"]) for part in plan.added}, job)
+        graphs = {engine: Path(job["out"]) / f"{engine}.onnx" for engine in job["graphs"]}
+        for engine, file in graphs.items():
+            file.write_bytes(graph(engine))
+        made = {engine: str(file) for engine, file in graphs.items()}
+        foreseen = {part: shapes(part) for part in sorted(present)}
+        return {"event": "prepared", "parts": parts, "shapes": foreseen, "graphs": made, "no_graphs": None}
 
     def _calibrate(self, job: Json) -> Json:
         parts = self._config.plan(job["stage"]).calibrated
