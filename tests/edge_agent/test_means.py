@@ -13,8 +13,8 @@ from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
 from lwfed.models import fitting
+from lwfed.models.features import Folder
 from lwfed.models.initial import init_parts
-from lwfed.models.reuse import forget
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
@@ -105,6 +105,8 @@ class Device:
         if said["event"] == "planned":
             self.planned.append({name: said[name] for name in ("prefix", "micro_batch")})
             self.reasons.append(said["reason"])
+        if said["event"] == "done":
+            self.images = said["images"]
 
 
 @needs_onnx
@@ -155,9 +157,7 @@ class Disk:
 
 
 def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
-    device = Device(
-        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
-    )
+    device = Device(tmp_path, config(*REUSED), 3)
     expected = device.train(1)
     assert list((tmp_path / "kept" / "features").iterdir())
     Disk(monkeypatch, device, free=0)
@@ -168,12 +168,49 @@ def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
         device.train(2)
 
 
+def test_features_in_memory_are_counted_in_what_a_stage_needs(tmp_path):
+    reused = config(*REUSED)
+    in_file, in_memory = means(reused, 3, tmp_path), means(config(*REUSED, "train.features_in=memory"), 3, tmp_path)
+    bytes_ = 20 * 2 * 4 * 32 * 2  # images, views, tokens, width, float16
+    assert (in_file.features_bytes, in_memory.features_bytes) == (0, bytes_)
+    assert "memory" not in in_file.reason + in_memory.reason
+    assert means(config(*REUSED, "train.features_in=memory", "train.features_as=int8"), 3, tmp_path).features_bytes == 20 * 2 * (4 + 2) * 32
+    assert means(config(*REUSED, "train.features_in=memory"), 1, tmp_path).features_bytes == 0, "nothing is frozen"
+
+
+def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path, monkeypatch):
+    made = config(*REUSED, "train.features_in=memory", "train.micro_batch=4")
+    need = fitting.Need(fixed=1e6, per_image=1e5, features=5e6)
+    monkeypatch.setattr(fitting, "measure", lambda *_: need)
+    for room, features in ((need.of(4) + 5e6, 5e6), (need.of(4) + 4.9e6, 0)):
+        monkeypatch.setattr("lwfed.edge_agent.means._memory", lambda _, room=room: (1e8, room))
+        found = means(made, 3, tmp_path)
+        assert (found.micro_batch, found.features_bytes) == (4, features)
+        assert found.needs_mb == pytest.approx((1e8 + need.of(4) + features) / 1e6)
+        assert found.reason.endswith("; features in a file, for memory has no room for them") == (not features)
+
+
+def test_features_in_memory_live_as_long_as_the_plan_of_their_stage(tmp_path):
+    expected = Device(tmp_path, config(*REUSED), 3).train(2)
+    folder = tmp_path / "kept" / "features"
+    assert list(folder.iterdir())
+    device = Device(tmp_path, config(*REUSED, "train.features_in=memory"), 3)
+    device.train(1)
+    assert not list(folder.iterdir()), "what was there is of no use"
+    held = device.worker._memory
+    assert [held.size(name) for name in held.names()] == [device.images * 2 * 4 * 32 * 2]
+    assert device.train(2, device.planned[0]) == expected
+    assert device.worker._memory is held
+    (tmp_path / "calibrated").write_bytes((tmp_path / "layer.1").read_bytes())
+    device.parts["layer.1"] = str(tmp_path / "calibrated")
+    device.train(3, device.planned[0])
+    assert device.worker._memory is not held
+
+
 def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
-    device = Device(
-        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
-    )
+    device = Device(tmp_path, config(*REUSED), 3)
     update = len(device.train(1))
-    forget(tmp_path / "kept" / "features")
+    Folder(tmp_path / "kept" / "features").forget()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2.5 * update))
     device.train(2)
