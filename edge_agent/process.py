@@ -73,6 +73,8 @@ class TrainingProcess:
                 return events.WorkerPatched(tuple(Path(file) for file in data["files"]))
             case "planned":
                 return events.WorkerPlanned(**said)
+            case "recomputes":
+                return events.WorkerRecomputes(**said)
             case "progress":
                 return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
             case "over":

@@ -131,8 +131,8 @@ class Views:
         if before is None:
             return
         was, is_now = (f"{engine} with {counted(int(size), 'image')} at a time" for engine, size in (before[1:3], how.split("-")[:2]))
-        reason = "by other versions" if was == is_now else f"by {was} before, and by {is_now} now"
-        cache.tell(f"views that are used again go through all frozen layers anew: these are run {reason}, which differs in rounding")
+        other = "of another version or setting" if was == is_now else f"and not by {is_now}"
+        cache.tell(f"features of views that are used again are computed anew: those kept are by {was}, {other}, which rounds otherwise")
 
     def _blocks(self, passed: int, below: _Kept | None, on_rows: Progress | None) -> Iterator[Tensor]:
         """uint8 [rows, bytes] of all rows, some at a time; those in `below` have passed so many layers already."""

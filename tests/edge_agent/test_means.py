@@ -85,7 +85,7 @@ class Device:
 
     def __init__(self, root, made, stage):
         self.config, self.root, self.stage = made, root, stage
-        self.planned, self.reasons, self.worker = [], [], Worker()
+        self.planned, self.reasons, self.recomputes, self.worker = [], [], [], Worker()
         (root / "config").write_bytes(made.to_bytes())
         self.parts = {}
         for part, held in by_part(init_parts(made, made.plan(stage).present)).items():
@@ -107,6 +107,8 @@ class Device:
             self.reasons.append(said["reason"])
         if said["event"] == "done":
             self.images = said["images"]
+        if said["event"] == "recomputes":
+            self.recomputes.append(said["why"])
 
 
 @needs_onnx
@@ -205,6 +207,17 @@ def test_features_in_memory_live_as_long_as_the_plan_of_their_stage(tmp_path):
     device.parts["layer.1"] = str(tmp_path / "calibrated")
     device.train(3, device.planned[0])
     assert device.worker._memory is not held
+
+
+def test_features_that_another_engine_or_micro_batch_gave_are_computed_anew_and_that_is_said(tmp_path):
+    for stage, size, said in ((2, 4, 0), (3, 4, 0), (3, 8, 1), (3, 8, 0)):
+        device = Device(tmp_path, config(*REUSED, f"train.micro_batch={size}"), stage)
+        device.train(1)
+        assert len(device.recomputes) == said
+    device.train(2, {"prefix": "torch", "micro_batch": 2})
+    assert device.recomputes[0].endswith(
+        "those kept are by torch with 8 images at a time, and not by torch with 2 images at a time, which rounds otherwise"
+    )
 
 
 def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
