@@ -25,7 +25,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.process import FromChild, TrainingProcess
-from lwfed.edge_agent.resources import own_mb
+from lwfed.edge_agent.resources import share_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
@@ -79,7 +79,7 @@ class Agent:
         self._journal = Journal(join.state / JOURNAL, join.name, join.device)
         self._topics = Topics(join.fleet)
         device = self._journal.device
-        if join.budget_mb is not None and join.budget_mb <= (ours := own_mb()):
+        if join.budget_mb is not None and join.budget_mb <= (ours := share_mb()):
             raise ConfigError(
                 f"--memory-budget {join.budget_mb:g}MB: the agent takes {ours:.0f} MB here before it trains, and torch several times "
                 "as much; give it more: `edge-agent profile` says how much"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.edge_agent.resources import MB, own_mb, own_share_bytes
+from lwfed.edge_agent.resources import MB, own_share_bytes, resident_mb
 from lwfed.errors import Unfit
 from lwfed.models import fitting
 from lwfed.models.allocator import give_back
@@ -134,7 +134,7 @@ def layers_of(plan: StagePlan) -> list[str]:
 def _memory(budget_mb: float | None) -> tuple[float, float]:
     """Bytes that this process has, and that it may take beside them."""
     give_back()
-    held = own_mb() * MB
+    held = resident_mb() * MB
     return held, own_share_bytes() if budget_mb is None else budget_mb * MB - held
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.edge_agent import events
-from lwfed.edge_agent.resources import Meter, own_mb
+from lwfed.edge_agent.resources import Meter, share_mb
 from lwfed.wire.messages import Accelerator
 
 WORKER = "lwfed.edge_agent.worker"
@@ -32,12 +32,12 @@ class TrainingProcess:
         return self._child.pid
 
     def train(self, order: Mapping[str, Any], sample_s: float) -> None:
-        """The order's `budget_mb` is for both processes: the child is told what this one leaves it."""
+        """The order's `budget_mb` is for both processes: the child, whose high-water mark counts, is told what this one's share leaves."""
         now = time.monotonic()
         self._meter.begin(now)
         self._sample_s, self.next_sample = sample_s, now + sample_s
         budget_mb = order["budget_mb"]
-        self._child.send({**order, "budget_mb": None if budget_mb is None else max(0.0, budget_mb - own_mb())})
+        self._child.send({**order, "budget_mb": None if budget_mb is None else max(0.0, budget_mb - share_mb())})
 
     def sample(self) -> None:
         """Read its memory if that is due."""
