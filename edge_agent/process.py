@@ -31,6 +31,11 @@ class TrainingProcess:
     def pid(self) -> int:
         return self._child.pid
 
+    @property
+    def baseline_mb(self) -> float:
+        """Of memory, with its imports made and neither data nor model; 0 before it is ready."""
+        return self._meter.baseline_mb
+
     def train(self, order: Mapping[str, Any], sample_s: float) -> None:
         """The order's `budget_mb` is for both processes: the child, whose high-water mark counts, is told what this one's share leaves."""
         now = time.monotonic()

@@ -53,12 +53,12 @@ class Layout:
     def decode(self, data: Tensor) -> Tensor:
         """uint8 [B, bytes] -> float16 [B, *shape]."""
         if self.kept_as == "fp16":
-            return data.view(torch.float16).unflatten(1, self.shape)
+            return data.view(torch.float16).reshape(len(data), *self.shape)
         scales, steps = data[:, : 2 * self._channels], data[:, 2 * self._channels :]
         scale = scales.clone(memory_format=torch.contiguous_format).view(torch.float16)  # rows need not begin at an even byte
         for axis in self._positions:
             scale = scale.unsqueeze(axis)
-        return (scale.float() * steps.view(torch.int8).unflatten(1, self.shape)).half()
+        return (scale.float() * steps.view(torch.int8).reshape(len(data), *self.shape)).half()
 
     @property
     def _channels(self) -> int:
