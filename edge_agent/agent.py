@@ -25,7 +25,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.process import FromChild, TrainingProcess
-from lwfed.edge_agent.resources import own_mb
+from lwfed.edge_agent.resources import share_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
@@ -37,6 +37,7 @@ from lwfed.wire.topics import Topics
 
 Raw = events.Event | FromChild
 JOURNAL = "journal.sqlite"
+LEAST_TORCH_MB = 80.0  # of a process that has imported torch, whatever its build: half of what 2.13 without CUDA takes on x86
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ def check_data(spec: str) -> tuple[Source, int]:
     return source, source.check() or 0
 
 
+def check_budget(budget_mb: float, measured_mb: float | None) -> None:
+    """`measured_mb`: of a training process, before any data. Raises ConfigError where nothing could be trained."""
+    ours, theirs = share_mb(), LEAST_TORCH_MB if measured_mb is None else measured_mb
+    if budget_mb > ours + theirs:
+        return
+    how = "at least, with any torch" if measured_mb is None else f"with torch {torch_version()}, as measured"
+    raise ConfigError(
+        f"--memory-budget {budget_mb:g}MB: before any data the agent takes {ours:.0f} MB here, and its training process {theirs:.0f} MB "
+        f"{how}; give it more than {ours + theirs:.0f} MB, and what training takes: `edge-agent profile` says how much"
+    )
+
+
 class Agent:
     def __init__(self, join: Join, transport: Transport, screen: Screen) -> None:
         """Raises ConfigError, DataError, MissingDependency and StateError; connects to nothing."""
@@ -79,11 +92,8 @@ class Agent:
         self._journal = Journal(join.state / JOURNAL, join.name, join.device)
         self._topics = Topics(join.fleet)
         device = self._journal.device
-        if join.budget_mb is not None and join.budget_mb <= (ours := own_mb()):
-            raise ConfigError(
-                f"--memory-budget {join.budget_mb:g}MB: the agent takes {ours:.0f} MB here before it trains, and torch several times "
-                "as much; give it more: `edge-agent profile` says how much"
-            )
+        if join.budget_mb is not None:
+            check_budget(join.budget_mb, self._journal.baseline_mb(torch_version() or ""))
         places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors", budget_mb=join.budget_mb)
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
@@ -142,7 +152,10 @@ class Agent:
             return None
         if isinstance(raw, Ended):
             self._process = None
-        return process.hear(raw)
+        event = process.hear(raw)
+        if isinstance(event, events.WorkerReady):
+            self._journal.note_baseline(torch_version() or "", round(process.baseline_mb, 1))
+        return event
 
     # Effects
 

@@ -48,6 +48,13 @@ class WorkerPlanned:
 
 
 @dataclass(frozen=True)
+class WorkerRecomputes:
+    """It cannot go on from what it has kept for views that are used again."""
+
+    why: str  # for people
+
+
+@dataclass(frozen=True)
 class WorkerProgress:
     epoch: int  # 1-based
     epochs: int
@@ -96,7 +103,9 @@ class WorkerPatched:
     files: tuple[Path, ...]
 
 
-WorkerEvent = WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerOver | WorkerDone | WorkerError
+WorkerEvent = (
+    WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerRecomputes | WorkerProgress | WorkerOver | WorkerDone | WorkerError
+)
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

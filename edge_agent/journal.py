@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import secrets
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from lwfed.edge_agent.facts import Facts, SqliteFacts
 from lwfed.errors import StateError
@@ -43,6 +43,13 @@ class Seen(Record):
 
     def __lt__(self, other: Seen) -> bool:
         return (self.epoch, self.seq) < (other.epoch, other.seq)
+
+
+class Baseline(Record):
+    """The least that a training process has taken before it held data or a model."""
+
+    torch: str
+    mb: Annotated[float, Field(ge=0)]
 
 
 class Identity(Record):
@@ -109,6 +116,17 @@ class Journal:
     def fix_execution(self, run: str, stage: int, execution: Execution) -> None:
         with self._facts.transaction():
             self._put(f"execution {run} {stage}", execution)
+
+    def baseline_mb(self, torch: str) -> float | None:
+        """What training processes with this version of torch take here at least; None before there was one."""
+        known = self._read("baseline", Baseline)
+        return known.mb if known and known.torch == torch else None
+
+    def note_baseline(self, torch: str, mb: float) -> None:
+        known = self.baseline_mb(torch)
+        if known is None or mb < known:
+            with self._facts.transaction():
+                self._put("baseline", Baseline(torch=torch, mb=mb))
 
     # The connection
 

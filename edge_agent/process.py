@@ -9,7 +9,7 @@ from typing import Any
 
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.edge_agent import events
-from lwfed.edge_agent.resources import Meter, own_mb
+from lwfed.edge_agent.resources import Meter, share_mb
 from lwfed.wire.messages import Accelerator
 
 WORKER = "lwfed.edge_agent.worker"
@@ -31,13 +31,18 @@ class TrainingProcess:
     def pid(self) -> int:
         return self._child.pid
 
+    @property
+    def baseline_mb(self) -> float:
+        """Of memory, with its imports made and neither data nor model; 0 before it is ready."""
+        return self._meter.baseline_mb
+
     def train(self, order: Mapping[str, Any], sample_s: float) -> None:
-        """The order's `budget_mb` is for both processes: the child is told what this one leaves it."""
+        """The order's `budget_mb` is for both processes: the child, whose high-water mark counts, is told what this one's share leaves."""
         now = time.monotonic()
         self._meter.begin(now)
         self._sample_s, self.next_sample = sample_s, now + sample_s
         budget_mb = order["budget_mb"]
-        self._child.send({**order, "budget_mb": None if budget_mb is None else max(0.0, budget_mb - own_mb())})
+        self._child.send({**order, "budget_mb": None if budget_mb is None else max(0.0, budget_mb - share_mb())})
 
     def sample(self) -> None:
         """Read its memory if that is due."""
@@ -73,6 +78,8 @@ class TrainingProcess:
                 return events.WorkerPatched(tuple(Path(file) for file in data["files"]))
             case "planned":
                 return events.WorkerPlanned(**said)
+            case "recomputes":
+                return events.WorkerRecomputes(**said)
             case "progress":
                 return events.WorkerProgress(**said, rss_mb=round(self._meter.rss_mb, 2))
             case "over":

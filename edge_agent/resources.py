@@ -11,7 +11,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -100,9 +100,22 @@ def status_mb(proc: Path, field: str) -> float | None:
     return None
 
 
-def own_mb() -> float:
-    """What this process has in memory."""
+def resident_mb() -> float:
+    """What this process has in memory (RSS), as its high-water mark counts."""
     return float(psutil.Process().memory_info().rss) / MB
+
+
+def share_mb(process: psutil.Process | None = None) -> float:
+    """The proportional share (PSS) of a process, by default of this one: pages that several hold count once in all.
+
+    RSS where the system keeps no shares. Raises psutil.Error for a process that has ended.
+    """
+    process = process or psutil.Process()
+    try:
+        memory: Any = process.memory_full_info()
+    except (OSError, psutil.AccessDenied):
+        memory = process.memory_info()
+    return float(getattr(memory, "pss", 0) or memory.rss) / MB
 
 
 def own_share_bytes() -> float:

@@ -190,6 +190,8 @@ class Work:
                 return []
             case events.WorkerPlanned():
                 return self._fix_execution(event)
+            case events.WorkerRecomputes(why):
+                return [Tell("recomputes", why)]
             case events.WorkerProgress():
                 return self._progress(event, now)
             case events.WorkerOver():

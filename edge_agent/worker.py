@@ -9,6 +9,7 @@ Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, o
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
+      {"event": "recomputes", "why"}                        views that are used again go through layers that they had passed
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "over", "peak_mb", "budget_mb"}             once, when its high-water mark passes the budget
       {"event": "done", "file", "images", "skipped", "steps", "losses", "seconds",
@@ -44,10 +45,10 @@ from lwfed.edge_agent.previous import Previous, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
+from lwfed.models.features import Folder, Memory
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
 from lwfed.models.reuse import FeatureCache
-from lwfed.models.reuse import forget as forget_features
 from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
@@ -63,6 +64,7 @@ class Worker:
     def __init__(self) -> None:
         self._images: tuple[object, Images] | None = None
         self._found: tuple[object, Found] | None = None
+        self._memory: Memory | None = None  # for features, while `_found` holds
 
     def handle(self, data: Json, say: Say) -> None:
         started = time.monotonic()
@@ -86,7 +88,7 @@ class Worker:
         own = Previous("previous", kept, config, stage, participant) if config.alignment.method == "moon" else None
         before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
         place = stage, data["round"], participant
-        cache, meter = self._cache(data, config, sources), AcceleratorMeter(device)
+        cache, meter = self._cache(data, config, sources, found, say), AcceleratorMeter(device)
         del sources  # whose memory training may need
 
         def on_rows(done: int, total: int) -> None:
@@ -124,7 +126,7 @@ class Worker:
         layers = config.plan(stage).frozen_layers
         key = config.digest, stage, len(images.pixels), data["graphs"], *(_name(data["parts"].get(part)) for part in layers)
         if self._found is not None and (self._found[0] != key or fixed not in (None, self._found[1].fixed)):
-            self._found = None  # let the old engine go before there is a new one
+            self._found = self._memory = None  # let the old engine go before there is a new one
         known = self._found and self._found[1]
         parts = trainer.load_parts(config, stage, sources, layers if known and known.engine != "torch" else ())
         if known is None:
@@ -154,15 +156,20 @@ class Worker:
             found = find({"prefix": fixed["prefix"]})
             return replace(found, reason=f"{found.reason}; not as before, for {error}")
 
-    def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source]) -> FeatureCache | None:
-        """For views that are used again; what another run or stage left goes if there are none."""
-        folder, frozen = features(data), config.plan(data["stage"]).frozen
-        if config.train.views_per_round == "fresh" or not frozen:
-            forget_features(folder)
+    def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source], found: Found, say: Say) -> FeatureCache | None:
+        """For views that are used again; files that another run or stage left go if there are none, or memory keeps them."""
+        frozen = config.plan(data["stage"]).frozen
+        reused = config.train.views_per_round != "fresh" and frozen
+        if not reused or found.features_bytes:
+            Folder(features(data)).forget()
+        if not reused:
             return None
         digests = tuple(hashlib.sha256(_read(sources[part])).hexdigest() for part in frozen)
+        if found.features_bytes:
+            self._memory = self._memory or Memory(found.features_bytes)
         update = sum(len(_read(sources[part])) for part in config.plan(data["stage"]).uploaded)
-        return FeatureCache(folder, digests, config.train.features_mb * 1e6, UPDATES * update)
+        place = self._memory or Folder(features(data), config.train.features_mb * 1e6, UPDATES * update)
+        return FeatureCache(place, digests, lambda why: say({"event": "recomputes", "why": why}))
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
         """The device's images: read again only when another run or participant number asks."""
@@ -231,7 +238,7 @@ def on_disk(data: Json, write: Callable[[], Written]) -> Written:
         try:
             return write()
         except OSError:
-            forget_features(features(data))
+            Folder(features(data)).forget()
             return write()
     except OSError as error:
         place = str(Path(data["out"]).parent)

@@ -110,7 +110,8 @@ def _computed(config: RunConfig, plan: StagePlan) -> Computed:
     if pairs == "fresh" or not plan.frozen:
         return Computed(plan.frozen, 1.0)
     rounds = 1 if plan.prefix_moves else config.round_counts[plan.stage - 1]
-    earlier = () if config.calibration.every != "never" and config.calibration.scope == "model" else config.plan(plan.stage - 1).frozen
+    moved = config.calibration.every != "never" and config.calibration.scope == "model"
+    earlier = () if moved or config.train.features_in == "memory" else config.plan(plan.stage - 1).frozen  # memory ends with its stage
     return Computed(tuple(part for part in plan.frozen if part not in earlier), pairs / (config.train.epochs * rounds))
 
 

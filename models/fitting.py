@@ -18,6 +18,7 @@ from torch import Tensor
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.errors import Unfit
+from lwfed.models.features import Layout
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import AT_ONCE, Batch, Means, Terms, draw_batch, kept_for_backward, prepare, views_at_once
 
@@ -38,6 +39,7 @@ class Need:
     per_image: float  # of the micro-batch, kept by the layers
     view: float = 0.0  # one of one image, in float32
     batch_size: int = 0
+    features: float = 0.0  # of all views that are used again, where memory keeps them
 
     def of(self, micro_batch: int) -> float:
         block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
@@ -55,7 +57,7 @@ def measure(
 ) -> Need:
     """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`.
 
-    `drawn` views of an image and patches are drawn ahead, to be used again.
+    `drawn` pairs of views and patches are drawn ahead, to be used again.
     """
     branches = prepare(config, tensors, trained, terms, means=means)
     model = config.model
@@ -66,15 +68,18 @@ def measure(
     token_bytes = ((branches.prefix and branches.prefix.kept_as) or torch.float32).itemsize
     copies = 6 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
     views = METHODS[config.ssl.method].view_count
+    numbers = 0 if kept.tokens is None else math.prod(kept.tokens)
+    features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).bytes
     return Need(
         fixed=CODE_BYTES
         + CODE_SPREAD
         + copies * weights
-        + batch_size * (images[0].nbytes + views * (kept.tokens * token_bytes + kept.heads))
+        + batch_size * (images[0].nbytes + views * (numbers * token_bytes + kept.heads))
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
         per_image=kept.layers,
         view=4 * images[0].numel(),
         batch_size=batch_size,
+        features=min(features, config.train.features_mb * 1e6),
     )
 
 

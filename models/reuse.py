@@ -2,14 +2,14 @@
 
 Each image has k pairs of views. A step draws for each image one of its first views and one of its second ones, so that k
 pairs give k * k combinations. Their tokens are computed once, in the order of the images and not in that of the steps, and
-kept in a file, which the system holds in memory while there is room:
+kept (`lwfed.models.features`) as rows of each pair and image in turn, under
 
-    <folder>/<views>-<prefix>.features    of each pair and image in turn: the tokens of each view
+    <views>-<engine>-<micro-batch>-<machine>-<prefix>
 
-`views` names all that tokens depend on but the weights, `prefix` the weights. At a stage whose prefix is that of a file and
-more layers, the tokens go through these layers only. Tokens are rounded to float16 where a stage ends, also where they
-are computed from pixels, so that they do not depend on which way they came. What has no room on the disk is computed
-again in each step.
+`views` names all that tokens depend on but the weights and how they are computed, `prefix` the weights. At a stage whose
+prefix is that of what is kept and more layers, the tokens go through these layers only. Tokens are rounded to what is kept
+where a stage ends, also where they are computed from pixels, so that they do not depend on which way they came; for the
+same reason those of another engine or micro-batch are no beginning. What has no room is computed again in each step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
+from lwfed.console import counted
+from lwfed.models.features import Layout, Place, read
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import Batch, Branches, frozen_tokens
 from lwfed.models.views import ViewParams
@@ -36,8 +34,6 @@ from lwfed.plan import StagePlan
 from lwfed.seeds import derive
 
 ROWS_AT_ONCE = 512
-FREE_SHARE = 0.5  # of the free disk, at most
-UNFINISHED = ".part"
 
 Choose = Callable[[Tensor], Tensor]  # indices [B] -> uint8 images [B, C, H, W], on the device of the model
 Progress = Callable[[int, int], None]
@@ -65,39 +61,15 @@ def reuse(config: RunConfig, plan: StagePlan, participant: int, round: int) -> R
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder for the tokens of one device, of one stage or round at a time. A disk that is full costs time only."""
+    """Keeps the tokens of one device, of one stage or round at a time."""
 
-    folder: Path
+    place: Place
     parts: tuple[str, ...]  # digests of the frozen parts, in model order
-    room_bytes: float  # at most
-    spare_bytes: float = 0.0  # of the free disk, left to others
+    tell: Callable[[str], None] = lambda text: None  # for people: why tokens are computed anew that could have been kept
 
     def prefixes(self) -> list[str]:
         """Names of all that the prefix begins with, the stem alone first, and of itself."""
         return [_digest(chain) for chain in accumulate(self.parts)]
-
-    def path(self, views: str, prefix: str) -> Path:
-        return self.folder / f"{views}-{prefix}.features"
-
-    def room(self) -> float:
-        """Bytes for a file beside those that are there. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob(f"*{UNFINISHED}"):
-            unfinished.unlink()
-        held = sum(file.stat().st_size for file in self.folder.iterdir())
-        free = shutil.disk_usage(self.folder).free
-        return min(self.room_bytes - held, FREE_SHARE * free, free - self.spare_bytes)
-
-    def forget(self, but: Path | None = None) -> None:
-        forget(self.folder, but)
-
-
-def forget(folder: Path, but: Path | None = None) -> None:
-    """Delete what a cache has kept in `folder`."""
-    with contextlib.suppress(OSError):
-        for file in folder.iterdir():
-            if file != but:
-                file.unlink()
 
 
 class Views:
@@ -107,84 +79,122 @@ class Views:
         self._config, self._reuse, self._branches = config, reuse, branches
         self._count, self._rows, self._choose = count, reuse.pairs * count, choose
         self._views, self._patches = _drawn(config, reuse.seed, self._rows)
-        self._file: _File | None = None
+        self._layouts = self._measured()
+        self._kept: _Kept | None = None
 
     def keep(self, cache: FeatureCache, images: str, on_rows: Progress | None = None) -> None:
         """Take the tokens from `cache`, where they are put first if they are not there. `images` names the images."""
-        views, prefixes = self._name(images), cache.prefixes()
-        shape = (len(self._views), *self._computed(0, torch.zeros(1, dtype=torch.long)).shape[1:])
-        path = cache.path(views, prefixes[-1])
+        place, views, how = cache.place, self._name(images), self._how()
+        names = [f"{views}-{how}-{prefix}" for prefix in cache.prefixes()]
         with contextlib.suppress(OSError):
-            room, all_bytes = cache.room(), self._rows * _bytes(shape)
-            held = path.stat().st_size if path.is_file() else None
-            if held is None or held < all_bytes <= room + held:  # cut short by a disk that has room now
-                earlier = [(layers, cache.path(views, prefixes[layers])) for layers in self._reuse.rounded_after[:-1]]
-                passed, source = next(((layers, file) for layers, file in reversed(earlier) if file.is_file()), (0, None))
+            room, all_bytes = place.room(), self._rows * len(self._views) * self._layout.bytes
+            held = place.size(names[-1])
+            if held is None or held < all_bytes <= room + held:  # cut short where there is room now
+                earlier = [(layers, names[layers]) for layers in self._reuse.rounded_after[:-1]]
+                passed, source = next(((layers, name) for layers, name in reversed(earlier) if place.size(name) is not None), (0, None))
+                if held is None and source is None:
+                    self._say_why(cache, views, how)
                 if room < all_bytes:
-                    cache.forget()
-                    room, source = cache.room(), None
-                below = _File(source, shape) if source else None
-                _write(path, self._blocks(shape, passed, below, on_rows), room)
-            cache.forget(but=path)
-            self._file = _File(path, shape)
+                    place.forget()
+                    room, source = place.room(), None
+                below = self._kept_in(place, source, passed) if source else None
+                place.write(names[-1], self._blocks(passed, below, on_rows), room)
+            place.forget(but=names[-1])
+            self._kept = self._kept_in(place, names[-1], self._reuse.rounded_after[-1])
 
     def batch(self, seed: int, step: int, indices: Tensor) -> Batch:
         """Step number `step` (0-based) of the local call of that seed, on the images `indices` [B]."""
         generator = torch.Generator().manual_seed(derive(seed, "pairs", step))
         pairs = torch.randint(self._reuse.pairs, (len(self._views), len(indices)), generator=generator)
         rows = list(pairs * self._count + indices)
-        return self._batch(rows, tuple(self._tokens(number, one) for number, one in enumerate(rows)))
+        return self._batch(rows, tuple(self._layout.decode(self._tokens(number, one)) for number, one in enumerate(rows)))
 
     def _name(self, images: str) -> str:
-        config, prefix = self._config, self._branches.prefix
-        assert prefix is not None
+        config = self._config
         drawn = [self._reuse.pairs, self._reuse.seed, images, config.views.model_dump(mode="json")]
         masked = None if self._patches is None else config.ssl.mask_ratio
-        train, device = config.train, self._branches.online.device.type
-        computed = [train.batch_size, self._branches.micro_batch, train.precision, train.threads, prefix.engine]
-        machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), device]
-        return _digest(json.dumps([config.model.model_dump(mode="json"), config.ssl.method, masked, *drawn, *computed, *machine]))
+        model, kept_as = config.model.model_dump(mode="json"), config.train.features_as
+        return _digest(json.dumps([model, config.ssl.method, masked, kept_as, *drawn]))
 
-    def _blocks(self, shape: tuple[int, ...], passed: int, below: _File | None, on_rows: Progress | None) -> Iterator[Tensor]:
-        """float16 [rows, *shape] of all rows, some at a time; those in `below` have passed so many layers already."""
+    def _how(self) -> str:
+        """Names the way of computing, by which bits differ."""
+        prefix, train = self._branches.prefix, self._config.train
+        assert prefix is not None
+        machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), self._branches.online.device.type]
+        rest = _digest(json.dumps([train.batch_size, train.precision, train.threads, *machine]))
+        return f"{prefix.engine}-{self._branches.micro_batch or train.batch_size}-{rest}"
+
+    def _say_why(self, cache: FeatureCache, views: str, how: str) -> None:
+        """That tokens begin with pixels, where others have gone through some of these layers."""
+        ours = {name.split("-")[-1]: name.split("-") for name in cache.place.names() if name.startswith(f"{views}-")}
+        before = next((ours[prefix] for prefix in reversed(cache.prefixes()) if prefix in ours), None)
+        if before is None:
+            return
+        was, is_now = (f"{engine} with {counted(int(size), 'image')} at a time" for engine, size in (before[1:3], how.split("-")[:2]))
+        other = "of another version or setting" if was == is_now else f"and not by {is_now}"
+        cache.tell(f"features of views that are used again are computed anew: those kept are by {was}, {other}, which rounds otherwise")
+
+    def _blocks(self, passed: int, below: _Kept | None, on_rows: Progress | None) -> Iterator[Tensor]:
+        """uint8 [rows, bytes] of all rows, some at a time; those in `below` have passed so many layers already."""
         if on_rows:
             on_rows(0, self._rows)
-        size = min(ROWS_AT_ONCE, self._config.train.batch_size)
+        size, views = min(ROWS_AT_ONCE, self._config.train.batch_size), range(len(self._views))
         for first in range(0, self._rows, size):
             rows = torch.arange(first, min(first + size, self._rows))
             if below is not None and int(rows[-1]) < below.rows:
-                yield torch.stack([self._computed(number, rows, below.read(number, rows), passed) for number in range(shape[0])], 1)
+                yield torch.cat([self._computed(number, rows, below.read(number, rows), passed) for number in views], 1)
             else:
-                yield torch.stack([self._computed(number, rows) for number in range(shape[0])], 1)
+                yield torch.cat([self._computed(number, rows) for number in views], 1)
             if on_rows:
                 on_rows(first + len(rows), self._rows)
 
     def _tokens(self, number: int, rows: Tensor) -> Tensor:
-        """float16 [B, ...] of view `number`."""
-        if self._file is None:
+        """uint8 [B, bytes] of view `number`."""
+        if self._kept is None:
             return self._computed(number, rows)
-        kept = rows < self._file.rows
+        kept = rows < self._kept.rows
         try:
-            known = self._file.read(number, rows[kept])
+            known = self._kept.read(number, rows[kept]).to(self._branches.online.device)
         except OSError:  # the file has gone, or the disk is bad
-            self._file = None
+            self._kept = None
             return self._computed(number, rows)
         if kept.all():
-            return known.to(self._branches.online.device)
+            return known
         rest = self._computed(number, rows[~kept])
-        found = rest.new_empty(len(rows), *rest.shape[1:])
-        found[kept], found[~kept] = known.to(rest.device), rest
+        found = rest.new_empty(len(rows), rest.shape[1])
+        found[kept], found[~kept] = known, rest
         return found
 
-    def _computed(self, number: int, rows: Tensor, tokens: Tensor | None = None, passed: int = 0) -> Tensor:
-        """float16 [B, ...] of view `number`, from what the first `passed` layers have given, or from pixels."""
-        count, layers = len(self._views), self._reuse.rounded_after[-1]
+    def _computed(self, number: int, rows: Tensor, known: Tensor | None = None, passed: int = 0) -> Tensor:
+        """uint8 [B, bytes] of view `number`, from what the first `passed` layers have given, or from pixels."""
         for last in self._reuse.rounded_after:
-            if tokens is None or last > passed:
-                batch = self._batch([rows] * count, None if tokens is None else (tokens,) * count, passed, range(last, layers))
-                tokens, passed = frozen_tokens(self._branches, batch, self._config, number).half(), last
-        assert tokens is not None
-        return tokens
+            if known is None or last > passed:
+                tokens = None if known is None else self._layouts[passed].decode(known)
+                known, passed = self._layouts[last].encode(self._through(number, rows, tokens, passed, last)), last
+        assert known is not None
+        return known
+
+    def _through(self, number: int, rows: Tensor, tokens: Tensor | None, passed: int, last: int) -> Tensor:
+        """What layer `last` gives for view `number`, from `tokens` that have passed so many layers, or from pixels."""
+        count, layers = len(self._views), self._reuse.rounded_after[-1]
+        batch = self._batch([rows] * count, None if tokens is None else (tokens,) * count, passed, range(last, layers))
+        return frozen_tokens(self._branches, batch, self._config, number)
+
+    def _measured(self) -> dict[int, Layout]:
+        """Of what is kept after each number of layers, by the tokens of one image."""
+        found: dict[int, Layout] = {}
+        tokens, passed = None, 0
+        for last in self._reuse.rounded_after:
+            tokens, passed = self._through(0, torch.zeros(1, dtype=torch.long), tokens, passed, last), last
+            found[last] = Layout(tuple(tokens.shape[1:]), self._config.train.features_as)
+        return found
+
+    def _kept_in(self, place: Place, name: str, layers: int) -> _Kept:
+        return _Kept(place, name, self._layouts[layers].bytes, len(self._views))
+
+    @property
+    def _layout(self) -> Layout:
+        return self._layouts[self._reuse.rounded_after[-1]]
 
     def _batch(
         self, rows: list[Tensor], tokens: tuple[Tensor, ...] | None = None, passed: int | None = None, skip: Collection[int] = ()
@@ -198,22 +208,23 @@ class Views:
         return Batch(images, views, patches, skip, known, at)
 
 
-class _File:
-    """Of records float16 [views, ...]; read and not mapped, so that it counts as the system's memory and not as this process's."""
+@dataclass(frozen=True)
+class _Kept:
+    """Rows that are kept; as many as there was room for."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self._path, self._shape = path, shape
-        self.rows = path.stat().st_size // _bytes(shape)
+    place: Place
+    name: str
+    view_bytes: int
+    views: int
+
+    @property
+    def rows(self) -> int:
+        return (self.place.size(self.name) or 0) // (self.views * self.view_bytes)
 
     def read(self, number: int, rows: Tensor) -> Tensor:
-        """[B, ...] of view `number`. Raises OSError."""
-        found = np.empty((len(rows), *self._shape[1:]), np.float16)
-        with self._path.open("rb", buffering=0) as file:
-            for place, row in enumerate(rows.tolist()):
-                file.seek(row * _bytes(self._shape) + number * found[0].nbytes)
-                if file.readinto(found[place]) != found[place].nbytes:
-                    raise OSError(f"{self._path} is shorter than it was")
-        return torch.from_numpy(found)
+        """uint8 [B, bytes] of view `number`. Raises OSError."""
+        first = number * self.view_bytes
+        return read(self.place, self.name, rows, self.views * self.view_bytes, slice(first, first + self.view_bytes))
 
 
 def _drawn(config: RunConfig, seed: int, rows: int) -> tuple[list[ViewParams], Tensor | None]:
@@ -226,24 +237,6 @@ def _drawn(config: RunConfig, seed: int, rows: int) -> tuple[list[ViewParams], T
         patches.append(method.draw_kept(config, count, generator))
     visible = [one for one in patches if one is not None]
     return [ViewParams.cat(of_view) for of_view in zip(*views, strict=True)], torch.cat(visible) if visible else None
-
-
-def _write(path: Path, blocks: Iterable[Tensor], room: float) -> None:
-    """As many records as there is room for."""
-    temporary = path.with_suffix(UNFINISHED)
-    with contextlib.suppress(OSError), temporary.open("wb") as file:
-        for block in blocks:
-            fit = int((room - file.tell()) // _bytes(tuple(block.shape[1:])))
-            file.write(block[: max(0, fit)].cpu().numpy().tobytes())
-            if fit < len(block):
-                break
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _bytes(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * 2
 
 
 def _digest(text: str) -> str:

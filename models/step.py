@@ -202,7 +202,7 @@ def frozen_tokens(branches: Branches, batch: Batch, config: RunConfig, number: i
 class Kept:
     """Of one view of one image, until it has been taken back."""
 
-    tokens: int  # numbers that the frozen prefix gives; 0 without one
+    tokens: tuple[int, ...] | None  # shape of what the frozen prefix gives; None without one
     layers: float  # bytes that a graph through the trained layers holds
     heads: float  # bytes that one through heads and loss holds
 
@@ -214,7 +214,7 @@ def kept_for_backward(branches: Branches, batch: Batch, config: RunConfig) -> Ke
     found, layers = _graph_bytes(branches.online, lambda: run.represent(view, graph=True))
     _, heads = _graph_bytes(branches.online, lambda: method.project(branches.online, found.detach().requires_grad_()))
     count = len(batch.images)
-    return Kept(0 if view.tokens is None else view.tokens[0].numel(), layers / count, heads / count)
+    return Kept(None if view.tokens is None else tuple(view.tokens.shape[1:]), layers / count, heads / count)
 
 
 def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:

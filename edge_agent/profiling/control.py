@@ -21,7 +21,7 @@ from lwfed.console import Console
 from lwfed.edge_agent import events
 from lwfed.edge_agent.agent import Agent, Join
 from lwfed.edge_agent.process import FromChild, TrainingProcess
-from lwfed.edge_agent.resources import HIGH_WATER, own_mb, status_mb
+from lwfed.edge_agent.resources import HIGH_WATER, share_mb, status_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.mqtt import MqttTransport
@@ -52,7 +52,7 @@ class Control:
                 say({"event": "error", "kind": event.kind, "message": event.message})
                 running = False
             elif isinstance(event, events.WorkerPlanned):
-                say({"event": "planned", **asdict(replace(event, needs_mb=round(event.needs_mb + own_mb(), 1)))})
+                say({"event": "planned", **asdict(replace(event, needs_mb=round(event.needs_mb + share_mb(), 1)))})
             elif isinstance(said, Said):
                 say(said.data)
                 running = said.data["event"] != "done"

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from lwfed.edge_agent.resources import HIGH_WATER, MB, status_mb
+from lwfed.edge_agent.resources import HIGH_WATER, MB, share_mb, status_mb
 
 TMPFS = {"tmpfs", "ramfs"}
 
@@ -92,8 +91,7 @@ class Watch:
                 if process.pid == self._computing:
                     held = process.memory_info().rss / MB
                 else:
-                    memory: Any = process.memory_full_info()  # walks all pages, which the one that computes would feel
-                    others += getattr(memory, "pss", memory.rss) / MB
+                    others += share_mb(process)  # walks all pages, which the one that computes would feel
                 swap += status_mb(self._proc / str(process.pid), "VmSwap") or 0.0
         return held, others, swap
 

@@ -118,6 +118,8 @@ class TrainSection(Section):
     prefix: PrefixEngine | Literal["auto"]
     micro_batch: Positive | Literal["auto"] | None
     views_per_round: Positive | Literal["fresh"]
+    features_as: Literal["fp16", "int8"]
+    features_in: Literal["file", "memory"]
     features_mb: Annotated[Whole, Field(ge=0)]
     precision: Literal["fp32", "bf16"]
     threads: Annotated[Whole, Field(ge=1, le=256)]

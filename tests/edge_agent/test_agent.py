@@ -16,9 +16,10 @@ from lwfed.config import load_config
 from lwfed.console import Console
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
-from lwfed.edge_agent.agent import Agent, Join
+from lwfed.edge_agent.agent import JOURNAL, LEAST_TORCH_MB, Agent, Join, check_budget, torch_version
+from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.screen import Screen
-from lwfed.errors import DataError, InvalidPayload, ProtocolMismatch, StateError
+from lwfed.errors import ConfigError, DataError, InvalidPayload, ProtocolMismatch, StateError
 from lwfed.models.initial import init_part
 from lwfed.models.shapes import shapes
 from lwfed.transport.memory import MemoryBroker
@@ -83,7 +84,15 @@ def assign_once(agent, **place):
         server.assign(server.greeted[0], **place)
 
 
-def test_two_rounds_on_digits_with_one_worker(host, capsys):
+def kept_baseline(tmp_path):
+    journal = Journal(tmp_path / "state" / JOURNAL)
+    try:
+        return journal.baseline_mb(torch_version())
+    finally:
+        journal.close()
+
+
+def test_two_rounds_on_digits_with_one_worker(host, capsys, tmp_path):
     pids = set()
 
     def script(agent):
@@ -107,6 +116,7 @@ def test_two_rounds_on_digits_with_one_worker(host, capsys):
     assert first.memory.baseline_mb > 50
     assert first.memory.peak_mb > first.memory.baseline_mb
     assert first.memory.baseline_mb == second.memory.baseline_mb
+    assert LEAST_TORCH_MB < kept_baseline(tmp_path) == pytest.approx(first.memory.baseline_mb, abs=0.1)
     assert {reading.t_s for reading in first.memory.curve}
     assert server.of(Beat)[0].steps == first.steps
     assert [line["event"] for line in said].count("accepted") == 2
@@ -174,6 +184,23 @@ def test_every_end_says_that_the_device_is_gone(host, end, error):
         agent.run()
     retained = agent.broker.retained[TOPICS.from_device(agent._journal.device, "state")]
     assert messages.decode(State, retained).state == "stopped"
+
+
+@pytest.mark.parametrize(("measured_mb", "beside_mb", "words"), [(None, 80, "80 MB at least"), (250.0, 250, "250 MB with torch")])
+def test_a_budget_below_what_torch_takes_by_itself_is_refused_before_a_process_is_started(monkeypatch, measured_mb, beside_mb, words):
+    monkeypatch.setattr("lwfed.edge_agent.agent.share_mb", lambda: 50.0)
+    least = 50 + beside_mb
+    with pytest.raises(ConfigError, match=rf"agent takes 50 MB here, .* {words}.*give it more than {least} MB"):
+        check_budget(least, measured_mb)
+    check_budget(least + 1, measured_mb)
+
+
+def test_what_an_agent_has_measured_holds_from_its_next_start_on(tmp_path):
+    journal = Journal(tmp_path / JOURNAL)
+    journal.note_baseline(torch_version(), 5000.0)
+    journal.close()
+    with pytest.raises(ConfigError, match="its training process 5000 MB with torch"):
+        Agent(Join("digits", "default", "tester", tmp_path, 15, budget_mb=600.0), MemoryBroker().transport(), Screen(Console()))
 
 
 def test_data_is_checked_before_anything_else(host, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from lwfed.config import load_config
 from lwfed.edge_agent import events, worker
 from lwfed.edge_agent.process import TrainingProcess
-from lwfed.edge_agent.resources import own_mb
+from lwfed.edge_agent.resources import share_mb
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
@@ -48,7 +48,7 @@ def train(order, budget_mb):
         while not isinstance(event := process.hear(said.get(timeout=60)), events.WorkerDone | events.WorkerError | events.WorkerOver):
             if isinstance(event, events.WorkerReady):
                 budget_mb += psutil.Process(process.pid).memory_info().rss / 1e6
-                process.train({**order, "budget_mb": budget_mb + own_mb()}, 0.5)
+                process.train({**order, "budget_mb": budget_mb + share_mb()}, 0.5)
     finally:
         process.end()
     return event, budget_mb

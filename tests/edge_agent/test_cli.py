@@ -221,4 +221,6 @@ def test_a_budget_below_the_agent_itself_is_refused_before_anything_starts(tmp_p
     arguments = ["mqtt://localhost", "--data", "digits", "--state", str(tmp_path / "state"), "--memory-budget", "5MB"]
     result = CliRunner().invoke(main, ["join", *arguments])
     assert result.exit_code == 78
-    assert re.search(r"--memory-budget 5MB: the agent takes \d+ MB here before it trains", result.stderr)
+    assert re.search(
+        r"--memory-budget 5MB: before any data the agent takes \d+ MB here, and its training process 80 MB at least", result.stderr
+    )

@@ -71,6 +71,20 @@ def test_everything_comes_back(path):
     journal.close()
 
 
+def test_the_least_that_a_training_process_has_taken_is_remembered_for_each_torch(path):
+    journal = Journal(path)
+    assert journal.baseline_mb("2.9") is None
+    for mb in (180.0, 170.5, 190.0):
+        journal.note_baseline("2.9", mb)
+    journal.keep_run("demo")
+    journal.close()
+    journal = Journal(path)
+    assert (journal.baseline_mb("2.9"), journal.baseline_mb("2.10")) == (170.5, None)
+    journal.note_baseline("2.10", 200.0)
+    assert (journal.baseline_mb("2.10"), journal.baseline_mb("2.9")) == (200.0, None)
+    journal.close()
+
+
 def test_announcements_are_ordered_by_epoch_then_number():
     first, second, third = (Seen(epoch=epoch, seq=seq) for epoch, seq in ((1, 9), (2, 0), (2, 1)))
     assert sorted([third, first, second]) == [first, second, third]

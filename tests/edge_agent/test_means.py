@@ -16,9 +16,9 @@ from lwfed.edge_agent.means import find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
 from lwfed.models import fitting
+from lwfed.models.features import Folder
 from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
-from lwfed.models.reuse import forget
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
@@ -96,7 +96,7 @@ class Device:
     def __init__(self, root, made, stage, graphs=None):
         self.config, self.root, self.stage = made, root, stage
         self.graphs = {engine: str(file) for engine, file in (graphs or {}).items()}
-        self.planned, self.reasons, self.worker = [], [], Worker()
+        self.planned, self.reasons, self.recomputes, self.worker = [], [], [], Worker()
         (root / "config").write_bytes(made.to_bytes())
         self.parts = {}
         for part, held in by_part(init_parts(made, made.plan(stage).present)).items():
@@ -118,6 +118,10 @@ class Device:
         if said["event"] == "planned":
             self.planned.append({name: said[name] for name in ("prefix", "micro_batch")})
             self.reasons.append(said["reason"])
+        if said["event"] == "done":
+            self.images = said["images"]
+        if said["event"] == "recomputes":
+            self.recomputes.append(said["why"])
 
 
 @needs_onnx
@@ -192,9 +196,7 @@ class Disk:
 
 
 def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
-    device = Device(
-        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
-    )
+    device = Device(tmp_path, config(*REUSED), 3)
     expected = device.train(1)
     assert list((tmp_path / "kept" / "features").iterdir())
     Disk(monkeypatch, device, free=0)
@@ -205,12 +207,60 @@ def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
         device.train(2)
 
 
-def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
-    device = Device(
-        tmp_path, config("train.prefix=torch", "train.views_per_round=1", "stages.rounds_per_stage=3", "calibration.every=never"), 3
+def test_features_in_memory_are_counted_in_what_a_stage_needs(tmp_path):
+    reused = config(*REUSED)
+    in_file, in_memory = means(reused, 3, tmp_path), means(config(*REUSED, "train.features_in=memory"), 3, tmp_path)
+    bytes_ = 20 * 2 * 4 * 32 * 2  # images, views, tokens, width, float16
+    assert (in_file.features_bytes, in_memory.features_bytes) == (0, bytes_)
+    assert "memory" not in in_file.reason + in_memory.reason
+    assert means(config(*REUSED, "train.features_in=memory", "train.features_as=int8"), 3, tmp_path).features_bytes == 20 * 2 * (4 + 2) * 32
+    assert means(config(*REUSED, "train.features_in=memory"), 1, tmp_path).features_bytes == 0, "nothing is frozen"
+
+
+def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path, monkeypatch):
+    made = config(*REUSED, "train.features_in=memory", "train.micro_batch=4")
+    need = fitting.Need(fixed=1e6, per_image=1e5, features=5e6)
+    monkeypatch.setattr(fitting, "measure", lambda *_: need)
+    for room, features in ((need.of(4) + 5e6, 5e6), (need.of(4) + 4.9e6, 0)):
+        monkeypatch.setattr("lwfed.edge_agent.means._memory", lambda _, room=room: (1e8, room))
+        found = means(made, 3, tmp_path)
+        assert (found.micro_batch, found.features_bytes) == (4, features)
+        assert found.needs_mb == pytest.approx((1e8 + need.of(4) + features) / 1e6)
+        assert found.reason.endswith("; features in a file, for memory has no room for them") == (not features)
+
+
+def test_features_in_memory_live_as_long_as_the_plan_of_their_stage(tmp_path):
+    expected = Device(tmp_path, config(*REUSED), 3).train(2)
+    folder = tmp_path / "kept" / "features"
+    assert list(folder.iterdir())
+    device = Device(tmp_path, config(*REUSED, "train.features_in=memory"), 3)
+    device.train(1)
+    assert not list(folder.iterdir()), "what was there is of no use"
+    held = device.worker._memory
+    assert [held.size(name) for name in held.names()] == [device.images * 2 * 4 * 32 * 2]
+    assert device.train(2, device.planned[0]) == expected
+    assert device.worker._memory is held
+    (tmp_path / "calibrated").write_bytes((tmp_path / "layer.1").read_bytes())
+    device.parts["layer.1"] = str(tmp_path / "calibrated")
+    device.train(3, device.planned[0])
+    assert device.worker._memory is not held
+
+
+def test_features_that_another_engine_or_micro_batch_gave_are_computed_anew_and_that_is_said(tmp_path):
+    for stage, size, said in ((2, 4, 0), (3, 4, 0), (3, 8, 1), (3, 8, 0)):
+        device = Device(tmp_path, config(*REUSED, f"train.micro_batch={size}"), stage)
+        device.train(1)
+        assert len(device.recomputes) == said
+    device.train(2, {"prefix": "torch", "micro_batch": 2})
+    assert device.recomputes[0].endswith(
+        "those kept are by torch with 8 images at a time, and not by torch with 2 images at a time, which rounds otherwise"
     )
+
+
+def test_features_leave_room_for_the_update(tmp_path, monkeypatch):
+    device = Device(tmp_path, config(*REUSED), 3)
     update = len(device.train(1))
-    forget(tmp_path / "kept" / "features")
+    Folder(tmp_path / "kept" / "features").forget()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2.5 * update))
     device.train(2)

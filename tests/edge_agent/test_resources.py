@@ -2,12 +2,14 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lwfed.edge_agent import process
-from lwfed.edge_agent.resources import Meter, available_bytes
+from lwfed.edge_agent.resources import Meter, available_bytes, resident_mb, share_mb
 from lwfed.wire.messages import MAX_CURVE
 
 HOG = """
@@ -79,6 +81,26 @@ def test_a_process_that_ended_is_no_error(hog):
     assert meter.finish(2.0).peak_mb > 0
 
 
+def test_of_pages_that_several_processes_hold_each_has_a_share(hog):
+    smaps = Path(f"/proc/{hog.pid}/smaps_rollup")
+    if not smaps.exists():
+        pytest.skip("this system keeps no proportional shares")
+    told = {line.split()[0]: int(line.split()[1]) * 1024 / 1e6 for line in smaps.read_text().splitlines()[1:]}
+    share = share_mb(psutil.Process(hog.pid))
+    assert told["Pss:"] == pytest.approx(share, abs=1)
+    assert share < told["Rss:"], "Python's code is shared with this process"
+    assert share_mb() <= resident_mb()
+
+
+def test_without_shares_all_that_is_resident_counts():
+    def denied():
+        raise psutil.AccessDenied
+
+    resident = SimpleNamespace(rss=5e6)
+    for full in (denied, lambda: resident):
+        assert share_mb(SimpleNamespace(memory_full_info=full, memory_info=lambda: resident)) == 5.0
+
+
 def test_what_is_available_is_within_the_limits_of_all_control_groups(tmp_path):
     groups, proc = tmp_path / "cgroup", tmp_path / "self"
     leaf = groups / "system.slice" / "edge-agent.service"
@@ -122,6 +144,6 @@ def test_of_the_budget_the_training_process_gets_what_its_agent_leaves(monkeypat
     child = SimpleNamespace(pid=os.getpid(), send=sent.append)
     monkeypatch.setattr(process, "Child", lambda *_: child)
     monkeypatch.setattr(process, "Meter", lambda _: SimpleNamespace(begin=lambda now: None))
-    monkeypatch.setattr(process, "own_mb", lambda: 57.0)
+    monkeypatch.setattr(process, "share_mb", lambda: 57.0)
     process.TrainingProcess(sent.append, 1).train({"do": "train", "budget_mb": budget_mb}, 1.0)
     assert sent == [{"do": "train", "budget_mb": {None: None, 400.0: 343.0, 1.0: 0.0}[budget_mb]}]

@@ -1,6 +1,6 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerRecomputes
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
@@ -119,6 +119,13 @@ def test_how_a_stage_is_computed_is_told_once_and_prescribed_from_then_on(world)
     assert device.worker[-1].order["execution"] == {"prefix": "torch", "micro_batch": 16}
     assert len(device.texts("planned")) == 1
     assert server.of(Offer)[0].report.execution.micro_batch == 16
+
+
+def test_why_a_stage_begins_with_pixels_again_is_told(world):
+    _, device = world.training()
+    device.queue.append(WorkerRecomputes("another engine"))
+    world.settle(0.2)
+    assert device.texts("recomputes") == ["another engine"]
 
 
 def test_a_configuration_of_a_newer_server_fails_the_task_not_the_agent(world):
