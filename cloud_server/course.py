@@ -14,7 +14,7 @@ from lwfed.cloud_server.coordinator import Aggregated, Calibrated, advance
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Begun, Closed, Collapsed, Event, Joined, Notice, Presence, Rules, State
-from lwfed.cloud_server.store import Step, bind_folder, open_store
+from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import RunConfig
@@ -31,14 +31,23 @@ HEADER_BYTES = 64 * 1024  # names and shapes beside the numbers
 
 class Course:
     def __init__(
-        self, config: RunConfig, root: Path, clock: Callable[[], float] = time.time, durable: bool = True, database: str | None = None
+        self,
+        config: RunConfig,
+        root: Path,
+        clock: Callable[[], float] = time.time,
+        durable: bool = True,
+        database: str | None = None,
+        store: Store | None = None,
     ) -> None:
-        """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError."""
+        """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError.
+
+        `store` is used instead of one that is opened.
+        """
         self.config = config
         self.root = root
         self.clock = clock
         self.rules = Rules.of(config)
-        self.store = open_store(root, config.run.name, database, clock, durable)
+        self.store = store or open_store(root, config.run.name, database, clock, durable)
         try:
             stored = self.store.config
             self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start
@@ -127,7 +136,8 @@ class Course:
         codec = self.config.transfer.codec
         if codec != "fp32":
             return deltas.limit_bytes(self._update_shapes(), codec)
-        return int(sum(self.sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
+        sizes = self.sizes
+        return int(sum(sizes.get(part, 0) for part in self.plan.uploaded) * SIZE_SLACK) + HEADER_BYTES
 
     def check_update(self, path: Path) -> None:
         """Raises InvalidPayload unless the file holds what this stage uploads."""

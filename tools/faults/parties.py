@@ -29,6 +29,7 @@ from lwfed.edge_agent.work import Places
 from lwfed.errors import Diverged, TransportError, WorkerFailed
 from lwfed.tools.faults import canned
 from lwfed.tools.faults.schedule import Kill, Point
+from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.memory import MemoryBroker, MemoryTransport
 from lwfed.wire.messages import Hello, State, encode
@@ -220,6 +221,7 @@ class ServerParty(Party):
 
     def __init__(self, around: Surroundings, folder: Path) -> None:
         super().__init__("server", around, folder)
+        self._kept = Kept()
         self._server: Server | None = None
         self._worker: canned.ServerWorker | None = None  # ends with the server
 
@@ -250,7 +252,8 @@ class ServerParty(Party):
 
     def _begin(self, link: FusedTransport) -> None:
         around = self._around
-        self.course = Course(around.config, self.folder, self._unix_time, durable=False)
+        store = MemoryStore(self._kept, around.config.run.name, self._unix_time)
+        self.course = Course(around.config, self.folder, self._unix_time, durable=False, store=store)
         news = News(_Voice(partial(around.note, self.name)), around.config, "memory")
         self._server = Server(self.course, link, news, self._start_worker, clock=lambda: around.now)
         self._server.begin()
