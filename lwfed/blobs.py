@@ -119,11 +119,11 @@ class BlobStore:
 
     def has(self, id: str) -> bool:
         """Whether the blob is held intact: the first question in this process reads it, and removes it when it rotted."""
-        path = self._root / id
-        if not path.is_file():
+        if not os.path.isfile(f"{self._root}/{id}"):  # asked all the time: a Path takes longer than the system
             self._sizes.pop(id, None)
             return False
         if id not in self._sizes:
+            path = self._root / id
             with _explained(path):
                 if _digest(path) != id:
                     path.unlink()
@@ -133,15 +133,14 @@ class BlobStore:
 
     def path(self, id: str) -> Path:
         """Raises StateError when the blob is not held."""
-        if not self.has(id):
-            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+        self._demand(id)
         return self._root / id
 
     def read(self, id: str) -> bytes:
         return self.path(id).read_bytes()
 
     def ref(self, id: str) -> BlobRef:
-        self.path(id)
+        self._demand(id)
         return BlobRef(id=id, size=self._sizes[id])
 
     def manifest(self, id: str, chunk_bytes: int) -> Manifest:
@@ -181,6 +180,10 @@ class BlobStore:
         for path in self._parts.iterdir():
             if path.name.partition("-")[0] not in keep:
                 path.unlink()
+
+    def _demand(self, id: str) -> None:
+        if not self.has(id):
+            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
 
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:
