@@ -26,7 +26,7 @@ from lwfed.edge_agent.events import Event, Stop, Tell, WorkerError
 from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Identity, Journal
 from lwfed.edge_agent.work import Places
-from lwfed.errors import Diverged, TransportError, WorkerFailed
+from lwfed.errors import Diverged, InvalidPayload, TransportError, WorkerFailed
 from lwfed.tools.faults import canned
 from lwfed.tools.faults.schedule import Kill, Point
 from lwfed.tools.faults.store import Kept, MemoryStore
@@ -82,6 +82,7 @@ class Surroundings(Protocol):
     config: RunConfig
     random: Random
     topics: Topics
+    trained: set[tuple[int, int, int]]  # stage, round and participant of what was trained, counted or not
 
     def later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def note(self, who: str, text: str) -> None: ...
@@ -378,13 +379,27 @@ class CannedAgent(VirtualDevice):
         self._worker += 1
 
     def _train(self, order: Mapping[str, Any], sample_s: float) -> None:
-        self._later((0.0, 0.1), lambda: self._say(canned.PLANNED))
-        self._later((0.1, 0.2), lambda: self._say(canned.PROGRESS))
-        self._later((0.2, 20.0), lambda: self._finish(order))
+        self._later((0.0, 0.1), lambda: self._plan(order))
 
-    def _finish(self, order: Mapping[str, Any]) -> None:
-        kind = self._party.next_failure()
-        self._say(canned.train(order, self._around.config) if kind is None else WorkerError(kind, "as the schedule says"))
+    def _plan(self, order: Mapping[str, Any]) -> None:
+        try:
+            model, patched = canned.receive(order, self._around.config)
+        except InvalidPayload as error:
+            self._say(WorkerError("InvalidPayload", str(error)))
+            return
+        self._later((0.0, 0.1), lambda: self._say(canned.PROGRESS))
+        self._later((0.1, 20.0), lambda: self._finish(order, model))
+        if patched is not None:
+            self._say(patched)
+        self._say(canned.PLANNED)
+
+    def _finish(self, order: Mapping[str, Any], model: canned.Model) -> None:
+        if kind := self._party.next_failure():
+            self._say(WorkerError(kind, "as the schedule says"))
+            return
+        done = canned.train(order, self._around.config, model)
+        self._around.trained.add((order["stage"], order["round"], order["participant"]))
+        self._say(done)
 
     def _say(self, event: Event) -> None:
         self._party.take(self, event)
