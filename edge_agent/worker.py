@@ -32,6 +32,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lwfed import disk
 from lwfed.child import Json, serve
 from lwfed.config import RunConfig
 from lwfed.data.images import Images
@@ -39,7 +40,7 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import differences, trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
-from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.previous import Previous, forget
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
@@ -112,7 +113,7 @@ class Worker:
         else:
             forget("previous", kept)
         received = {name: parts[name].cpu().numpy() for name in update}
-        on_disk(data, lambda: write_durably(Path(data["out"]), differences.encode(config, place, update, received, kept)))
+        on_disk(data, lambda: disk.write(Path(data["out"]), differences.encode(config, place, update, received, kept)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from lwfed import disk
 from lwfed.errors import InvalidPayload, StateError
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
@@ -187,10 +188,9 @@ class BlobStore:
 
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:
-            _sync(path)
-        path.replace(self._root / ref.id)
-        if self._durable:
-            _sync(self._root)
+            disk.install(path, self._root / ref.id)
+        else:
+            path.replace(self._root / ref.id)
         self._sizes[ref.id] = ref.size
 
 
@@ -283,11 +283,3 @@ def _digest(path: Path) -> str:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

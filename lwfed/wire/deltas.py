@@ -11,6 +11,7 @@ add to its next difference (error feedback, arXiv 1901.09847). Decoding gives th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -193,4 +194,4 @@ def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
 
 
 def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)

@@ -132,7 +132,9 @@ def test_every_announced_part_is_what_its_patches_make(world, said):
             for part, steps in run.patches.items():
                 for number, step in enumerate(steps):
                     files = [fleet.course.blobs.path(later.blob.id) for later in steps[number:]]
-                    patch(fleet.config, part, part_shapes(fleet.config, part), fleet.course.blobs.path(step.base), files, run.parts[part].id)
+                    patch(
+                        fleet.config, part, part_shapes(fleet.config, part), fleet.course.blobs.path(step.base), files, run.parts[part].id
+                    )
         return fleet.course.state.over
 
     fleet.settle(until)

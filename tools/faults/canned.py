@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from lwfed import disk
 from lwfed.child import Ended, Json, Said
 from lwfed.cloud_server.workshop import FromChild
 from lwfed.config import RunConfig
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.events import WorkerDone, WorkerPatched, WorkerPlanned, WorkerProgress, WorkerReady
-from lwfed.edge_agent.previous import write_durably
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
 from lwfed.wire.messages import Memory
@@ -95,7 +95,7 @@ def train(order: Mapping[str, Any], config: RunConfig, model: Model) -> WorkerDo
     update = trained(model, config.plan(stage).uploaded, stage, round, participant)
     received = {name: tensor for part in config.plan(stage).uploaded for name, tensor in model[part].items()}
     file = Path(order["out"])
-    write_durably(file, differences.encode(config, (stage, round, participant), update, received, Path(order["kept"])))
+    disk.write(file, differences.encode(config, (stage, round, participant), update, received, Path(order["kept"])))
     memory = Memory(baseline_mb=100.0, peak_mb=150.0, peak_source="samples", curve=())
     losses = (loss(stage, round, participant),)
     return WorkerDone(file, images(participant), skipped=0, steps=2, losses=losses, seconds=1.0, memory=memory)
