@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from lwfed import __version__
+from lwfed import __version__, disk
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import ModelSection, RunConfig
 from lwfed.errors import StateError
@@ -95,10 +95,7 @@ def _write(out: Path, data: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_name(f".{out.name}-{os.getpid()}")
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(out)
+        unfinished.write_bytes(data)
+        disk.install(unfinished, out)
     except OSError as error:
         raise StateError(f"cannot write {out}: {error.strerror or error}") from error

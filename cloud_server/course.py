@@ -18,7 +18,7 @@ from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Presence, Rules, State
 from lwfed.cloud_server.sizes import update_bytes
-from lwfed.cloud_server.store import Step, bind_folder, open_store
+from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import RunConfig
@@ -35,14 +35,23 @@ MODEL_FOLDER = "model"
 
 class Course:
     def __init__(
-        self, config: RunConfig, root: Path, clock: Callable[[], float] = time.time, durable: bool = True, database: str | None = None
+        self,
+        config: RunConfig,
+        root: Path,
+        clock: Callable[[], float] = time.time,
+        durable: bool = True,
+        database: str | None = None,
+        store: Store | None = None,
     ) -> None:
-        """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError."""
+        """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError.
+
+        `store` is used instead of one that is opened.
+        """
         self.config = config
         self.root = root
         self.clock = clock
         self.rules = Rules.of(config)
-        self.store = open_store(root, config.run.name, database, clock, durable)
+        self.store = store or open_store(root, config.run.name, database, clock, durable)
         try:
             stored = self.store.config
             self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start

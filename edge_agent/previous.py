@@ -6,11 +6,11 @@ that is repeated reads the same and gives the same bits.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from lwfed import disk
 from lwfed.config import RunConfig
 
 Kind = Literal["previous", "residual"]  # of all files here; nothing else in the folder begins so
@@ -34,7 +34,7 @@ class Previous:
         """Keep that of `round` and the one that it has read, and no others."""
         compared = self.before(round)
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_durably(self._path(round), data)
+        disk.write(self._path(round), data)
         forget(self._kind, self._folder, {self._path(round), compared})
 
     def _path(self, round: int) -> Path:
@@ -49,17 +49,3 @@ def forget(kind: Kind, folder: Path, but: Collection[Path | None] = ()) -> None:
     for path in folder.glob(f"{kind}-*"):
         if path not in but:
             path.unlink()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """All of it or nothing, also after a power cut."""
-    temporary = path.with_suffix(".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -8,24 +8,20 @@ by moon they depend on the device's previous update of the stage too, which `lwf
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lwfed.config import RunConfig
-from lwfed.errors import Diverged, InvalidPayload
+from lwfed.errors import InvalidPayload
 from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.reuse import FeatureCache, Progress, reuse
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.models.step import Means
 from lwfed.plan import part_of
 from lwfed.seeds import derive
-from lwfed.wire import deltas
 from lwfed.wire import tensors as wire
 
 Source = Path | bytes  # of the tensors of a part
@@ -58,45 +54,6 @@ def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, T
     return None
 
 
-def patch(config: RunConfig, part: str, base: Path, patches: Iterable[Path], digest: str) -> bytes:
-    """The file of `part` that `patches` make of `base`, one after another. Raises InvalidPayload unless its SHA-256 is `digest`."""
-    shapes, codec = part_shapes(config, part), config.transfer.codec
-    if codec == "fp32":
-        raise InvalidPayload("a run whose codec is fp32 sends no patches")
-    found = wire.decode(base, shapes)
-    for file in patches:
-        change = deltas.decode(file.read_bytes(), shapes, codec)
-        found = {name: tensor + change[name] for name, tensor in found.items()}
-    made = wire.encode(found)
-    if hashlib.sha256(made).hexdigest() != digest:
-        raise InvalidPayload(f"what was sent of {part} does not make of it what the server announced")
-    return made
-
-
-def encode(
-    config: RunConfig,
-    stage: int,
-    round: int,
-    participant: int,
-    update: Mapping[str, wire.Array],
-    received: Mapping[str, wire.Array],
-    residual: Mapping[str, Tensor] | None,
-) -> tuple[bytes, dict[str, wire.Array]]:
-    """`update` as differences to what the device received, in the codec of the run, and what that loses, to be handed in as `residual`.
-
-    Raises Diverged where they cannot be told, and ValueError with the codec fp32.
-    """
-    codec, top_k = config.transfer.codec, config.transfer.top_k
-    if codec == "fp32":
-        raise ValueError("fp32 sends no differences")
-    missing = {} if residual is None else {name: tensor.numpy() for name, tensor in residual.items()}
-    wanted = {name: tensor - received[name] + missing.get(name, np.float32(0)) for name, tensor in update.items()}
-    try:
-        return deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", participant, stage, round))
-    except ValueError as error:
-        raise Diverged(f"the update cannot be sent: {error}; lower train.lr") from None
-
-
 def train(
     config: RunConfig,
     stage: int,
@@ -110,7 +67,7 @@ def train(
     means: Means | None = None,
     cache: FeatureCache | None = None,
     on_rows: Progress | None = None,
-) -> tuple[dict[str, npt.NDArray[np.float32]], LocalSummary]:
+) -> tuple[dict[str, wire.Array], LocalSummary]:
     """The tensors of `plan.uploaded` after the local call on the device of `tensors`, and its summary. Raises DataError and Diverged.
 
     `previous` are those of an earlier round of the stage, for alignment by moon; `means`, `cache` and `on_rows` are as of `train_local`.

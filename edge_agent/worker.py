@@ -34,14 +34,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lwfed import disk
 from lwfed.child import Json, serve
 from lwfed.config import RunConfig
 from lwfed.data.images import Images
 from lwfed.data.load import device_images
-from lwfed.edge_agent import trainer
+from lwfed.edge_agent import differences, trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means
-from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.previous import Previous, forget
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
@@ -49,6 +50,7 @@ from lwfed.models.features import Folder, Memory
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
 from lwfed.models.reuse import FeatureCache
+from lwfed.models.shapes import part_shapes
 from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
@@ -113,7 +115,8 @@ class Worker:
             on_disk(data, lambda: own.keep(data["round"], wire.encode(update)))
         else:
             forget("previous", kept)
-        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, place, update, parts, kept)))
+        received = {name: parts[name].cpu().numpy() for name in update}
+        on_disk(data, lambda: disk.write(Path(data["out"]), differences.encode(config, place, update, received, kept)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
@@ -194,28 +197,14 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
         if isinstance(told, str):
             found[part] = Path(told)
             continue
-        found[part] = made = trainer.patch(config, part, Path(told["base"]), [Path(file) for file in told["patches"]], told["id"])
+        base, patches = Path(told["base"]), [Path(file) for file in told["patches"]]
+        found[part] = made = differences.patch(config, part, part_shapes(config, part), base, patches, told["id"])
         file = Path(data["out"]).with_name(f"{part}.patched")
         on_disk(data, partial(file.write_bytes, made))
         files.append(str(file))
     if files:
         say({"event": "patched", "files": files})
     return found
-
-
-def _encode(
-    config: RunConfig, place: tuple[int, int, int], update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path
-) -> bytes:
-    """The update as it travels; what its encoding loses is kept for the next round. `place`: stage, round, participant."""
-    if config.transfer.codec == "fp32":
-        forget("residual", kept)
-        return wire.encode(update)
-    stage, round, participant = place
-    residuals = Previous("residual", kept, config, stage, participant)
-    received = {name: parts[name].cpu().numpy() for name in update}
-    encoded, residual = trainer.encode(config, *place, update, received, trainer.load_update(config, stage, residuals.before(round)))
-    residuals.keep(round, wire.encode(residual))
-    return encoded
 
 
 def _name(told: str | Json | None) -> str | None:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from lwfed import disk
 from lwfed.errors import InvalidPayload, StateError
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
@@ -119,11 +120,11 @@ class BlobStore:
 
     def has(self, id: str) -> bool:
         """Whether the blob is held intact: the first question in this process reads it, and removes it when it rotted."""
-        path = self._root / id
-        if not path.is_file():
+        if not os.path.isfile(f"{self._root}/{id}"):  # asked all the time: a Path takes longer than the system
             self._sizes.pop(id, None)
             return False
         if id not in self._sizes:
+            path = self._root / id
             with _explained(path):
                 if _digest(path) != id:
                     path.unlink()
@@ -133,15 +134,14 @@ class BlobStore:
 
     def path(self, id: str) -> Path:
         """Raises StateError when the blob is not held."""
-        if not self.has(id):
-            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+        self._demand(id)
         return self._root / id
 
     def read(self, id: str) -> bytes:
         return self.path(id).read_bytes()
 
     def ref(self, id: str) -> BlobRef:
-        self.path(id)
+        self._demand(id)
         return BlobRef(id=id, size=self._sizes[id])
 
     def manifest(self, id: str, chunk_bytes: int) -> Manifest:
@@ -182,12 +182,15 @@ class BlobStore:
             if path.name.partition("-")[0] not in keep:
                 path.unlink()
 
+    def _demand(self, id: str) -> None:
+        if not self.has(id):
+            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:
-            _sync(path)
-        path.replace(self._root / ref.id)
-        if self._durable:
-            _sync(self._root)
+            disk.install(path, self._root / ref.id)
+        else:
+            path.replace(self._root / ref.id)
         self._sizes[ref.id] = ref.size
 
 
@@ -280,11 +283,3 @@ def _digest(path: Path) -> str:
         while piece := file.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

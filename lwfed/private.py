@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lwfed import disk
 from lwfed.errors import StateError
 
 
@@ -15,8 +16,6 @@ def write_private(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)  # its mode would stay
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        disk.install(fresh, path)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror or error}; check its folder and disk") from None

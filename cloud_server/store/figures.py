@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy import Connection, Select, func, select
 
 from lwfed.cloud_server.store.schema import contributions
 
@@ -44,15 +45,18 @@ def contributed(connection: Connection, run: str) -> dict[tuple[int, int], Contr
 
 def stage_figures(connection: Connection, run: str, stage: int) -> StageFigures | None:
     """None when nobody has contributed to `stage`."""
-    found = connection.execute(_last_reports(run, stage)).all()
-    before = {row.participant: row for row in found if not row.ours}
-    ours = [row for row in found if row.ours]
+    # Of all stages: a device that trained in other stages has cost nothing in this one, and means add up to the run's.
+    everybody = select(func.count(contributions.c.participant.distinct())).where(contributions.c.run == run)
+    return figures_of(connection.execute(_last_reports(run, stage)).all(), connection.execute(everybody).scalar_one())
+
+
+def figures_of(reports: Sequence[Any], devices: int) -> StageFigures | None:
+    """From rows as `_last_reports` selects them, and the number of devices that have contributed to the run."""
+    before = {row.participant: row for row in reports if not row.ours}
+    ours = [row for row in reports if row.ours]
     if not ours:
         return None
     used = [_used(row, before.get(row.participant)) for row in ours]
-    # Of all stages: a device that trained in other stages has cost nothing in this one, and means add up to the run's.
-    everybody = select(func.count(contributions.c.participant.distinct())).where(contributions.c.run == run)
-    devices = connection.execute(everybody).scalar_one()
     return StageFigures(
         worker_peak_mb=max(row.peak for row in ours),
         worker_baseline_mb=max(row.baseline for row in ours),
@@ -76,7 +80,7 @@ def _last_reports(run: str, stage: int) -> Select[Any]:
     return select(ranked).where(ranked.c.place == 1)
 
 
-def _used(last: Row[Any], before: Row[Any] | None) -> tuple[int, int]:
+def _used(last: Any, before: Any | None) -> tuple[int, int]:
     """A device's traffic (down, up) in a stage; its counters run since it joined."""
     down, up = (before.down_bytes, before.up_bytes) if before else (0, 0)
     if last.down_bytes < down or last.up_bytes < up:  # its journal was lost: it began to count anew

@@ -6,7 +6,6 @@ The folder holds the blobs of one run. Served for a run of another store it woul
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from lwfed import disk
 from lwfed.cloud_server.store import schema
 from lwfed.cloud_server.store.database import Database, open_postgresql, open_sqlite
 from lwfed.cloud_server.store.store import Store
@@ -77,16 +77,8 @@ def bind_folder(root: Path, store: Store) -> None:
         return
     temporary = root / f"{TIE_NAME}.new"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(bond), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(root / TIE_NAME)
-        folder = os.open(root, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        temporary.write_text(json.dumps(asdict(bond)), encoding="utf-8")
+        disk.install(temporary, root / TIE_NAME)
     except OSError as error:
         raise StateError(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions") from None
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lwfed.config import RunConfig
-from lwfed.edge_agent import trainer
+from lwfed.edge_agent import differences
 from lwfed.errors import MissingDependency, StateError
 from lwfed.models.cost import true_macs
 from lwfed.models.graphs import make_graphs
@@ -51,7 +51,7 @@ def make_sample(config: RunConfig, stage: int, images: int, folder: Path) -> dic
         graphs = make_graphs(model, config.graphs if plan.frozen_layers else (), folder)
     except MissingDependency as error:
         no_graphs = str(error)
-    down, up = round_bytes(config, plan, weights)
+    down, up = round_bytes(config, plan, weights, folder)
     return {
         "parts": {part: str(file) for part, file in parts.items()},
         "graphs": {engine: str(file) for engine, file in graphs.items()},
@@ -63,7 +63,7 @@ def make_sample(config: RunConfig, stage: int, images: int, folder: Path) -> dic
     }
 
 
-def round_bytes(config: RunConfig, plan: StagePlan, weights: Mapping[str, Mapping[str, wire.Array]]) -> tuple[int, int]:
+def round_bytes(config: RunConfig, plan: StagePlan, weights: Mapping[str, Mapping[str, wire.Array]], folder: Path) -> tuple[int, int]:
     """(down, up) for a device that was in the round before; `weights`: part -> its tensors."""
     random = np.random.default_rng(derive(config.run.seed, "sample", "change"))
     changes: dict[str, dict[str, wire.Array]] = {}
@@ -72,11 +72,10 @@ def round_bytes(config: RunConfig, plan: StagePlan, weights: Mapping[str, Mappin
         changes[part] = {name: CHANGE * random.standard_normal(tensor.shape, np.float32) for name, tensor in tensors}
     received = {name: tensor for part in plan.uploaded for name, tensor in weights[part].items()}
     update = {name: received[name] + change for part in plan.uploaded for name, change in changes[part].items()}
-    codec = config.transfer.codec
+    sent, codec = differences.encode(config, (plan.stage, 1, 0), update, received, folder), config.transfer.codec
     if codec == "fp32":
-        return sum(len(wire.encode(weights[part])) for part in plan.downloaded), len(wire.encode(update))
+        return sum(len(wire.encode(weights[part])) for part in plan.downloaded), len(sent)
     patches = (deltas.encode(changes[part], codec, 1.0, config.run.seed) for part in plan.downloaded)
-    sent, _ = trainer.encode(config, plan.stage, 1, 0, update, received, None)
     return sum(len(patch) for patch, _ in patches), len(sent)
 
 

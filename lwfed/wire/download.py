@@ -150,14 +150,18 @@ class Downloads:
             else:
                 self._retry.wait(now)
             if self._fresh:
-                all_known = all(blob.part is not None for blob in self._open.values())
+                all_known = all(blob.part is not None and blob.asked != "manifest" for blob in self._open.values())
                 self._retry.at(now if all_known else now + GATHER_S)
         self._heard = self._fresh = False
 
     def _need(self) -> Need:
+        """Of the next step of blobs that can go on; where none can, so after a silence, of all."""
         wants: list[Want] = []
         room = MAX_NEED_CHARS
+        silent = all(blob.asked != "nothing" for blob in self._open.values())
         for id, blob in self._open.items():
+            if blob.part is not None and blob.asked != "nothing" and not silent:
+                continue  # its answer is on its way
             chunks = blob.part is not None and blob.asked == "nothing"
             want = Want(id=id, missing=ranges(blob.part.missing()) if blob.part and chunks else None)
             room -= len(want.missing or "")

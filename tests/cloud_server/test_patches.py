@@ -10,7 +10,7 @@ from lwfed.blobs import BlobStore
 from lwfed.cloud_server.patches import publish
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import load_config
-from lwfed.edge_agent.trainer import patch
+from lwfed.edge_agent.differences import patch
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
@@ -55,7 +55,7 @@ def test_devices_make_of_a_patch_what_is_announced(blobs, codec):
     found = publish(one.transfer, blobs, {PART: old, "norm": old}, {PART: after, "norm": old}, {}, seed=3)
     assert set(found.parts) == set(found.patches) == set(found.residuals) == {PART}
     base, data = found.patches[PART]
-    made = patch(one, PART, blobs.path(base), [blobs.path(data)], found.parts[PART])
+    made = patch(one, PART, part_shapes(one, PART), blobs.path(base), [blobs.path(data)], found.parts[PART])
     assert base == old
     assert hashlib.sha256(made).hexdigest() == found.parts[PART] != after
     assert publish(one.transfer, blobs, {PART: old}, {PART: after}, {}, seed=3) == found, "after a crash"
@@ -132,7 +132,9 @@ def test_every_announced_part_is_what_its_patches_make(world, said):
             for part, steps in run.patches.items():
                 for number, step in enumerate(steps):
                     files = [fleet.course.blobs.path(later.blob.id) for later in steps[number:]]
-                    patch(fleet.config, part, fleet.course.blobs.path(step.base), files, run.parts[part].id)
+                    patch(
+                        fleet.config, part, part_shapes(fleet.config, part), fleet.course.blobs.path(step.base), files, run.parts[part].id
+                    )
         return fleet.course.state.over
 
     fleet.settle(until)

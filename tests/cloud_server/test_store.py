@@ -3,18 +3,24 @@ import pytest
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import FILE_NAME, Contribution, Judgement, Scores, open_store
 from lwfed.errors import StateError
+from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.wire.messages import Traffic
 
 from .fleets import HELLO
 
 
-@pytest.fixture
-def opened(tmp_path, database):
+@pytest.fixture(params=["sqlite", "postgresql", "memory"])
+def opened(tmp_path, request):
     """Opens the store; once more as well, as a server does that was started again."""
-    stores = []
+    stores, kept = [], Kept()
+    address = request.getfixturevalue("postgres").address() if request.param == "postgresql" else None
 
     def opened(now=1000.0, run="demo"):
-        stores.append(open_store(tmp_path, run, database, lambda: now, durable=False))
+        def clock():
+            return now
+
+        in_memory = request.param == "memory"
+        stores.append(MemoryStore(kept, run, clock) if in_memory else open_store(tmp_path, run, address, clock, durable=False))
         return stores[-1]
 
     yield opened

@@ -186,8 +186,8 @@ class Disk:
     """Writing updates fails as long as more than `free` bytes of features are kept."""
 
     def __init__(self, monkeypatch, device, free):
-        self.features, self.write, self.free = device.root / "kept" / "features", worker.write_durably, free
-        monkeypatch.setattr(worker, "write_durably", self)
+        self.features, self.write, self.free = device.root / "kept" / "features", worker.disk.write, free
+        monkeypatch.setattr(worker.disk, "write", self)
 
     def __call__(self, path, data):
         if sum(file.stat().st_size for file in self.features.glob("*")) > self.free:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lwfed.config import load_config
-from lwfed.edge_agent import trainer
+from lwfed.edge_agent import differences
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerPatched
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.models.shapes import part_shapes
@@ -184,6 +184,9 @@ def config(codec="int8"):
     return load_config("demo", [*SMALL, f"transfer.codec={codec}"])
 
 
+SHAPES = part_shapes(config(), PART)
+
+
 def some(seed, scale=1.0):
     random = np.random.default_rng(seed)
     return {name: np.asarray(random.standard_normal(shape) * scale, np.float32) for name, shape in part_shapes(config(), PART).items()}
@@ -205,19 +208,19 @@ def files(folder, count=2):
 def test_patches_make_the_part_in_their_order_alone(tmp_path):
     base, patches, made = files(tmp_path)
     digest = hashlib.sha256(made).hexdigest()
-    assert trainer.patch(config(), PART, base, patches, digest) == made
+    assert differences.patch(config(), PART, SHAPES, base, patches, digest) == made
     for wrong in (patches[:1], patches[1:], [*patches, patches[0]]):
         with pytest.raises(InvalidPayload, match=r"what was sent of layer\.1 does not make"):
-            trainer.patch(config(), PART, base, wrong, digest)
+            differences.patch(config(), PART, SHAPES, base, wrong, digest)
     with pytest.raises(InvalidPayload, match="fp32 sends no patches"):
-        trainer.patch(config("fp32"), PART, base, patches, digest)
+        differences.patch(config("fp32"), PART, SHAPES, base, patches, digest)
     patches[0].write_bytes(b"junk")
     with pytest.raises(InvalidPayload, match="not a file of differences"):
-        trainer.patch(config(), PART, base, patches, digest)
+        differences.patch(config(), PART, SHAPES, base, patches, digest)
 
 
-def test_an_update_that_cannot_be_sent_ends_with_advice():
+def test_an_update_that_cannot_be_sent_ends_with_advice(tmp_path):
     received = some(0)
     update = {name: np.full_like(tensor, np.inf) for name, tensor in received.items()}
     with pytest.raises(Diverged, match=r"lower train\.lr"):
-        trainer.encode(config(), 1, 1, 0, update, received, None)
+        differences.encode(config(), (1, 1, 0), update, received, tmp_path)

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
+from lwfed import disk
 from lwfed.config import load_config
-from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.previous import Previous, forget
 from lwfed.edge_agent.worker import Worker
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
@@ -133,5 +134,5 @@ def test_what_could_not_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_durably(tmp_path / "update.safetensors", b"update")
+        disk.write(tmp_path / "update.safetensors", b"update")
     assert not list(tmp_path.iterdir())

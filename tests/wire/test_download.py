@@ -137,6 +137,38 @@ def test_after_a_silence_it_asks_for_the_manifest_and_behind_it_for_what_is_miss
     assert needs(bench.downloads.poll(4.2)) == [("0,2-3",)]
 
 
+def test_a_silence_over_many_blobs_is_asked_into_once_for_each(bench):
+    """Polled after every answer, as agents do: a question for each of them would be answered as often."""
+    others = [bench.server.manifest(bench.server.put(bytes([number]) * 2000).id, 1024) for number in range(4)]
+    bench.downloads.want([manifest.blob for manifest in others])
+    for manifest in others:
+        bench.downloads.on_manifest(manifest)
+    assert needs(bench.downloads.poll(0.0)) == [("0-1",) * 4]
+    assert needs(bench.downloads.poll(4.0)) == [(None,) * 4]
+    asked = []
+    for manifest in others:
+        bench.downloads.on_manifest(manifest)
+        asked.append(needs(bench.downloads.poll(4.1)))
+    assert asked == [[], [], [], [("0-1",) * 4]]
+    for manifest in others:  # answers to a question that was doubled on its way
+        bench.downloads.on_manifest(manifest)
+        assert bench.downloads.poll(4.2) == []
+
+
+def test_what_is_answered_goes_on_while_another_answer_is_missing(bench):
+    other = bench.server.manifest(bench.server.put(b"x" * 2000).id, 1024)
+    bench.downloads.want([bench.ref, other.blob])
+    for manifest in (bench.manifest, other):
+        bench.downloads.on_manifest(manifest)
+    bench.downloads.poll(0.0)
+    assert needs(bench.downloads.poll(4.0)) == [(None, None)]
+    bench.downloads.on_manifest(bench.manifest)
+    assert bench.downloads.poll(4.1) == []
+    assert needs(bench.downloads.poll(4.4)) == [("0-3",)]
+    bench.downloads.on_manifest(other)
+    assert needs(bench.downloads.poll(4.5)) == [("0-1",)]
+
+
 def test_after_a_reset_it_asks_at_once_and_only_for_the_rest(bench):
     bench.downloads.want([bench.ref])
     bench.downloads.on_manifest(bench.manifest)

@@ -12,10 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from lwfed import disk
 from lwfed.child import Ended, Json, Said
 from lwfed.cloud_server.workshop import FromChild
 from lwfed.config import RunConfig
-from lwfed.edge_agent.events import WorkerDone, WorkerPlanned, WorkerProgress, WorkerReady
+from lwfed.edge_agent import differences
+from lwfed.edge_agent.events import WorkerDone, WorkerPatched, WorkerPlanned, WorkerProgress, WorkerReady
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
 from lwfed.wire.messages import Memory
@@ -79,18 +81,31 @@ def load(files: Mapping[str, str]) -> Model:
     return {part: wire.decode(Path(file).read_bytes(), shapes(part)) for part, file in files.items()}
 
 
-def train(order: Mapping[str, Any], config: RunConfig) -> WorkerDone:
-    """What the worker of a device does with its order."""
-    place = order["stage"], order["round"], order["participant"]
-    plan = config.plan(order["stage"])
-    received = {engine: Path(file).read_bytes() for engine, file in order["graphs"].items()}
-    if received != {engine: graph(engine) for engine in config.graphs if plan.frozen_layers}:
-        raise RuntimeError(f"a device trains stage {order['stage']} with the graphs {received}")
-    update = trained(load(order["parts"]), plan.uploaded, *place)
+def receive(order: Mapping[str, Any], config: RunConfig) -> tuple[Model, WorkerPatched | None]:
+    """What the worker of a device does first: the model, and the parts that were made of patches. Raises InvalidPayload."""
+    graphs = {engine: Path(file).read_bytes() for engine, file in order["graphs"].items()}
+    if graphs != {engine: graph(engine) for engine in config.graphs if config.plan(order["stage"]).frozen_layers}:
+        raise RuntimeError(f"a device trains stage {order['stage']} with the graphs {graphs}")
+    told, made = order["parts"], {}
+    for part, way in told.items():
+        if isinstance(way, dict):
+            made[part] = Path(order["out"]).with_name(f"{part}.patched")
+            patches = [Path(file) for file in way["patches"]]
+            made[part].write_bytes(differences.patch(config, part, shapes(part), Path(way["base"]), patches, way["id"]))
+    model = load({part: str(made.get(part, way)) for part, way in told.items()})
+    return model, WorkerPatched(tuple(made.values())) if made else None
+
+
+def train(order: Mapping[str, Any], config: RunConfig, model: Model) -> WorkerDone:
+    """What it does then."""
+    stage, round, participant = order["stage"], order["round"], order["participant"]
+    update = trained(model, config.plan(stage).uploaded, stage, round, participant)
+    received = {name: tensor for part in config.plan(stage).uploaded for name, tensor in model[part].items()}
     file = Path(order["out"])
-    file.write_bytes(wire.encode(update))
+    disk.write(file, differences.encode(config, (stage, round, participant), update, received, Path(order["kept"])))
     memory = Memory(baseline_mb=100.0, peak_mb=150.0, peak_source="samples", curve=())
-    return WorkerDone(file, images(order["participant"]), skipped=0, steps=2, losses=(loss(*place),), seconds=1.0, memory=memory)
+    losses = (loss(stage, round, participant),)
+    return WorkerDone(file, images(participant), skipped=0, steps=2, losses=losses, seconds=1.0, memory=memory)
 
 
 class ServerWorker:

@@ -4,15 +4,17 @@
    until its round is aggregated its update is on disk with its digest.
 2. Nothing is counted twice: a participant contributes once to a round, and what the coordinator counts is what the store holds.
 3. The run never goes back, over all starts of the server.
-4. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`reference`).
+4. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`Reference`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
+
+import numpy as np
 
 from lwfed.cloud_server.aggregate import combine, screen
 from lwfed.cloud_server.course import Course
@@ -20,8 +22,10 @@ from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import Contribution
 from lwfed.cloud_server.updates import Share, Updates
 from lwfed.config import RunConfig
+from lwfed.plan import StagePlan
+from lwfed.seeds import derive
 from lwfed.tools.faults import canned
-from lwfed.wire import tensors
+from lwfed.wire import deltas, tensors
 from lwfed.wire.messages import Done, decode
 from lwfed.wire.topics import ToDevice, Topics
 
@@ -84,8 +88,8 @@ class Judge:
                 self.blame(f"{_place(state)}: the update {one.id} of participant {one.participant} is recorded and not on disk")
         return {one.id for one in stored}
 
-    def end(self, course: Course, folder: Path) -> None:
-        """The run is over."""
+    def end(self, course: Course, trained: Set[Place], folder: Path) -> None:
+        """The run is over; `trained` is what devices have trained, counted or not."""
         self.begun(course)
         recorded = course.store.contributions()
         self.rounds = sum(row.closed_s is not None for row in course.store.rounds())
@@ -96,14 +100,14 @@ class Judge:
         if found | course.state.parts != found:
             self.blame("the model of the run is not that of its last checkpoints")
         folder.mkdir(exist_ok=True)
-        for text in differences(course, recorded, folder):
+        for text in differences(course, recorded, trained, folder):
             self.blame(text)
 
 
-def differences(course: Course, recorded: list[Contribution], folder: Path) -> Iterator[str]:
+def differences(course: Course, recorded: list[Contribution], trained: Set[Place], folder: Path) -> Iterator[str]:
     """Where updates and models of the run are not those of the reference."""
     checkpoints = course.store.checkpoints()
-    for stage, round, updates, model in reference(course.config, recorded, folder):
+    for stage, round, updates, model in Reference(course.config, recorded, trained, folder).rounds():
         place = f"stage {stage}, round {round}"
         blobs = {one.participant: one.blob for one in recorded if (one.stage, one.round) == (stage, round)}
         if blobs != updates:
@@ -113,41 +117,84 @@ def differences(course: Course, recorded: list[Contribution], folder: Path) -> I
             yield f"{place}: the model is not what the contributions make ({', '.join(wrong)})"
 
 
+Place = tuple[int, int, int]  # stage, round, participant
 Update = tuple[int, int, dict[int, str], dict[str, str]]  # stage, round, participant -> blob, part -> blob
 
 
-def reference(config: RunConfig, recorded: list[Contribution], folder: Path) -> Iterator[Update]:
-    """Every round of a run that nothing disturbed and to which the same devices contributed."""
-    model: canned.Model = {}
-    for stage, rounds in enumerate(config.round_counts, 1):
-        plan = config.plan(stage)
-        model = {part: held for part, held in model.items() if part in plan.present} | {
-            part: canned.initial(part, 1) for part in plan.added
-        }
-        for round in range(1, rounds + 1):
-            members = sorted(one.participant for one in recorded if (one.stage, one.round) == (stage, round))
-            files = {one: folder / f"update-{one}" for one in members}
-            updates = {}
-            for participant, file in files.items():
-                data = tensors.encode(canned.trained(model, plan.uploaded, stage, round, participant))
-                file.write_bytes(data)
+class Reference:
+    """A run that nothing disturbed, and to which the same devices contributed.
+
+    A device whose update came too late has kept what its encoding lost, as if it counted: so what was trained is known too.
+    """
+
+    def __init__(self, config: RunConfig, recorded: list[Contribution], trained: Set[Place], folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._recorded = {(one.stage, one.round, one.participant) for one in recorded}
+        self._trained = sorted(trained)
+        self._model: canned.Model = {}
+        self._lost: dict[str, canned.Tensors] = {}  # of a participant, or of a part, by the last encoding in the stage
+
+    def rounds(self) -> Iterator[Update]:
+        for stage, rounds in enumerate(self._config.round_counts, 1):
+            plan = self._config.plan(stage)
+            kept = {part: held for part, held in self._model.items() if part in plan.present}
+            self._model, self._lost = kept | {part: canned.initial(part, 1) for part in plan.added}, {}
+            for round in range(1, rounds + 1):
+                updates, shares = self._updates(plan, stage, round)
+                after = self._model | self._aggregated(plan, shares)
+                every = self._config.calibration.every
+                if every == "round" or (every == "stage" and round == rounds):
+                    after |= canned.calibrated(after, plan.calibrated, stage, round)
+                self._publish(after, derive(self._config.run.seed, "publish", stage, round))
+                yield stage, round, updates, {part: _digest(held) for part, held in self._model.items()}
+
+    def _updates(self, plan: StagePlan, stage: int, round: int) -> tuple[dict[int, str], list[Share]]:
+        """The digests of what counts, as it travels, and the weights that it stands for."""
+        received = {name: tensor for part in plan.uploaded for name, tensor in self._model[part].items()}
+        updates, shares = {}, []
+        for place in [place for place in self._trained if place[:2] == (stage, round)]:
+            participant = place[2]
+            data, weights = self._travelled(received, canned.trained(self._model, plan.uploaded, *place), participant, place)
+            if place in self._recorded:
                 updates[participant] = hashlib.sha256(data).hexdigest()
-            shares = [Share(participant, canned.images(participant), file) for participant, file in files.items()]
-            model |= _aggregated(config, model, plan.uploaded, shares, folder)
-            every = config.calibration.every
-            if every == "round" or (every == "stage" and round == rounds):
-                model |= canned.calibrated(model, plan.calibrated, stage, round)
-            yield stage, round, updates, {part: _digest(held) for part, held in model.items()}
+                shares.append(Share(participant, canned.images(participant), self._file(f"update-{participant}", weights)))
+        return updates, shares
 
+    def _travelled(self, received: canned.Tensors, update: canned.Tensors, participant: int, place: Place) -> tuple[bytes, canned.Tensors]:
+        transfer, (stage, round, _) = self._config.transfer, place
+        if transfer.codec == "fp32":
+            return tensors.encode(update), update
+        seed = derive(self._config.run.seed, "update", participant, stage, round)
+        return self._encoded(f"update {participant}", received, update, transfer.top_k, seed)
 
-def _aggregated(config: RunConfig, model: canned.Model, parts: tuple[str, ...], shares: list[Share], folder: Path) -> canned.Model:
-    previous = {part: folder / part for part in parts}
-    for part, file in previous.items():
-        file.write_bytes(tensors.encode(model[part]))
-    if not shares:
-        return {}
-    with Updates(previous, shares) as updates:
-        return dict(combine(config.aggregation, screen(config.aggregation, updates), updates))
+    def _publish(self, after: canned.Model, seed: int) -> None:
+        """The model becomes what devices can make of what they are sent."""
+        for part in sorted(after):
+            before, held = self._model[part], after[part]
+            if self._config.transfer.codec != "fp32" and _digest(before) != _digest(held):
+                _, held = self._encoded(part, before, held, 1.0, derive(seed, "patch", part))
+            self._model[part] = held
+
+    def _encoded(self, what: str, before: canned.Tensors, after: canned.Tensors, top_k: float, seed: int) -> tuple[bytes, canned.Tensors]:
+        """The differences, and what they make of `before`; what they lose is added to the next ones."""
+        codec, lost = self._config.transfer.codec, self._lost.get(what, {})
+        assert codec != "fp32"
+        wanted = {name: after[name] - before[name] + lost.get(name, np.float32(0)) for name in after}
+        data, self._lost[what] = deltas.encode(wanted, codec, top_k, seed)
+        sent = deltas.decode(data, {name: tensor.shape for name, tensor in after.items()}, codec)
+        return data, {name: before[name] + sent[name] for name in after}
+
+    def _aggregated(self, plan: StagePlan, shares: list[Share]) -> canned.Model:
+        if not shares:
+            return {}
+        previous = {part: self._file(part, self._model[part]) for part in plan.uploaded}
+        with Updates(previous, shares) as updates:
+            return dict(combine(self._config.aggregation, screen(self._config.aggregation, updates), updates))
+
+    def _file(self, name: str, held: canned.Tensors) -> Path:
+        path = self._folder / name
+        path.write_bytes(tensors.encode(held))
+        return path
 
 
 def _digest(held: canned.Tensors) -> str:

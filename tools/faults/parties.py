@@ -26,9 +26,11 @@ from lwfed.edge_agent.events import Event, Stop, Tell, WorkerError
 from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Identity, Journal
 from lwfed.edge_agent.work import Places
-from lwfed.errors import Diverged, TransportError, WorkerFailed
+from lwfed.errors import Diverged, InvalidPayload, TransportError, WorkerFailed
 from lwfed.tools.faults import canned
+from lwfed.tools.faults.disk import Disk
 from lwfed.tools.faults.schedule import Kill, Point
+from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.memory import MemoryBroker, MemoryTransport
 from lwfed.wire.messages import Hello, State, encode
@@ -79,8 +81,10 @@ class Surroundings(Protocol):
     now: float
     broker: MemoryBroker
     config: RunConfig
+    disk: Disk
     random: Random
     topics: Topics
+    trained: set[tuple[int, int, int]]  # stage, round and participant of what was trained, counted or not
 
     def later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def note(self, who: str, text: str) -> None: ...
@@ -177,10 +181,11 @@ class Party(ABC):
         if power:
             self._around.broker.stall(link.client_id)
             self._around.later(KEEP_ALIVE_S, link.vanish)
-            self._lose_unsynced()
         else:
             link.vanish()
         self._end()
+        if power:
+            self._around.disk.lose_power(self.folder, self._around.random)
 
     def _close(self) -> None:
         """The process ends by itself: no will is sent."""
@@ -188,16 +193,6 @@ class Party(ABC):
             self._link.close()
             self._link = None
             self._end()
-
-    def _lose_unsynced(self) -> None:
-        """Parts of blobs are never synced: some of what was written is not there after a power cut."""
-        for part in sorted(self.folder.glob("**/*.part")):
-            if self._around.random.random() < 0.5:
-                size = part.stat().st_size
-                with part.open("r+b") as file:
-                    file.seek(self._around.random.randrange(size + 1))
-                    file.write(b"\0" * min(size, 1024))
-                    file.truncate(size)
 
     @contextmanager
     def _mortal(self) -> Iterator[None]:
@@ -220,6 +215,7 @@ class ServerParty(Party):
 
     def __init__(self, around: Surroundings, folder: Path) -> None:
         super().__init__("server", around, folder)
+        self._kept = Kept()
         self._server: Server | None = None
         self._worker: canned.ServerWorker | None = None  # ends with the server
 
@@ -250,7 +246,8 @@ class ServerParty(Party):
 
     def _begin(self, link: FusedTransport) -> None:
         around = self._around
-        self.course = Course(around.config, self.folder, self._unix_time, durable=False)
+        store = MemoryStore(self._kept, around.config.run.name, self._unix_time)
+        self.course = Course(around.config, self.folder, self._unix_time, store=store)
         news = News(_Voice(partial(around.note, self.name)), around.config, "memory")
         self._server = Server(self.course, link, news, self._start_worker, clock=lambda: around.now)
         self._server.begin()
@@ -350,7 +347,7 @@ class CannedAgent(VirtualDevice):
         folder = party.folder
         about = {"lwfed": "0", "python": "3", "torch": "canned", "machine": "canned", "source": "folder"}
         hello = Hello(boot=journal.boot, cores=1, memory_mb=1000.0, images=20, **about)
-        held, spool = BlobStore(folder / "model", durable=False), BlobStore(folder / "updates", durable=False)
+        held, spool = BlobStore(folder / "model"), BlobStore(folder / "updates")
         places = Places("images", kept=folder / "images", out=folder / "update.safetensors")
         super().__init__(around.topics, hello, journal, held, spool, places, link, around.now)
         self.facts = facts
@@ -375,13 +372,27 @@ class CannedAgent(VirtualDevice):
         self._worker += 1
 
     def _train(self, order: Mapping[str, Any], sample_s: float) -> None:
-        self._later((0.0, 0.1), lambda: self._say(canned.PLANNED))
-        self._later((0.1, 0.2), lambda: self._say(canned.PROGRESS))
-        self._later((0.2, 20.0), lambda: self._finish(order))
+        self._later((0.0, 0.1), lambda: self._plan(order))
 
-    def _finish(self, order: Mapping[str, Any]) -> None:
-        kind = self._party.next_failure()
-        self._say(canned.train(order, self._around.config) if kind is None else WorkerError(kind, "as the schedule says"))
+    def _plan(self, order: Mapping[str, Any]) -> None:
+        try:
+            model, patched = canned.receive(order, self._around.config)
+        except InvalidPayload as error:
+            self._say(WorkerError("InvalidPayload", str(error)))
+            return
+        self._later((0.0, 0.1), lambda: self._say(canned.PROGRESS))
+        self._later((0.1, 20.0), lambda: self._finish(order, model))
+        if patched is not None:
+            self._say(patched)
+        self._say(canned.PLANNED)
+
+    def _finish(self, order: Mapping[str, Any], model: canned.Model) -> None:
+        if kind := self._party.next_failure():
+            self._say(WorkerError(kind, "as the schedule says"))
+            return
+        done = canned.train(order, self._around.config, model)
+        self._around.trained.add((order["stage"], order["round"], order["participant"]))
+        self._say(done)
 
     def _say(self, event: Event) -> None:
         self._party.take(self, event)

@@ -120,6 +120,7 @@ def _settings(random: Random, devices: int) -> dict[str, dict[str, Any]]:
     least = random.randint(2, devices)
     stages = random.choice((2, 2, 2, 3))
     calibration = random.choice(("never", "never", "round", "stage"))
+    codec = random.choice(("fp32", "int8", "int8", "bf16"))
     return {
         "run": {"seed": random.randrange(2**31)},
         "model": {"depth": stages},
@@ -134,7 +135,13 @@ def _settings(random: Random, devices: int) -> dict[str, dict[str, Any]]:
             "deadline_s": random.choice((40.0, 120.0, 300.0)),
         },
         "calibration": {"every": calibration, "scope": random.choice(("model", "active"))},
-        "transfer": {"chunk_bytes": random.choice((1024, 4096)), "upload_slots": random.choice((1, 2, 8)), "window": random.choice((1, 4))},
+        "transfer": {
+            "codec": codec,
+            "top_k": 1.0 if codec == "fp32" else random.choice((1.0, 0.3)),
+            "chunk_bytes": random.choice((1024, 4096)),
+            "upload_slots": random.choice((1, 2, 8)),
+            "window": random.choice((1, 4)),
+        },
         "worker": {"linger_s": random.choice((0.0, 60.0))},
     }
 

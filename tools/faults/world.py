@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from lwfed import disk
 from lwfed.config import RunConfig
 from lwfed.seeds import derive
+from lwfed.tools.faults.disk import Disk
 from lwfed.tools.faults.judge import Judge
 from lwfed.tools.faults.parties import DeviceParty, Party, ServerParty
 from lwfed.tools.faults.schedule import SERVER, BrokerCrash, Cut, Fail, Fault, Kill, Leave, Schedule, Stall, Weather
@@ -45,6 +47,8 @@ class World:
         self.config = schedule.config(base)
         self.topics = Topics(self.config.run.fleet)
         self.random = Random(derive(schedule.seed, "world"))
+        self.disk = Disk()
+        self.trained: set[tuple[int, int, int]] = set()
         self.broker = MemoryBroker(log_length=0, clock=lambda: self.now)
         self._schedule, self._note, self._folder = schedule, note, folder
         self._faults: Counter[str] = Counter()
@@ -64,7 +68,8 @@ class World:
             self.later(fault.at_s, lambda fault=fault: self._befall(fault))  # type: ignore[misc]
         self.later(self._schedule.calm_s, self._calm)
         try:
-            self._go_on()
+            with disk.instead(self.disk.sync):
+                self._go_on()
         except Exception as error:
             self.note("fault", "".join(traceback.format_exception(error)))
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -146,7 +151,7 @@ class World:
         for device in self._devices:
             if owed := device.owes:
                 self._judge.blame(f"the run is over, and the journal of {device.name} still holds {owed}")
-        self._judge.end(self._server.course, self._folder / "reference")
+        self._judge.end(self._server.course, self.trained, self._folder / "reference")
 
     # Faults
 
