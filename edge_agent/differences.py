@@ -17,9 +17,10 @@ from lwfed.edge_agent.previous import Previous, forget
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
+from lwfed.wire.sizes import Shapes
 
 
-def patch(config: RunConfig, part: str, shapes: deltas.Shapes, base: Path, patches: Iterable[Path], digest: str) -> bytes:
+def patch(config: RunConfig, part: str, shapes: Shapes, base: Path, patches: Iterable[Path], digest: str) -> bytes:
     """The file of `part` that `patches` make of `base`, one after another. Raises InvalidPayload unless its SHA-256 is `digest`."""
     codec = config.transfer.codec
     if codec == "fp32":
@@ -58,7 +59,7 @@ def encode(
     return encoded
 
 
-def _read(file: Path | None, shapes: deltas.Shapes) -> dict[str, tensors.Array]:
+def _read(file: Path | None, shapes: Shapes) -> dict[str, tensors.Array]:
     """A residual; nothing when there is none, or when the disk has spoilt it."""
     with contextlib.suppress(InvalidPayload):
         return tensors.decode(file, shapes) if file else {}

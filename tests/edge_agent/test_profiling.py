@@ -117,12 +117,13 @@ def test_without_proc_the_samples_count_and_are_marked(family, tmp_path):
     assert found.computing_mb > 50
 
 
-@pytest.mark.parametrize(
-    "settings", [["transfer.codec=fp32"], ["transfer.codec=int8"], ["transfer.codec=bf16"], ["transfer.codec=int8", "transfer.top_k=0.1"]]
-)
-def test_bytes_are_those_of_what_agent_and_server_make_of_a_round(tmp_path, settings):
+CODECS = [["codec=fp32"], ["codec=int8"], ["codec=bf16"], ["codec=int8", "top_k=0.1"]]
+
+
+@pytest.mark.parametrize("transfer", CODECS)
+def test_bytes_are_those_of_what_agent_and_server_make_of_a_round(tmp_path, transfer):
     """Of another round than the sample's, with calibration of the whole model, and a hundredth as large."""
-    config = load_config("base", [*TINY, *settings, "calibration.every=round", "calibration.data=digits"])
+    config = load_config("base", [*TINY, *(f"transfer.{one}" for one in transfer), "calibration.every=round", "calibration.data=digits"])
     made = sample.make_sample(config, 2, 8, tmp_path)
     plan, random, blobs = config.plan(2), np.random.default_rng(9), BlobStore(tmp_path / "blobs", durable=False)
     assert plan.prefix_moves
