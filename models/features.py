@@ -12,7 +12,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ FREE_SHARE = 0.5  # of the free disk, at most
 UNFINISHED = ".part"
 SUFFIX = ".features"
 STEPS = 127  # of int8, each way
+ROWS_AT_ONCE = 32  # while they are rounded, in float32
 LEAST_SCALE = torch.finfo(torch.float16).tiny
 
 
@@ -45,15 +46,21 @@ class Layout:
         """[B, *shape] -> uint8 [B, bytes]. Halves are rounded to even."""
         if self.kept_as == "fp16":
             return tokens.half().flatten(1).contiguous().view(torch.uint8)
-        numbers = tokens.float()
-        scale = (numbers.abs().amax(self._positions, keepdim=True) / STEPS).clamp_min(LEAST_SCALE).half()
-        steps = torch.round(numbers / scale).to(torch.int8)
-        return torch.cat([scale.flatten(1).view(torch.uint8), steps.flatten(1).view(torch.uint8)], 1)
+        return _in_pieces(self._rounded, tokens, tokens.new_empty(len(tokens), self.bytes, dtype=torch.uint8))
 
     def decode(self, data: Tensor) -> Tensor:
         """uint8 [B, bytes] -> float16 [B, *shape]."""
         if self.kept_as == "fp16":
             return data.view(torch.float16).reshape(len(data), *self.shape)
+        return _in_pieces(self._numbers, data, data.new_empty(len(data), *self.shape, dtype=torch.float16))
+
+    def _rounded(self, tokens: Tensor) -> Tensor:
+        numbers = tokens.float()
+        scale = (numbers.abs().amax(self._positions, keepdim=True) / STEPS).clamp_min(LEAST_SCALE).half()
+        steps = torch.round(numbers / scale).to(torch.int8)
+        return torch.cat([scale.flatten(1).view(torch.uint8), steps.flatten(1).view(torch.uint8)], 1)
+
+    def _numbers(self, data: Tensor) -> Tensor:
         scales, steps = data[:, : 2 * self._channels], data[:, 2 * self._channels :]
         scale = scales.clone(memory_format=torch.contiguous_format).view(torch.float16)  # rows need not begin at an even byte
         for axis in self._positions:
@@ -175,6 +182,13 @@ def read(place: Place, name: str, rows: Tensor, row_bytes: int, view: slice) -> 
             if file.readinto(found[at]) != found.shape[1]:  # type: ignore[attr-defined]
                 raise OSError(f"{name} is shorter than it was")
     return torch.from_numpy(found)
+
+
+def _in_pieces(one: Callable[[Tensor], Tensor], given: Tensor, found: Tensor) -> Tensor:
+    """`found`, filled with what `one` makes of some rows of `given` at a time."""
+    for first in range(0, len(given), ROWS_AT_ONCE):
+        found[first : first + ROWS_AT_ONCE] = one(given[first : first + ROWS_AT_ONCE])
+    return found
 
 
 def _fill(file: IO[bytes], blocks: Iterable[Tensor], room: float) -> None:

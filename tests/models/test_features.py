@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lwfed.models import features
 from lwfed.models.features import Folder, Layout, Memory, read
 
 BLOCKS = [torch.arange(20, dtype=torch.uint8).reshape(5, 4), torch.arange(20, 40, dtype=torch.uint8).reshape(5, 4)]
@@ -42,6 +43,15 @@ def test_fp16_is_rounded_as_torch_does():
     layout, given = Layout((16, 32), "fp16"), tokens((16, 32))
     assert torch.equal(layout.decode(layout.encode(given)), given.half())
     assert layout.bytes == 16 * 32 * 2
+
+
+def test_a_row_is_rounded_by_itself(monkeypatch):
+    layout, given = Layout((16, 32), "int8"), tokens((16, 32))
+    data = layout.encode(given)
+    found = layout.decode(data)
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 4)
+    assert torch.equal(layout.encode(given), data)
+    assert torch.equal(layout.decode(data[5:]), found[5:])
 
 
 @pytest.mark.parametrize("kept_as", ["fp16", "int8"])
