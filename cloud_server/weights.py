@@ -11,22 +11,29 @@ import numpy as np
 
 from lwfed.config import TransferSection
 from lwfed.errors import InvalidPayload
+from lwfed.plan import VARIANCE
 from lwfed.wire import deltas, tensors
 
 
 def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
-    """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes finite weights."""
+    """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes sound weights."""
     shapes = {name: shape for path in received for name, shape in tensors.stated_shapes(path).items()}
     if transfer.codec == "fp32":
-        tensors.check_update(update, shapes)
+        for name, weights in tensors.iterate(update, shapes):
+            _check(name, weights)
         return
     change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
     for path in received:
-        for name, tensor in tensors.iterate(path, tensors.stated_shapes(path)):
+        for name, before in tensors.iterate(path, tensors.stated_shapes(path)):
             with np.errstate(over="ignore"):
-                finite = np.isfinite(tensor + change[name]).all()
-            if not finite:
-                raise InvalidPayload(f"tensor {name} holds values that are not finite once its difference is added")
+                _check(name, before + change[name])
+
+
+def _check(name: str, weights: tensors.Array) -> None:
+    if not np.isfinite(weights).all():
+        raise InvalidPayload(f"tensor {name} holds values that are not finite once its difference is added")
+    if name.endswith(VARIANCE) and (weights < 0).any():
+        raise InvalidPayload(f"tensor {name} holds variances below 0")
 
 
 @contextmanager

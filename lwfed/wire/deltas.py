@@ -1,25 +1,29 @@
 """Differences of tensors as few bytes: rounded at random or to bfloat16, and compressed.
 
-    "LWD1"  zstd frame of: scales, float32 [all rows]; halves, bfloat16 [their numbers]; bytes, int8 [their numbers]
+    "LWD1"  zstd frame of: scales, float32 [all rows]; singles, float32 [their numbers]; halves, bfloat16 [their numbers];
+            bytes, int8 [their numbers]
 
 Names and shapes of the tensors are what both ends know; they follow each other in the order of names. With the codec int8
 all but vectors are bytes: each row, what has one index in the first dimension, has a scale, and is rounded at random, so that
-the mean of what is decoded is what was sent (QSGD, arXiv 1610.02132). Vectors (biases, norms, running statistics), which one
-scale would suit ill, and everything with the codec bf16 are halves. What encoding loses, the residual, is for the sender to
-add to its next difference (error feedback, arXiv 1901.09847). Decoding gives the same bits on every machine.
+the mean of what is decoded is what was sent (QSGD, arXiv 1610.02132). Vectors (biases, norms), which one scale would suit ill,
+and everything with the codec bf16 are halves. What encoding loses, the residual, is for the sender to add to its next
+difference (error feedback, arXiv 1901.09847). Running statistics of batch norms are singles, all of them and without residual:
+a variance that shrinks to a thousandth would come out negative by what a half loses. Decoding gives the same bits on every
+machine.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from numpy.random import Philox
 
 from lwfed.errors import InvalidPayload
+from lwfed.plan import STATISTICS
 from lwfed.wire.tensors import Array
 
 if sys.version_info >= (3, 14):
@@ -28,6 +32,8 @@ else:
     from backports import zstd
 
 Codec = Literal["int8", "bf16"]
+Form = Literal["single", "half", "byte"]  # of a tensor's numbers
+FORMS: tuple[Form, ...] = ("single", "half", "byte")  # as they follow each other
 MAGIC = b"LWD1"
 LEVEL = 1  # of zstd, whose entropy coding is what gains here: higher ones look for repetitions, and noise has none
 LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and what rounding loses is sent later
@@ -36,23 +42,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> tuple[bytes, dict[str, Array]]:
-    """The file, and the residual of each tensor; of every tensor only the part `top_k` of the largest differences is sent.
+    """The file, and the residual of each tensor; of all but statistics only the part `top_k` of the largest differences is sent.
 
     Raises ValueError for a difference that is not finite or too large for its form.
     """
-    sent = {name: _largest(deltas[name], top_k) for name in sorted(deltas)}
+    sent = {name: deltas[name] if name.endswith(STATISTICS) else _largest(deltas[name], top_k) for name in sorted(deltas)}
     random = _stream(seed)
     scales: list[bytes] = []
-    halves: list[bytes] = []
-    steps: list[bytes] = []
-    for tensor in sent.values():
-        if _as_bytes(tensor.shape, codec):
+    written: dict[Form, list[bytes]] = {form: [] for form in FORMS}
+    for name, tensor in sent.items():
+        form = _form(name, tensor.shape, codec)
+        if form == "byte":
             scale, step = _to_int8(tensor, random)
             scales.append(scale.astype("<f4").tobytes())
-            steps.append(step.tobytes())
+            written[form].append(step.tobytes())
         else:
-            halves.append(_to_bf16(tensor).tobytes())
-    raw = b"".join([*scales, *halves, *steps])
+            written[form].append(_to_bf16(tensor).tobytes() if form == "half" else tensor.astype("<f4").tobytes())
+    raw = b"".join([*scales, *(piece for form in FORMS for piece in written[form])])
     decoded = Deltas(raw, {name: tensor.shape for name, tensor in sent.items()}, codec)
     with np.errstate(all="ignore"):  # what is not finite is found below
         residual = {name: deltas[name] - decoded[name] for name in sent}
@@ -64,14 +70,14 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
 
 def raw_bytes(shapes: Shapes, codec: Codec) -> int:
     """Before compression."""
-    rows, halves, steps = _sizes(shapes, codec)
-    return 4 * rows + 2 * halves + steps
+    scales, counts = _sizes(shapes, codec)
+    return 4 * (scales + counts["single"]) + 2 * counts["half"] + counts["byte"]
 
 
 def packed_bytes(shapes: Shapes, codec: Codec) -> int:
     """About what a file has whose numbers are all equally frequent: 7 bits a step, since 127 of a byte's 256 values occur."""
-    rows, halves, steps = _sizes(shapes, codec)
-    return 4 * rows + 2 * halves + steps * 7 // 8
+    steps = _sizes(shapes, codec)[1]["byte"]
+    return raw_bytes(shapes, codec) - steps + steps * 7 // 8
 
 
 def limit_bytes(shapes: Shapes, codec: Codec) -> int:
@@ -95,33 +101,36 @@ class Deltas:
     """Differences by the names of their tensors, read out of what `encode` compresses."""
 
     def __init__(self, raw: bytes, shapes: Shapes, codec: Codec) -> None:
-        rows, halves, _ = _sizes(shapes, codec)
+        scales, counts = _sizes(shapes, codec)
         self._codec, self._shapes = codec, {name: tuple(shapes[name]) for name in sorted(shapes)}
-        self._scales = np.frombuffer(raw, "<f4", rows)
-        self._halves = np.frombuffer(raw, "<u2", halves, offset=4 * rows)
-        self._steps = np.frombuffer(raw, "i1", offset=4 * rows + 2 * halves)
+        self._scales = np.frombuffer(raw, "<f4", scales)
+        self._numbers: dict[Form, npt.NDArray[Any]] = {
+            "single": np.frombuffer(raw, "<f4", counts["single"], offset=4 * scales),
+            "half": np.frombuffer(raw, "<u2", counts["half"], offset=4 * (scales + counts["single"])),
+            "byte": np.frombuffer(raw, "i1", counts["byte"], offset=len(raw) - counts["byte"]),
+        }
         self._places = dict(self._lay_out())
 
     def __getitem__(self, name: str) -> Array:
         """The difference, float32, in the shape of the tensor."""
         shape, (row, first) = self._shapes[name], self._places[name]
-        values = slice(first, first + _count(shape))
-        if not _as_bytes(shape, self._codec):
-            return (self._halves[values].astype("<u4") << 16).view("<f4").astype(np.float32).reshape(shape)
-        scales, steps = self._scales[row : row + shape[0]], self._steps[values]
-        decoded: Array = steps.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
-        return decoded.reshape(shape)
+        form = _form(name, shape, self._codec)
+        numbers = self._numbers[form][first : first + _count(shape)]
+        if form == "byte":
+            scales = self._scales[row : row + shape[0]]
+            decoded: Array = numbers.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
+            return decoded.reshape(shape)
+        singles: Array = (numbers.astype("<u4") << 16).view("<f4") if form == "half" else numbers
+        return singles.astype(np.float32).reshape(shape)
 
     def _lay_out(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(first row, first value among those of its form)."""
-        row = half = step = 0
+        """(first row, first number among those of its form)."""
+        row, first = 0, dict.fromkeys(self._numbers, 0)
         for name, shape in self._shapes.items():
-            if _as_bytes(shape, self._codec):
-                yield name, (row, step)
-                row, step = row + shape[0], step + _count(shape)
-            else:
-                yield name, (row, half)
-                half += _count(shape)
+            form = _form(name, shape, self._codec)
+            yield name, (row, first[form])
+            row += shape[0] if form == "byte" else 0
+            first[form] += _count(shape)
 
 
 def _largest(delta: Array, share: float) -> Array:
@@ -181,15 +190,20 @@ def _decompress(data: bytes, size: int) -> bytes:
     return raw
 
 
-def _as_bytes(shape: tuple[int, ...], codec: Codec) -> bool:
-    return codec == "int8" and len(shape) > 1
+def _form(name: str, shape: tuple[int, ...], codec: Codec) -> Form:
+    if name.endswith(STATISTICS):
+        return "single"
+    return "byte" if codec == "int8" and len(shape) > 1 else "half"
 
 
-def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
-    """How many scales, halves and bytes."""
-    steps = [shape for shape in shapes.values() if _as_bytes(shape, codec)]
-    numbers = sum(_count(shape) for shape in steps)
-    return sum(shape[0] for shape in steps), sum(_count(shape) for shape in shapes.values()) - numbers, numbers
+def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, dict[Form, int]]:
+    """How many scales, and numbers of each form."""
+    scales, counts = 0, dict.fromkeys(FORMS, 0)
+    for name, shape in shapes.items():
+        form = _form(name, tuple(shape), codec)
+        scales += shape[0] if form == "byte" else 0
+        counts[form] += _count(shape)
+    return scales, counts
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -39,12 +39,6 @@ def stated_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
 
 
-def check_update(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InvalidPayload unless the file holds finite float32 tensors of exactly these names and shapes."""
-    for _ in iterate(path, shapes):
-        pass
-
-
 def iterate(source: bytes | Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Array]]:
     """The tensors of `shapes` by name, each read and checked when its turn comes; raises InvalidPayload."""
     _check_header_size(source)

@@ -10,7 +10,7 @@ from lwfed.blobs import BlobStore
 from lwfed.cloud_server.patches import publish
 from lwfed.cloud_server.weights import as_weights, check
 from lwfed.config import load_config
-from lwfed.edge_agent.trainer import patch
+from lwfed.edge_agent.trainer import encode, patch
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
@@ -114,6 +114,39 @@ def test_a_difference_that_leads_beyond_float32_is_refused(tmp_path, blobs):
     check(config().transfer, [blobs.path(put(blobs, weights("old")))], tmp_path / "update")
     with pytest.raises(InvalidPayload, match="not finite once its difference is added"):
         check(config().transfer, [blobs.path(put(blobs, large))], tmp_path / "update")
+
+
+VARIANCES = {"bn1.running_var": np.random.default_rng(0).uniform(0.05, 2, 512).astype(np.float32)}
+SHRINKS = [0.1, 1e-3, 1e-5, 0.0]  # in a round; a bfloat16 holds 8 bits of a difference
+
+
+def shrunk(factor):
+    return {name: tensor * np.float32(factor) for name, tensor in VARIANCES.items()}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("factor", SHRINKS)
+def test_a_variance_that_shrinks_stays_one(blobs, codec, factor):
+    """Where a round publishes it, and where a device uploads it."""
+    old, wanted = put(blobs, VARIANCES), shrunk(factor)
+    found = publish(config(codec).transfer, blobs, {PART: old}, {PART: put(blobs, wanted)}, {}, seed=1)
+    told = tensors.decode(blobs.path(found.parts[PART]), {"bn1.running_var": (512,)})
+    one = config(codec)
+    sparse = one.model_copy(update={"transfer": one.transfer.model_copy(update={"top_k": 0.01})})
+    data, _ = encode(sparse, 1, 1, 0, wanted, VARIANCES, None)
+    update = deltas.decode(data, {"bn1.running_var": (512,)}, codec)
+    for variances in (told["bn1.running_var"], VARIANCES["bn1.running_var"] + update["bn1.running_var"]):
+        assert (variances >= 0).all()
+        assert np.allclose(variances, wanted["bn1.running_var"], rtol=0, atol=2.0**-23)
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "fp32"])
+def test_a_variance_below_zero_is_refused(tmp_path, blobs, codec):
+    held, negative = blobs.path(put(blobs, VARIANCES)), shrunk(-0.001)
+    data = deltas.encode(shrunk(-1.001), codec, 1.0, 1)[0] if codec != "fp32" else tensors.encode(negative)
+    (tmp_path / "update").write_bytes(data)
+    with pytest.raises(InvalidPayload, match="variances below 0"):
+        check(config(codec).transfer, [held], tmp_path / "update")
 
 
 # In a fleet

@@ -100,7 +100,7 @@ def _tensors_in_a_file(data: bytes) -> object:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "update"
         path.write_bytes(data)
-        return tensors.check_update(path, SHAPES)
+        return list(tensors.iterate(path, SHAPES))
 
 
 def _deltas(codec: deltas.Codec) -> Decoder:
