@@ -15,7 +15,7 @@ machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,11 @@ else:
 
 Codec = Literal["int8", "bf16"]
 Form = Literal["single", "half", "byte"]  # of a tensor's numbers
-FORMS: tuple[Form, ...] = ("single", "half", "byte")  # as they follow each other
+DTYPES: Mapping[Form, np.dtype[Any]] = {
+    "single": np.dtype("<f4"),
+    "half": np.dtype("<u2"),
+    "byte": np.dtype("i1"),
+}  # as they follow each other
 MAGIC = b"LWD1"
 LEVEL = 1  # of zstd, whose entropy coding is what gains here: higher ones look for repetitions, and noise has none
 LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and what rounding loses is sent later
@@ -49,7 +53,7 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
     sent = {name: deltas[name] if name.endswith(STATISTICS) else _largest(deltas[name], top_k) for name in sorted(deltas)}
     random = _stream(seed)
     scales: list[bytes] = []
-    written: dict[Form, list[bytes]] = {form: [] for form in FORMS}
+    written: dict[Form, list[bytes]] = {form: [] for form in DTYPES}
     for name, tensor in sent.items():
         form = _form(name, tensor.shape, codec)
         if form == "byte":
@@ -58,8 +62,8 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
             written[form].append(step.tobytes())
         else:
             written[form].append(_to_bf16(tensor).tobytes() if form == "half" else tensor.astype("<f4").tobytes())
-    raw = b"".join([*scales, *(piece for form in FORMS for piece in written[form])])
-    decoded = Deltas(raw, {name: tensor.shape for name, tensor in sent.items()}, codec)
+    raw = b"".join([*scales, *(piece for form in DTYPES for piece in written[form])])
+    decoded = Deltas(raw, Layout({name: tensor.shape for name, tensor in sent.items()}, codec))
     with np.errstate(all="ignore"):  # what is not finite is found below
         residual = {name: deltas[name] - decoded[name] for name in sent}
     for name, tensor in residual.items():
@@ -88,7 +92,8 @@ def limit_bytes(shapes: Shapes, codec: Codec) -> int:
 
 def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
     """What a file holds. Raises InvalidPayload unless it is exactly of `shapes`, and finite."""
-    found = Deltas(_decompress(data, raw_bytes(shapes, codec)), shapes, codec)
+    layout = Layout(shapes, codec)
+    found = Deltas(decompress(data, layout), layout)
     for name in shapes:
         with np.errstate(all="ignore"):  # numpy would warn of what is refused here
             finite = np.isfinite(found[name]).all()
@@ -97,40 +102,56 @@ def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
     return found
 
 
-class Deltas:
-    """Differences by the names of their tensors, read out of what `encode` compresses."""
+def decompress(data: bytes, layout: Layout) -> bytes:
+    """What `layout` reads; never many more bytes than that, whatever the file promises. Raises InvalidPayload."""
+    if not data.startswith(MAGIC):
+        raise InvalidPayload("not a file of differences: it begins otherwise")
+    decompressor = zstd.ZstdDecompressor()
+    try:
+        raw: bytes = decompressor.decompress(data[len(MAGIC) :], max_length=layout.bytes + 1)
+    except zstd.ZstdError as error:
+        raise InvalidPayload(f"not a file of differences: {error}") from None
+    if len(raw) != layout.bytes or not decompressor.eof or decompressor.unused_data:
+        raise InvalidPayload(f"its differences do not fill the {layout.bytes} bytes that the tensors of this stage take")
+    return raw
 
-    def __init__(self, raw: bytes, shapes: Shapes, codec: Codec) -> None:
+
+class Layout:
+    """Where the numbers of each tensor of `shapes` lie in a decompressed file."""
+
+    def __init__(self, shapes: Shapes, codec: Codec) -> None:
+        self.bytes = raw_bytes(shapes, codec)
         scales, counts = _sizes(shapes, codec)
-        self._codec, self._shapes = codec, {name: tuple(shapes[name]) for name in sorted(shapes)}
-        self._scales = np.frombuffer(raw, "<f4", scales)
-        self._numbers: dict[Form, npt.NDArray[Any]] = {
-            "single": np.frombuffer(raw, "<f4", counts["single"], offset=4 * scales),
-            "half": np.frombuffer(raw, "<u2", counts["half"], offset=4 * (scales + counts["single"])),
-            "byte": np.frombuffer(raw, "i1", counts["byte"], offset=len(raw) - counts["byte"]),
-        }
-        self._places = dict(self._lay_out())
+        starts: dict[Form, int] = {"single": 4 * scales, "half": 4 * (scales + counts["single"]), "byte": self.bytes - counts["byte"]}
+        row = 0
+        self._places: dict[str, tuple[tuple[int, ...], Form, int, int]] = {}  # shape, form, where numbers begin, where scales do
+        for name in sorted(shapes):
+            shape = tuple(shapes[name])
+            form = _form(name, shape, codec)
+            self._places[name] = shape, form, starts[form], 4 * row
+            starts[form] += _count(shape) * DTYPES[form].itemsize
+            row += shape[0] if form == "byte" else 0
+
+    def read(self, raw: bytes | npt.NDArray[np.uint8], name: str, index: tuple[slice, ...] = ()) -> Array:
+        """The difference of a tensor, float32, or the block `index` of it; `raw` is the decompressed file."""
+        shape, form, start, scales = self._places[name]
+        numbers = np.frombuffer(raw, DTYPES[form], _count(shape), start).reshape(shape)[index]
+        if form == "byte":
+            scale = np.frombuffer(raw, "<f4", shape[0], scales).reshape(-1, *[1] * (len(shape) - 1))[index[:1]]
+            return np.asarray(numbers.astype(np.float32) * scale.astype(np.float32))
+        singles = (numbers.astype("<u4") << 16).view("<f4") if form == "half" else numbers
+        return np.asarray(singles.astype(np.float32))
+
+
+class Deltas:
+    """Differences by the names of their tensors."""
+
+    def __init__(self, raw: bytes, layout: Layout) -> None:
+        self._raw, self._layout = raw, layout
 
     def __getitem__(self, name: str) -> Array:
         """The difference, float32, in the shape of the tensor."""
-        shape, (row, first) = self._shapes[name], self._places[name]
-        form = _form(name, shape, self._codec)
-        numbers = self._numbers[form][first : first + _count(shape)]
-        if form == "byte":
-            scales = self._scales[row : row + shape[0]]
-            decoded: Array = numbers.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
-            return decoded.reshape(shape)
-        singles: Array = (numbers.astype("<u4") << 16).view("<f4") if form == "half" else numbers
-        return singles.astype(np.float32).reshape(shape)
-
-    def _lay_out(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(first row, first number among those of its form)."""
-        row, first = 0, dict.fromkeys(self._numbers, 0)
-        for name, shape in self._shapes.items():
-            form = _form(name, shape, self._codec)
-            yield name, (row, first[form])
-            row += shape[0] if form == "byte" else 0
-            first[form] += _count(shape)
+        return self._layout.read(self._raw, name)
 
 
 def _largest(delta: Array, share: float) -> Array:
@@ -176,20 +197,6 @@ def _uniform(random: Philox, count: int) -> Array:
     return uniform
 
 
-def _decompress(data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes, and never many more, whatever the file promises."""
-    if not data.startswith(MAGIC):
-        raise InvalidPayload("not a file of differences: it begins otherwise")
-    decompressor = zstd.ZstdDecompressor()
-    try:
-        raw: bytes = decompressor.decompress(data[len(MAGIC) :], max_length=size + 1)
-    except zstd.ZstdError as error:
-        raise InvalidPayload(f"not a file of differences: {error}") from None
-    if len(raw) != size or not decompressor.eof or decompressor.unused_data:
-        raise InvalidPayload(f"its differences do not fill the {size} bytes that the tensors of this stage take")
-    return raw
-
-
 def _form(name: str, shape: tuple[int, ...], codec: Codec) -> Form:
     if name.endswith(STATISTICS):
         return "single"
@@ -198,7 +205,7 @@ def _form(name: str, shape: tuple[int, ...], codec: Codec) -> Form:
 
 def _sizes(shapes: Shapes, codec: Codec) -> tuple[int, dict[Form, int]]:
     """How many scales, and numbers of each form."""
-    scales, counts = 0, dict.fromkeys(FORMS, 0)
+    scales, counts = 0, dict.fromkeys(DTYPES, 0)
     for name, shape in shapes.items():
         form = _form(name, tuple(shape), codec)
         scales += shape[0] if form == "byte" else 0

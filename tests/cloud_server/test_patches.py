@@ -1,22 +1,29 @@
 """Parts and updates as differences: what the server makes of them is what every device makes of them."""
 
+import errno
 import hashlib
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lwfed.blobs import BlobStore
+from lwfed.cloud_server import updates
+from lwfed.cloud_server.aggregate import combine, screen
 from lwfed.cloud_server.patches import publish
-from lwfed.cloud_server.weights import as_weights, check
+from lwfed.cloud_server.updates import Share, Updates
+from lwfed.cloud_server.weights import check, unpacked
 from lwfed.config import load_config
 from lwfed.edge_agent.trainer import encode, patch
-from lwfed.errors import Diverged, InvalidPayload
+from lwfed.errors import Diverged, InvalidPayload, StateError
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
 
 from .conftest import drawn
 from .fleets import of, undisturbed
+from .merging import RULES, settings_of
 
 CODECS = ("int8", "bf16")
 PART = "layer.1"
@@ -95,16 +102,70 @@ def test_a_round_that_no_difference_can_tell_of_ends_with_advice(blobs):
         publish(config().transfer, blobs, {PART: old}, {PART: put(blobs, far)}, {}, seed=1)
 
 
+@pytest.fixture
+def sent(tmp_path, blobs):
+    """The file of what devices received, and those of six updates: as they were sent, and as the weights that they make."""
+
+    def sent(codec):
+        received = weights("old")
+        held, folder = blobs.path(put(blobs, received)), tmp_path / codec
+        (folder / "weights").mkdir(parents=True)
+        for number in range(6):
+            data, _ = deltas.encode(weights(number, 0.01), codec, 1.0, number)
+            (folder / str(number)).write_bytes(data)
+            change = deltas.decode(data, part_shapes(config(), PART), codec)
+            (folder / "weights" / str(number)).write_bytes(tensors.encode({name: received[name] + change[name] for name in received}))
+        return (
+            held,
+            {number: folder / str(number) for number in range(6)},
+            {number: folder / "weights" / str(number) for number in range(6)},
+        )
+
+    return sent
+
+
+def merged(settings, held, files, open_update=updates.weights):
+    shares = [Share(number, 1 + number, file) for number, file in files.items()]
+    with Updates({PART: held}, shares, open_update) as found:
+        return tensors.encode(dict(combine(settings, screen(settings, found), found))[PART])
+
+
 @pytest.mark.parametrize("codec", CODECS)
-def test_updates_are_weights_as_long_as_they_are_looked_at(tmp_path, blobs, codec):
-    received, step = weights("old"), weights("step", 0.01)
-    (tmp_path / "update").write_bytes(deltas.encode(step, codec, 1.0, 1)[0])
-    held = blobs.path(put(blobs, received))
-    check(config(codec).transfer, [held], tmp_path / "update")
-    with as_weights(config(codec).transfer, [held], [tmp_path / "update"], tmp_path / "weights") as (file,):
-        found = tensors.decode(file, part_shapes(config(), PART))
-        assert all(np.allclose(found[name], received[name] + step[name], atol=0.01 * 4 / 63) for name in step)
-    assert not (tmp_path / "weights").exists()
+@pytest.mark.parametrize("rule", RULES)
+def test_differences_are_aggregated_as_the_weights_that_they_make(tmp_path, monkeypatch, sent, codec, rule):
+    """To the bit, clipped, block by block, and with more devices than files may be open; nothing as large as weights is written."""
+    held, files, made = sent(codec)
+    settings = settings_of(rule, clip_norm="median")
+    expected = merged(settings, held, made)
+    monkeypatch.setattr(updates, "BLOCK_NUMBERS", 50)
+    monkeypatch.setattr(updates, "OPEN_FILES", 2)
+    with unpacked(config(codec).transfer, [held], files, tmp_path / "unpacked") as (readable, open_update):
+        assert merged(settings, held, readable, open_update) == expected
+        written = sum(path.stat().st_size for path in (tmp_path / "unpacked").iterdir())
+        assert written <= (0.6 if codec == "bf16" else 0.4) * sum(path.stat().st_size for path in made.values())
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_what_the_disk_has_spoilt_is_left_out(tmp_path, sent):
+    held, files, _ = sent("int8")
+    files[2].write_bytes(files[2].read_bytes()[:-1])
+    with unpacked(config().transfer, [held], files, tmp_path / "unpacked") as (readable, _):
+        assert sorted(readable) == [0, 1, 3, 4, 5]
+
+
+def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch, sent):
+    held, files, _ = sent("int8")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with (
+        pytest.raises(StateError, match=r"unpacked: No space left on device; free about \d+ MiB"),
+        unpacked(config().transfer, [held], files, tmp_path / "unpacked"),
+    ):
+        pass
+    assert not (tmp_path / "unpacked").exists()
 
 
 def test_a_difference_that_leads_beyond_float32_is_refused(tmp_path, blobs):
