@@ -23,12 +23,11 @@ import numpy.typing as npt
 from lwfed.cloud_server.krum import select, squared_distances
 from lwfed.cloud_server.updates import Array, Share, Updates
 from lwfed.config import AggregationSection
+from lwfed.plan import STATISTICS
 
 Weighted = tuple[float, Array]  # |D_n| / |D|, and the tensor of device n
 Sum = Callable[[Array, Iterable[Weighted]], Array]  # (the tensor that the devices received, theirs in order) -> the next one
 Fallback = Literal["median", "received"]
-
-STATISTICS = (".running_mean", ".running_var")  # of batch norms
 
 
 def mean(previous: Array, shares: Iterable[Weighted]) -> Array:
@@ -73,6 +72,7 @@ class Screened:
     clipped: dict[int, float] = field(default_factory=dict)  # participant -> what is left of its delta
     left_out: tuple[int, ...] = ()  # participants
     fallback: Fallback | None = None  # what is taken instead of Krum, which has too few updates in this round
+    lost: tuple[int, ...] = ()  # participants whose updates the disk has spoilt
 
 
 def screen(settings: AggregationSection, updates: Updates) -> Screened:

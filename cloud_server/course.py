@@ -20,7 +20,7 @@ from lwfed.cloud_server.rounds import Presence, Rules, State
 from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
-from lwfed.cloud_server.weights import as_weights, check
+from lwfed.cloud_server.weights import check, unpacked
 from lwfed.config import RunConfig
 from lwfed.plan import GraphEngine, StagePlan
 from lwfed.seeds import derive
@@ -158,20 +158,28 @@ class Course:
 
     def aggregate(self) -> tuple[Aggregated, Screened]:
         """The round's contributions made one model; and which of them counted."""
-        received = self.store.contributions(self.state.stage, self.state.round)
-        counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
-        before, files = self._files(self.plan.uploaded), [self.spool.path(one.blob) for one in counted]
-        with as_weights(self.config.transfer, before.values(), files, self.root / "weights") as weights:
-            shares = [Share(one.participant, one.report.images, file) for one, file in zip(counted, weights, strict=True)]
-            with Updates(before, shares) as updates:
-                screened = screen(self.config.aggregation, updates)
-                found = combine(self.config.aggregation, screened, updates)
-                parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in found}
+        screened, parts = self._merge()
         loss = self.store.loss(self.state.stage, self.state.round)
         assert loss is not None
         if self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss})):
             return Aggregated(parts, loss), screened  # devices get what calibration makes of it
         return Aggregated(**vars(self._publish(parts)), loss=loss), screened
+
+    def _merge(self) -> tuple[Screened, dict[str, str]]:
+        """Updates that the disk has spoilt are left out: their devices keep them no more. Without any the round changes nothing."""
+        received = self.store.contributions(self.state.stage, self.state.round)
+        counted = {one.participant: one for one in received if self.state.contributed.get(one.participant) == one.id}
+        held = {number: self.spool.path(one.blob) for number, one in counted.items() if self.spool.has(one.blob)}
+        settings, before = self.config.aggregation, self._files(self.plan.uploaded)
+        with unpacked(self.config.transfer, before.values(), held, self.root / "unpacked") as (files, open_update):
+            lost = tuple(sorted(counted.keys() - files.keys()))
+            if not files:
+                return Screened((), lost=lost), {}
+            shares = [Share(number, counted[number].report.images, file) for number, file in files.items()]
+            with Updates(before, shares, open_update) as updates:
+                screened = screen(settings, updates)
+                parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in combine(settings, screened, updates)}
+        return replace(screened, lost=lost), parts
 
     def calibrated(self, files: dict[str, str]) -> Calibrated:
         """The round's model, with the parts that the worker has trained."""

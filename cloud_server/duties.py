@@ -69,9 +69,7 @@ class Duties:
         except Diverged as error:
             if not isinstance(self._duty, Calibrate):
                 raise
-            # The aggregate is sound: the run must not end for want of a finer one.
-            self._news.warning(f"calibration is left out in this round: {error}")
-            self._apply(self._course.calibrated({}), now, None)
+            self._leave_out(error, now)
             return
         if result is not None:
             self._take(result, now)
@@ -101,8 +99,13 @@ class Duties:
                 self._apply(Prepared(self._course.adopt(result["parts"]), self._course.adopt(result["graphs"])), now, None)
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]
+                try:
+                    calibrated = self._course.calibrated(result["parts"])
+                except Diverged as error:
+                    self._leave_out(error, now)
+                    return
                 self._news.calibration(stage, round, loss, seconds)
-                self._apply(self._course.calibrated(result["parts"]), now, lambda step: step.calibrated(stage, round, loss, seconds))
+                self._apply(calibrated, now, lambda step: step.calibrated(stage, round, loss, seconds))
             case Evaluate(stage, baselines), "evaluated":
                 judgement = Judgement(**result["variety"]) if result["variety"] else None
                 scores = {name: Scores.of(**found) for name, found in result["scores"].items()}
@@ -112,6 +115,11 @@ class Duties:
         if reason and not self._without_graphs:
             self._news.warning(f"devices run frozen layers by torch, which takes longer: {reason}")
             self._without_graphs = True
+
+    def _leave_out(self, error: Diverged, now: float) -> None:
+        """The aggregate is sound: the run must not end for want of a finer one."""
+        self._news.warning(f"calibration is left out in this round: {error}")
+        self._apply(self._course.calibrated({}), now, None)
 
     def _evaluated(self, stage: int, scores: Mapping[str, Scores], judgement: Judgement | None, now: float) -> None:
         attempt = self._course.state.attempt

@@ -134,7 +134,11 @@ class News:
         self._say("contribution", f"device {one.participant}", text, **fields, **measured)
 
     def screened(self, stage: int, round: int, found: Screened) -> None:
-        """Whose updates were clipped or left out, or why Krum was not used; nothing where nothing of this happened."""
+        """Whose updates were clipped, left out or lost, or why Krum was not used; nothing where nothing of this happened."""
+        if found.lost:
+            self.warning(
+                f"round {round}: updates of {_devices(found.lost)} are damaged on this disk: it goes on without them; check the disk"
+            )
         if found.fallback:
             byzantine = self._config.aggregation.byzantine or 0
             needs = f"{self._config.aggregation.rule} with aggregation.byzantine {byzantine} needs {2 * byzantine + 3} updates"

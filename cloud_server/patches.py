@@ -32,7 +32,10 @@ Parts = Mapping[str, str]  # part -> blob
 
 
 def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: Parts, residuals: Parts, seed: int) -> Published:
-    """Make of `after`, part by part, what devices that hold `before` can be told in a few bytes. Raises Diverged."""
+    """Make of `after`, part by part, what devices that hold `before` can be told in a few bytes.
+
+    Raises Diverged where they are further apart than any round of updates makes them (`weights.MAX_DIFFERENCE`).
+    """
     changed = {part: blob for part, blob in after.items() if before.get(part) != blob}
     if transfer.codec == "fp32":
         return Published(changed)
@@ -40,11 +43,12 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
     for part, blob in changed.items():
         old, new = _read(blobs, before[part]), _read(blobs, blob)
         missing = _read(blobs, residuals[part]) if part in residuals else {}
-        wanted = {name: new[name] - old[name] + missing.get(name, np.float32(0)) for name in new}
+        with np.errstate(over="ignore"):  # what is not finite is found by `encode`
+            wanted = {name: new[name] - old[name] + missing.get(name, np.float32(0)) for name in new}
         try:
             data, residual = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
         except ValueError as error:
-            raise Diverged(f"the round cannot be sent to devices: {error}; lower train.lr or calibration.lr") from None
+            raise Diverged(f"the round cannot be sent to devices: {error}; lower calibration.lr") from None
         sent = deltas.decode(data, {name: tensor.shape for name, tensor in new.items()}, transfer.codec)
         found.parts[part] = blobs.put(tensors.encode({name: old[name] + sent[name] for name in new})).id
         found.patches[part] = before[part], blobs.put(data).id

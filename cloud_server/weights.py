@@ -1,56 +1,86 @@
-"""Updates of devices as files of weights, whatever they were sent as."""
+"""Updates of devices as weights, whatever they were sent as: checked when they arrive, read when they are aggregated."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from lwfed.cloud_server.updates import Open, Read, weights
 from lwfed.config import TransferSection
-from lwfed.errors import InvalidPayload
+from lwfed.errors import InvalidPayload, StateError
+from lwfed.plan import VARIANCE
 from lwfed.wire import deltas, tensors
 from lwfed.wire.sizes import stated_shapes
 
+MAX_DIFFERENCE = 1e18  # of a number in a round: float32 says 1e20 times that, so no rounds of them make what no difference can tell
+
 
 def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
-    """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes finite weights."""
-    shapes = {name: shape for path in received for name, shape in stated_shapes(path).items()}
+    """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes sound weights."""
+    shapes = _shapes(received)
     if transfer.codec == "fp32":
-        tensors.check_update(update, shapes)
+        for name, weights in tensors.iterate(update, shapes):
+            _check_variances(name, weights)
         return
     change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
     for path in received:
-        for name, tensor in tensors.iterate(path, stated_shapes(path)):
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(tensor + change[name]).all()
-            if not finite:
-                raise InvalidPayload(f"tensor {name} holds values that are not finite once its difference is added")
+        for name, before in tensors.iterate(path, stated_shapes(path)):
+            difference = change[name]
+            if (np.abs(difference) > MAX_DIFFERENCE).any():
+                raise InvalidPayload(f"tensor {name} holds differences above {MAX_DIFFERENCE:g}")
+            _check_variances(name, before + difference)
+
+
+def _check_variances(name: str, weights: tensors.Array) -> None:
+    if name.endswith(VARIANCE) and (weights < 0).any():
+        raise InvalidPayload(f"tensor {name} holds variances below 0")
 
 
 @contextmanager
-def as_weights(transfer: TransferSection, received: Iterable[Path], updates: Iterable[Path], folder: Path) -> Iterator[list[Path]]:
-    """`updates`, whose content has been checked; those that are differences are added to `received` in files below `folder`.
+def unpacked(
+    transfer: TransferSection, received: Iterable[Path], updates: Mapping[int, Path], folder: Path
+) -> Iterator[tuple[dict[int, Path], Open]]:
+    """Files in which any block of a tensor can be read, and how to open one: `updates` by participant, whose content has been checked.
 
-    `received` are the files of the parts that the devices began with. The files are there while the block lasts.
+    Differences to `received`, the files of the parts that the devices began with, are decompressed below `folder`, and are
+    there while the block lasts; one that the disk has spoilt is left out. Raises StateError where the disk has no room.
     """
     if transfer.codec == "fp32":
-        yield list(updates)
+        yield dict(updates), weights
         return
-    before: dict[str, tensors.Array] = {}
-    for path in received:
-        before |= tensors.decode(path, stated_shapes(path))
-    shapes = {name: tensor.shape for name, tensor in before.items()}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    layout = deltas.Layout(_shapes(received), transfer.codec)
     try:
-        files = []
-        for number, path in enumerate(updates):
-            change = deltas.decode(path.read_bytes(), shapes, transfer.codec)
-            files.append(folder / f"{number}.safetensors")
-            files[-1].write_bytes(tensors.encode({name: tensor + change[name] for name, tensor in before.items()}))
-        yield files
+        yield _decompressed(layout, updates, folder), partial(_differences, layout)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _decompressed(layout: deltas.Layout, updates: Mapping[int, Path], folder: Path) -> dict[int, Path]:
+    files = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for participant, path in updates.items():
+            with suppress(InvalidPayload):
+                raw = deltas.decompress(path.read_bytes(), layout)
+                (folder / str(participant)).write_bytes(raw)
+                files[participant] = folder / str(participant)
+    except OSError as error:
+        raise StateError(
+            f"updates cannot be decompressed in {folder}: {error.strerror}; free about {layout.bytes * len(updates) >> 20} MiB there"
+        ) from error
+    return files
+
+
+@contextmanager
+def _differences(layout: deltas.Layout, path: Path) -> Iterator[Read]:
+    raw = np.memmap(path, np.uint8, "r")
+    yield lambda name, before, index: np.asarray(before[index] + layout.read(raw, name, index))
+
+
+def _shapes(received: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for path in received for name, shape in stated_shapes(path).items()}

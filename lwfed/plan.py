@@ -33,6 +33,8 @@ HEADS: Mapping[SslMethod, tuple[str, ...]] = {
 }
 ORDER = (NORM, PROJECTOR, PREDICTOR, DECODER)  # of what follows the layers
 TAIL = (NORM, PROJECTOR, PREDICTOR)
+VARIANCE = ".running_var"  # how such tensors' names end
+STATISTICS = (".running_mean", VARIANCE)  # of batch norms, which are averaged and not trained
 Value = TypeVar("Value")
 
 # Tensors have timm's names; a backbone whose names are of these forms needs nothing here.

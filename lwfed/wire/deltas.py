@@ -1,27 +1,31 @@
 """Differences of tensors as few bytes: rounded at random or to bfloat16, and compressed.
 
-    "LWD1"  zstd frame of: scales, float32 [all rows]; halves, bfloat16 [their numbers]; bytes, int8 [their numbers]
+    "LWD1"  zstd frame of: scales, float32 [all rows]; singles, float32 [their numbers]; halves, bfloat16 [their numbers];
+            bytes, int8 [their numbers]
 
 Names and shapes of the tensors are what both ends know; they follow each other in the order of names. With the codec int8
 all but vectors are bytes: each row, what has one index in the first dimension, has a scale, and is rounded at random, so that
-the mean of what is decoded is what was sent (QSGD, arXiv 1610.02132). Vectors (biases, norms, running statistics), which one
-scale would suit ill, and everything with the codec bf16 are halves. What encoding loses, the residual, is for the sender to
-add to its next difference (error feedback, arXiv 1901.09847). Decoding gives the same bits on every machine.
+the mean of what is decoded is what was sent (QSGD, arXiv 1610.02132). Vectors (biases, norms), which one scale would suit ill,
+and everything with the codec bf16 are halves. What encoding loses, the residual, is for the sender to add to its next
+difference (error feedback, arXiv 1901.09847). Running statistics of batch norms are singles, all of them and without residual:
+a variance that shrinks to a thousandth would come out negative by what a half loses. Decoding gives the same bits on every
+machine.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from numpy.random import Philox
 
 from lwfed.errors import InvalidPayload
-from lwfed.wire.sizes import Shapes, as_bytes, counts, raw_bytes
+from lwfed.plan import STATISTICS
+from lwfed.wire.sizes import Form, Shapes, counts_of, form_of, raw_bytes
 from lwfed.wire.tensors import Array
 
 if sys.version_info >= (3, 14):
@@ -30,6 +34,11 @@ else:
     from backports import zstd
 
 Codec = Literal["int8", "bf16"]
+DTYPES: Mapping[Form, np.dtype[Any]] = {
+    "single": np.dtype("<f4"),
+    "half": np.dtype("<u2"),
+    "byte": np.dtype("i1"),
+}  # as they follow each other
 MAGIC = b"LWD1"
 LEVEL = 1  # of zstd, whose entropy coding is what gains here: higher ones look for repetitions, and noise has none
 LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and what rounding loses is sent later
@@ -37,24 +46,24 @@ RANDOM = np.uint16  # random numbers that a rounding takes, one a value
 
 
 def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> tuple[bytes, dict[str, Array]]:
-    """The file, and the residual of each tensor; of every tensor only the part `top_k` of the largest differences is sent.
+    """The file, and the residual of each tensor; of all but statistics only the part `top_k` of the largest differences is sent.
 
     Raises ValueError for a difference that is not finite or too large for its form.
     """
-    sent = {name: _largest(deltas[name], top_k) for name in sorted(deltas)}
+    sent = {name: deltas[name] if name.endswith(STATISTICS) else _largest(deltas[name], top_k) for name in sorted(deltas)}
     random = _stream(seed)
     scales: list[bytes] = []
-    halves: list[bytes] = []
-    steps: list[bytes] = []
-    for tensor in sent.values():
-        if as_bytes(tensor.shape, codec):
+    written: dict[Form, list[bytes]] = {form: [] for form in DTYPES}
+    for name, tensor in sent.items():
+        form = form_of(name, tensor.shape, codec)
+        if form == "byte":
             scale, step = _to_int8(tensor, random)
             scales.append(scale.astype("<f4").tobytes())
-            steps.append(step.tobytes())
+            written[form].append(step.tobytes())
         else:
-            halves.append(_to_bf16(tensor).tobytes())
-    raw = b"".join([*scales, *halves, *steps])
-    decoded = Deltas(raw, {name: tensor.shape for name, tensor in sent.items()}, codec)
+            written[form].append(_to_bf16(tensor).tobytes() if form == "half" else tensor.astype("<f4").tobytes())
+    raw = b"".join([*scales, *(piece for form in DTYPES for piece in written[form])])
+    decoded = Deltas(raw, Layout({name: tensor.shape for name, tensor in sent.items()}, codec))
     with np.errstate(all="ignore"):  # what is not finite is found below
         residual = {name: deltas[name] - decoded[name] for name in sent}
     for name, tensor in residual.items():
@@ -65,7 +74,8 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
 
 def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
     """What a file holds. Raises InvalidPayload unless it is exactly of `shapes`, and finite."""
-    found = Deltas(_decompress(data, raw_bytes(shapes, codec)), shapes, codec)
+    layout = Layout(shapes, codec)
+    found = Deltas(decompress(data, layout), layout)
     for name in shapes:
         with np.errstate(all="ignore"):  # numpy would warn of what is refused here
             finite = np.isfinite(found[name]).all()
@@ -74,37 +84,56 @@ def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
     return found
 
 
-class Deltas:
-    """Differences by the names of their tensors, read out of what `encode` compresses."""
+def decompress(data: bytes, layout: Layout) -> bytes:
+    """What `layout` reads; never many more bytes than that, whatever the file promises. Raises InvalidPayload."""
+    if not data.startswith(MAGIC):
+        raise InvalidPayload("not a file of differences: it begins otherwise")
+    decompressor = zstd.ZstdDecompressor()
+    try:
+        raw: bytes = decompressor.decompress(data[len(MAGIC) :], max_length=layout.bytes + 1)
+    except zstd.ZstdError as error:
+        raise InvalidPayload(f"not a file of differences: {error}") from None
+    if len(raw) != layout.bytes or not decompressor.eof or decompressor.unused_data:
+        raise InvalidPayload(f"its differences do not fill the {layout.bytes} bytes that the tensors of this stage take")
+    return raw
 
-    def __init__(self, raw: bytes, shapes: Shapes, codec: Codec) -> None:
-        rows, halves, _ = counts(shapes, codec)
-        self._codec, self._shapes = codec, {name: tuple(shapes[name]) for name in sorted(shapes)}
-        self._scales = np.frombuffer(raw, "<f4", rows)
-        self._halves = np.frombuffer(raw, "<u2", halves, offset=4 * rows)
-        self._steps = np.frombuffer(raw, "i1", offset=4 * rows + 2 * halves)
-        self._places = dict(self._lay_out())
+
+class Layout:
+    """Where the numbers of each tensor of `shapes` lie in a decompressed file."""
+
+    def __init__(self, shapes: Shapes, codec: Codec) -> None:
+        scales, counts = counts_of(shapes, codec)
+        self.bytes = raw_bytes(shapes, codec)
+        starts: dict[Form, int] = {"single": 4 * scales, "half": 4 * (scales + counts["single"]), "byte": self.bytes - counts["byte"]}
+        row = 0
+        self._places: dict[str, tuple[tuple[int, ...], Form, int, int]] = {}  # shape, form, where numbers begin, where scales do
+        for name in sorted(shapes):
+            shape = tuple(shapes[name])
+            form = form_of(name, shape, codec)
+            self._places[name] = shape, form, starts[form], 4 * row
+            starts[form] += prod(shape) * DTYPES[form].itemsize
+            row += shape[0] if form == "byte" else 0
+
+    def read(self, raw: bytes | npt.NDArray[np.uint8], name: str, index: tuple[slice, ...] = ()) -> Array:
+        """The difference of a tensor, float32, or the block `index` of it; `raw` is the decompressed file."""
+        shape, form, start, scales = self._places[name]
+        numbers = np.frombuffer(raw, DTYPES[form], prod(shape), start).reshape(shape)[index]
+        if form == "byte":
+            scale = np.frombuffer(raw, "<f4", shape[0], scales).reshape(-1, *[1] * (len(shape) - 1))[index[:1]]
+            return np.asarray(numbers.astype(np.float32) * scale.astype(np.float32))
+        singles = (numbers.astype("<u4") << 16).view("<f4") if form == "half" else numbers
+        return np.asarray(singles.astype(np.float32))
+
+
+class Deltas:
+    """Differences by the names of their tensors."""
+
+    def __init__(self, raw: bytes, layout: Layout) -> None:
+        self._raw, self._layout = raw, layout
 
     def __getitem__(self, name: str) -> Array:
         """The difference, float32, in the shape of the tensor."""
-        shape, (row, first) = self._shapes[name], self._places[name]
-        values = slice(first, first + prod(shape))
-        if not as_bytes(shape, self._codec):
-            return (self._halves[values].astype("<u4") << 16).view("<f4").astype(np.float32).reshape(shape)
-        scales, steps = self._scales[row : row + shape[0]], self._steps[values]
-        decoded: Array = steps.astype(np.float32).reshape(shape[0], -1) * scales.astype(np.float32)[:, None]
-        return decoded.reshape(shape)
-
-    def _lay_out(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(first row, first value among those of its form)."""
-        row = half = step = 0
-        for name, shape in self._shapes.items():
-            if as_bytes(shape, self._codec):
-                yield name, (row, step)
-                row, step = row + shape[0], step + prod(shape)
-            else:
-                yield name, (row, half)
-                half += prod(shape)
+        return self._layout.read(self._raw, name)
 
 
 def _largest(delta: Array, share: float) -> Array:
@@ -148,17 +177,3 @@ def _uniform(random: Philox, count: int) -> Array:
     drawn = raw.astype("<u8").view("<u2")[:count]
     uniform: Array = (drawn.astype(np.float32) + np.float32(0.5)) / np.float32(65536)
     return uniform
-
-
-def _decompress(data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes, and never many more, whatever the file promises."""
-    if not data.startswith(MAGIC):
-        raise InvalidPayload("not a file of differences: it begins otherwise")
-    decompressor = zstd.ZstdDecompressor()
-    try:
-        raw: bytes = decompressor.decompress(data[len(MAGIC) :], max_length=size + 1)
-    except zstd.ZstdError as error:
-        raise InvalidPayload(f"not a file of differences: {error}") from None
-    if len(raw) != size or not decompressor.eof or decompressor.unused_data:
-        raise InvalidPayload(f"its differences do not fill the {size} bytes that the tensors of this stage take")
-    return raw

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lwfed.errors import InvalidPayload
+from lwfed.plan import STATISTICS
 from lwfed.wire.messages import MAX_BLOB_BYTES, Record
 
 Codec = Literal["int8", "bf16", "fp32"]
+Form = Literal["single", "half", "byte"]  # of the differences of a tensor: float32, bfloat16, int8
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -57,25 +59,31 @@ def largest_bytes(shapes: Shapes, codec: Codec) -> int:
 
 def packed_bytes(shapes: Shapes, codec: Codec) -> int:
     """About what a file of differences has whose numbers are all equally frequent: 7 bits a step, of a byte's 256 values 127 occur."""
-    rows, halves, steps = counts(shapes, codec)
-    return 4 * rows + 2 * halves + steps * 7 // 8
+    steps = counts_of(shapes, codec)[1]["byte"]
+    return raw_bytes(shapes, codec) - steps + steps * 7 // 8
 
 
 def raw_bytes(shapes: Shapes, codec: Codec) -> int:
     """Of differences before compression."""
-    rows, halves, steps = counts(shapes, codec)
-    return 4 * rows + 2 * halves + steps
+    scales, counts = counts_of(shapes, codec)
+    return 4 * (scales + counts["single"]) + 2 * counts["half"] + counts["byte"]
 
 
-def counts(shapes: Shapes, codec: Codec) -> tuple[int, int, int]:
-    """Of differences: how many scales, halves and bytes."""
-    steps = {name: shape for name, shape in shapes.items() if as_bytes(shape, codec)}
-    return sum(shape[0] for shape in steps.values()), numbers(shapes) - numbers(steps), numbers(steps)
+def counts_of(shapes: Shapes, codec: Codec) -> tuple[int, dict[Form, int]]:
+    """Of differences: how many scales, and numbers of each form."""
+    scales, counts = 0, dict.fromkeys(get_args(Form), 0)
+    for name, shape in shapes.items():
+        form = form_of(name, shape, codec)
+        scales += shape[0] if form == "byte" else 0
+        counts[form] += prod(shape)
+    return scales, counts
 
 
-def as_bytes(shape: Shape, codec: Codec) -> bool:
-    """Whether the differences of such a tensor are int8."""
-    return codec == "int8" and len(shape) > 1
+def form_of(name: str, shape: Shape, codec: Codec) -> Form:
+    """How the differences of a tensor travel."""
+    if name.endswith(STATISTICS):
+        return "single"
+    return "byte" if codec == "int8" and len(shape) > 1 else "half"
 
 
 def numbers(shapes: Shapes) -> int:

@@ -33,12 +33,6 @@ def decode(source: bytes | Path, shapes: Shapes) -> dict[str, Array]:
     return dict(iterate(source, shapes))
 
 
-def check_update(path: Path, shapes: Shapes) -> None:
-    """Raises InvalidPayload unless the file holds finite float32 tensors of exactly these names and shapes."""
-    for _ in iterate(path, shapes):
-        pass
-
-
 def iterate(source: bytes | Path, shapes: Shapes) -> Iterator[tuple[str, Array]]:
     """The tensors of `shapes` by name, each read and checked when its turn comes; raises InvalidPayload."""
     _check_header_size(source)

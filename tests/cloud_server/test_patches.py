@@ -1,22 +1,30 @@
 """Parts and updates as differences: what the server makes of them is what every device makes of them."""
 
+import contextlib
+import errno
 import hashlib
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lwfed.blobs import BlobStore
+from lwfed.cloud_server import updates
+from lwfed.cloud_server.aggregate import combine, screen
 from lwfed.cloud_server.patches import publish
-from lwfed.cloud_server.weights import as_weights, check
+from lwfed.cloud_server.updates import Share, Updates
+from lwfed.cloud_server.weights import MAX_DIFFERENCE, check, unpacked
 from lwfed.config import load_config
-from lwfed.edge_agent.differences import patch
-from lwfed.errors import Diverged, InvalidPayload
+from lwfed.edge_agent.differences import encode, patch
+from lwfed.errors import Diverged, InvalidPayload, StateError
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
 
-from .conftest import drawn
+from .conftest import NumpyWorker, drawn
 from .fleets import of, undisturbed
+from .merging import RULES, settings_of
 
 CODECS = ("int8", "bf16")
 PART = "layer.1"
@@ -91,29 +99,136 @@ def test_what_a_round_could_not_say_the_next_one_says(blobs, codec):
 
 def test_a_round_that_no_difference_can_tell_of_ends_with_advice(blobs):
     old, far = put(blobs, weights("old")), {name: np.full_like(tensor, np.finfo(np.float32).max) for name, tensor in weights("old").items()}
-    with pytest.raises(Diverged, match=r"lower train\.lr or calibration\.lr"):
+    with pytest.raises(Diverged, match=r"lower calibration\.lr"):
         publish(config().transfer, blobs, {PART: old}, {PART: put(blobs, far)}, {}, seed=1)
 
 
+@pytest.fixture
+def sent(tmp_path, blobs):
+    """The file of what devices received, and those of six updates: as they were sent, and as the weights that they make."""
+
+    def sent(codec):
+        received = weights("old")
+        held, folder = blobs.path(put(blobs, received)), tmp_path / codec
+        (folder / "weights").mkdir(parents=True)
+        for number in range(6):
+            data, _ = deltas.encode(weights(number, 0.01), codec, 1.0, number)
+            (folder / str(number)).write_bytes(data)
+            change = deltas.decode(data, part_shapes(config(), PART), codec)
+            (folder / "weights" / str(number)).write_bytes(tensors.encode({name: received[name] + change[name] for name in received}))
+        return (
+            held,
+            {number: folder / str(number) for number in range(6)},
+            {number: folder / "weights" / str(number) for number in range(6)},
+        )
+
+    return sent
+
+
+def merged(settings, held, files, open_update=updates.weights):
+    shares = [Share(number, 1 + number, file) for number, file in files.items()]
+    with Updates({PART: held}, shares, open_update) as found:
+        return tensors.encode(dict(combine(settings, screen(settings, found), found))[PART])
+
+
 @pytest.mark.parametrize("codec", CODECS)
-def test_updates_are_weights_as_long_as_they_are_looked_at(tmp_path, blobs, codec):
-    received, step = weights("old"), weights("step", 0.01)
-    (tmp_path / "update").write_bytes(deltas.encode(step, codec, 1.0, 1)[0])
-    held = blobs.path(put(blobs, received))
-    check(config(codec).transfer, [held], tmp_path / "update")
-    with as_weights(config(codec).transfer, [held], [tmp_path / "update"], tmp_path / "weights") as (file,):
-        found = tensors.decode(file, part_shapes(config(), PART))
-        assert all(np.allclose(found[name], received[name] + step[name], atol=0.01 * 4 / 63) for name in step)
-    assert not (tmp_path / "weights").exists()
+@pytest.mark.parametrize("rule", RULES)
+def test_differences_are_aggregated_as_the_weights_that_they_make(tmp_path, monkeypatch, sent, codec, rule):
+    """To the bit, clipped, block by block, and with more devices than files may be open; nothing as large as weights is written."""
+    held, files, made = sent(codec)
+    settings = settings_of(rule, clip_norm="median")
+    expected = merged(settings, held, made)
+    monkeypatch.setattr(updates, "BLOCK_NUMBERS", 50)
+    monkeypatch.setattr(updates, "OPEN_FILES", 2)
+    with unpacked(config(codec).transfer, [held], files, tmp_path / "unpacked") as (readable, open_update):
+        assert merged(settings, held, readable, open_update) == expected
+        written = sum(path.stat().st_size for path in (tmp_path / "unpacked").iterdir())
+        assert written <= (0.6 if codec == "bf16" else 0.4) * sum(path.stat().st_size for path in made.values())
+    assert not (tmp_path / "unpacked").exists()
 
 
-def test_a_difference_that_leads_beyond_float32_is_refused(tmp_path, blobs):
-    """As a second one of a device that does harm: the model is large already."""
-    large = {name: np.full_like(tensor, 3e38) for name, tensor in weights("old").items()}
-    (tmp_path / "update").write_bytes(deltas.encode(large, "int8", 1.0, 1)[0])
-    check(config().transfer, [blobs.path(put(blobs, weights("old")))], tmp_path / "update")
-    with pytest.raises(InvalidPayload, match="not finite once its difference is added"):
-        check(config().transfer, [blobs.path(put(blobs, large))], tmp_path / "update")
+def test_what_the_disk_has_spoilt_is_left_out(tmp_path, sent):
+    held, files, _ = sent("int8")
+    files[2].write_bytes(files[2].read_bytes()[:-1])
+    with unpacked(config().transfer, [held], files, tmp_path / "unpacked") as (readable, _):
+        assert sorted(readable) == [0, 1, 3, 4, 5]
+
+
+def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch, sent):
+    held, files, _ = sent("int8")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with (
+        pytest.raises(StateError, match=r"unpacked: No space left on device; free about \d+ MiB"),
+        unpacked(config().transfer, [held], files, tmp_path / "unpacked"),
+    ):
+        pass
+    assert not (tmp_path / "unpacked").exists()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("factor", "refused"), [(0.98, False), (1.02, True), (3e20, True)])
+def test_a_difference_that_could_lead_beyond_float32_is_refused(tmp_path, blobs, codec, factor, refused):
+    one = {name: np.full_like(tensor, MAX_DIFFERENCE * factor) for name, tensor in weights("old").items()}
+    (tmp_path / "update").write_bytes(deltas.encode(one, codec, 1.0, 1)[0])
+    with pytest.raises(InvalidPayload, match=r"differences above 1e\+18") if refused else contextlib.nullcontext():
+        check(config(codec).transfer, [blobs.path(put(blobs, weights("old")))], tmp_path / "update")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_updates_that_are_taken_make_a_round_that_cannot_be_published(tmp_path, blobs, codec):
+    """One device's differences are all that counts, and of every sign and size that is taken: what residuals add must not overflow."""
+    one, told, residuals = config(codec), put(blobs, weights("old")), {}
+    for round in range(8):
+        signs = {name: np.sign(drawn(tensor.shape, name, round)) for name, tensor in weights("old").items()}
+        sizes = {name: np.abs(drawn(tensor.shape, "size", name, round)).clip(0, 1) for name, tensor in weights("old").items()}
+        harm = {name: (signs[name] * sizes[name] * np.float32(0.98 * MAX_DIFFERENCE)).astype(np.float32) for name in signs}
+        update = tmp_path / "update"
+        update.write_bytes(deltas.encode(harm, codec, 1.0, round)[0])
+        check(one.transfer, [blobs.path(told)], update)
+        change, before = deltas.decode(update.read_bytes(), part_shapes(config(), PART), codec), read(blobs, told)
+        found = publish(
+            one.transfer, blobs, {PART: told}, {PART: put(blobs, {name: before[name] + change[name] for name in before})}, residuals, round
+        )
+        told, residuals = found.parts[PART], found.residuals
+    largest = max(float(np.abs(tensor).max()) for tensor in read(blobs, told).values())
+    assert largest < 10 * MAX_DIFFERENCE < 1e-18 * np.finfo(np.float32).max
+
+
+VARIANCES = {"bn1.running_var": np.random.default_rng(0).uniform(0.05, 2, 512).astype(np.float32)}
+SHRINKS = [0.1, 1e-3, 1e-5, 0.0]  # in a round; a bfloat16 holds 8 bits of a difference
+
+
+def shrunk(factor):
+    return {name: tensor * np.float32(factor) for name, tensor in VARIANCES.items()}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("factor", SHRINKS)
+def test_a_variance_that_shrinks_stays_one(blobs, codec, factor):
+    """Where a round publishes it, and where a device uploads it."""
+    old, wanted = put(blobs, VARIANCES), shrunk(factor)
+    found = publish(config(codec).transfer, blobs, {PART: old}, {PART: put(blobs, wanted)}, {}, seed=1)
+    told = tensors.decode(blobs.path(found.parts[PART]), {"bn1.running_var": (512,)})
+    one = config(codec)
+    sparse = one.model_copy(update={"transfer": one.transfer.model_copy(update={"top_k": 0.01})})
+    data, _ = encode(sparse, 1, 1, 0, wanted, VARIANCES, None)
+    update = deltas.decode(data, {"bn1.running_var": (512,)}, codec)
+    for variances in (told["bn1.running_var"], VARIANCES["bn1.running_var"] + update["bn1.running_var"]):
+        assert (variances >= 0).all()
+        assert np.allclose(variances, wanted["bn1.running_var"], rtol=0, atol=2.0**-23)
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "fp32"])
+def test_a_variance_below_zero_is_refused(tmp_path, blobs, codec):
+    held, negative = blobs.path(put(blobs, VARIANCES)), shrunk(-0.001)
+    data = deltas.encode(shrunk(-1.001), codec, 1.0, 1)[0] if codec != "fp32" else tensors.encode(negative)
+    (tmp_path / "update").write_bytes(data)
+    with pytest.raises(InvalidPayload, match="variances below 0"):
+        check(config(codec).transfer, [held], tmp_path / "update")
 
 
 # In a fleet
@@ -149,15 +264,40 @@ def test_every_announced_part_is_what_its_patches_make(world, said):
     assert not of(said, "warning")
 
 
+def harm(config, update, received):
+    """First large numbers, of which publishing leaves residuals; then, with the sign turned, all that float32 can say."""
+    largest = np.finfo(np.float32).max
+    rows = {name: tensor for name, tensor in sorted(update.items()) if tensor.ndim > 1}
+    anew = max(float(np.abs(received[name]).max()) for name in rows) < 1e30
+    scales = np.full(sum(len(tensor) for tensor in rows.values()), largest / 100.5 if anew else largest, "<f4")
+    steps = [drawn(tensor.shape, name) * 40 if anew else -np.sign(received[name]) for name, tensor in rows.items()]
+    halves = bytes(2 * sum(tensor.size for tensor in update.values() if tensor.ndim < 2))
+    raw = scales.tobytes() + halves + b"".join(tensor.clip(-100, 100).astype(np.int8).tobytes() for tensor in steps)
+    return deltas.MAGIC + deltas.zstd.compress(raw, 1)
+
+
 def test_a_device_that_would_make_the_model_infinite_ends_no_run(world, said):
-    """Each of its differences is finite; the second one added to what the first has made is not."""
-    fleet = world("transfer.codec=int8", "calibration.every=never", "rounds.quorum=0.5")
+    """Each of its differences is finite, and what it makes of the model too; what publishing left of one and the next are not."""
+    fleet = world("transfer.codec=int8", "calibration.every=never", "rounds.quorum=0.5", "stages.rounds_per_stage=3")
     fleet.start()
     fleet.join("a")
-    harmful = fleet.bring("b", images=100_000)
-    harmful.encode = lambda config, update, received: deltas.encode(
-        {name: np.full_like(tensor, 3e38) for name, tensor in update.items()}, "int8", 1.0, 1
-    )[0]
+    harmful = fleet.bring("b", images=10**12)
+    harmful.encode = harm
     fleet.finish()
     assert fleet.course.state.phase == "finished"
-    assert "not_finite" in harmful.refusals
+    assert "content" in harmful.refusals
+
+
+def test_a_calibration_that_cannot_be_told_is_left_out(world, said, monkeypatch):
+    calibrate = NumpyWorker._calibrate
+
+    def far(self, config, job):
+        done = calibrate(self, config, job)
+        shapes = part_shapes(config, PART)
+        self._write(job, PART, {name: np.full(shape, np.finfo(np.float32).max) for name, shape in shapes.items()})
+        return done
+
+    monkeypatch.setattr(NumpyWorker, "_calibrate", far)
+    undisturbed(world, "transfer.codec=int8").finish()
+    told = {one["text"].partition(":")[0].split(maxsplit=1)[1] for one in of(said, "warning")}
+    assert told == {"calibration is left out in this round"}

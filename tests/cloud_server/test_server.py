@@ -193,6 +193,26 @@ def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, stage,
     assert messages.decode(messages.Run, fleet.broker.retained["lwfed/default/all/run"]).epoch == fleet.course.epoch > before
 
 
+@pytest.mark.parametrize(("codec", "spoilt"), [("fp32", 1), ("int8", 1), ("int8", 2)])
+def test_updates_that_rot_before_they_are_aggregated_are_left_out(world, said, codec, spoilt):
+    """Their devices have forgotten them. Without those of both devices the round changes nothing."""
+    fleet = undisturbed(world, f"transfer.codec={codec}", "calibration.every=never")
+    fleet.course.aggregate = killed
+    with pytest.raises(Killed):
+        fleet.finish()
+    stored = fleet.course.store.contributions(1, 1)
+    for one in stored[:spoilt]:
+        fleet.course.spool.path(one.blob).write_bytes(b"junk")
+    fleet.kill()
+    fleet.start()
+    fleet.finish()
+    first, second = (next(run.parts for run in fleet.announced if (run.round, run.phase) == (round, "training")) for round in (1, 2))
+    assert (first == second) == (spoilt == len(stored) == 2)
+    told = [one["text"] for one in of(said, "warning")]
+    assert len(told) == 1
+    assert f"updates of device{'s 0, 1' if spoilt == 2 else ' 0'} are damaged on this disk" in told[0]
+
+
 def test_devices_that_stayed_follow_the_next_run_in_another_state(world, said):
     fleet = undisturbed(world)
     fleet.kill()

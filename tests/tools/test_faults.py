@@ -86,7 +86,7 @@ def acknowledging_before_recording(monkeypatch):
 
 
 def counting_twice(monkeypatch):
-    monkeypatch.setattr(course, "Updates", lambda received, shares: Updates(received, [*shares, shares[0]]))
+    monkeypatch.setattr(course, "Updates", lambda received, shares, *rest: Updates(received, [*shares, shares[0]], *rest))
 
 
 def losing_updates_after_recording_them(monkeypatch):

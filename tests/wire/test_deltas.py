@@ -23,7 +23,7 @@ else:
     from backports import zstd
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SHAPES = {"blocks.0.w": (3, 4), "conv.w": (2, 3, 2, 2), "norm.b": (5,), "row.w": (1, 7), "scalar": ()}
+SHAPES = {"blocks.0.w": (3, 4), "conv.w": (2, 3, 2, 2), "norm.b": (5,), "row.w": (1, 7), "scalar": (), "bn1.running_var": (3,)}
 CODECS = ("int8", "bf16")
 STEP = np.float32(2.0**-149)  # the least that float32 can say
 
@@ -33,7 +33,8 @@ codecs = st.sampled_from(CODECS)
 @st.composite
 def differences(draw):
     """Of any number of dimensions, alike or of all sizes that float32 has without its last digits falling away."""
-    shapes = draw(st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(1, 4), max_size=4).map(tuple), max_size=3))
+    names = st.sampled_from(["a", "b", "b.running_mean", "c.running_var", "d"])
+    shapes = draw(st.dictionaries(names, st.lists(st.integers(1, 4), max_size=4).map(tuple), max_size=3))
     random = np.random.default_rng(draw(st.integers(0, 1 << 30)))
     reach = draw(st.sampled_from([0, 2, 30]))
     return {
@@ -105,6 +106,17 @@ def test_rounding_is_unbiased():
     assert np.abs(mean - delta["w"]).max() < 5 * (0.5 / 63) / sqrt(count)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("top_k", [1.0, 0.01])
+def test_running_statistics_are_sent_as_they_are(codec, top_k):
+    deltas = some(of={"bn1.running_mean": (100,), "bn1.running_var": (100,), "bn1.weight": (100,)})
+    found, residual = sent(deltas, codec, top_k)
+    for name in ("bn1.running_mean", "bn1.running_var"):
+        assert np.array_equal(found[name], deltas[name])
+        assert not residual[name].any()
+    assert residual["bn1.weight"].any()
+
+
 def test_the_seed_alone_decides_on_the_bytes():
     data, _ = encode(some(), "int8", 1.0, 7)
     assert encode(dict(reversed(some().items())), "int8", 1.0, 7)[0] == data
@@ -169,7 +181,7 @@ def test_differences_are_written_and_read_as_ever(codec):
     data, residual = encode(some(), codec, 1.0, 7)
     assert raw_of(data) == raw_of(golden)
     found = decode(golden, SHAPES, codec)
-    assert all(np.array_equal(found[name], some()[name] - residual[name]) for name in ("norm.b", "scalar"))
+    assert all(np.array_equal(found[name], some()[name] - residual[name]) for name in ("norm.b", "scalar", "bn1.running_var"))
     assert all((np.abs(found[name] - some()[name]) <= step_of(some()[name], codec)).all() for name in SHAPES)
 
 
