@@ -53,7 +53,7 @@ def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, T
     """The tensors of a kept update; None when there is none, or when the disk has spoilt it."""
     if file is None:
         return None
-    with contextlib.suppress(InvalidPayload):
+    with contextlib.suppress(InvalidPayload, FileNotFoundError):
         return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
     return None
 

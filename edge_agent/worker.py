@@ -1,6 +1,7 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
 In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
+       "after": the last earlier round of the stage whose update the server took, or null,
        "parts": {part: file, or {"base": file, "patches": [file], "id": digest of what they make of it}},
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
        "budget_mb": for this process, or null}
@@ -39,7 +40,7 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
-from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.previous import Previous, Turn, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
@@ -81,10 +82,9 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        stage, participant, kept = data["stage"], data["participant"], Path(data["kept"])
-        own = Previous("previous", kept, config, stage, participant) if config.alignment.method == "moon" else None
-        before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
-        place = stage, data["round"], participant
+        kept, turn = Path(data["kept"]), Turn(data["stage"], data["round"], data["participant"], data["after"])
+        own = Previous("previous", kept, config, turn) if config.alignment.method == "moon" else None
+        before = trainer.load_update(config, turn.stage, own.before) if own else None
         cache, meter = self._cache(data, config, sources), AcceleratorMeter(device)
         del sources  # whose memory training may need
 
@@ -93,7 +93,9 @@ class Worker:
 
         update, summary = trainer.train(
             config,
-            *place,
+            turn.stage,
+            turn.round,
+            turn.participant,
             parts,
             move_images(images.pixels, device),
             on_step,
@@ -107,10 +109,10 @@ class Worker:
         give_back()
         let_code_go()
         if own:
-            on_disk(data, lambda: own.keep(data["round"], wire.encode(update)))
+            on_disk(data, lambda: own.keep(wire.encode(update)))
         else:
             forget("previous", kept)
-        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, place, update, parts, kept)))
+        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, turn, update, parts, kept)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
@@ -195,18 +197,16 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
     return found
 
 
-def _encode(
-    config: RunConfig, place: tuple[int, int, int], update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path
-) -> bytes:
-    """The update as it travels; what its encoding loses is kept for the next round. `place`: stage, round, participant."""
+def _encode(config: RunConfig, turn: Turn, update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path) -> bytes:
+    """The update as it travels; what its encoding loses is kept for the next round."""
     if config.transfer.codec == "fp32":
         forget("residual", kept)
         return wire.encode(update)
-    stage, round, participant = place
-    residuals = Previous("residual", kept, config, stage, participant)
+    residuals = Previous("residual", kept, config, turn)
+    missing = trainer.load_update(config, turn.stage, residuals.before)
     received = {name: parts[name].cpu().numpy() for name in update}
-    encoded, residual = trainer.encode(config, *place, update, received, trainer.load_update(config, stage, residuals.before(round)))
-    residuals.keep(round, wire.encode(residual))
+    encoded, residual = trainer.encode(config, turn.stage, turn.round, turn.participant, update, received, missing)
+    residuals.keep(wire.encode(residual))
     return encoded
 
 

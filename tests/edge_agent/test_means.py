@@ -96,7 +96,7 @@ class Device:
         order = {
             "do": "train", "config": str(self.root / "config"), "parts": self.parts, "stage": self.stage, "round": round, "participant": 0,
             "lr_scale": 1.0, "data": "digits", "shared": False, "kept": str(self.root / "kept"), "out": str(self.root / "out"),
-            "execution": execution, "budget_mb": budget_mb,
+            "execution": execution, "budget_mb": budget_mb, "after": round - 1 or None,
         }  # fmt: skip
         (Worker() if fresh else self.worker).handle(order, self.hear)
         return (self.root / "out").read_bytes()

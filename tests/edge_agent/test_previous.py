@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lwfed.config import load_config
-from lwfed.edge_agent.previous import Previous, forget, write_durably
+from lwfed.edge_agent.previous import Previous, Turn, forget, write_durably
 from lwfed.edge_agent.worker import Worker
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
@@ -24,7 +24,8 @@ class Device:
         self.kept.mkdir(parents=True, exist_ok=True)
         (root / "config").write_bytes(self.config.to_bytes())
 
-    def train(self, round, stage=1, participant=0, worker=None):
+    def train(self, round, stage=1, participant=0, worker=None, after=0):
+        """`after` the round before, if no other is given."""
         parts = {}
         # What the server sends differs from round to round.
         sent = init_parts(load_config("demo", [*SMALL, f"run.seed={round}"]), self.config.plan(stage).present)
@@ -35,6 +36,7 @@ class Device:
             "stage": stage,
             "round": round,
             "participant": participant,
+            "after": (round - 1 or None) if after == 0 else after,
             "lr_scale": 1.0,
             "shared": False,
             "execution": None,
@@ -70,10 +72,24 @@ def test_a_killed_process_changes_no_bit(tmp_path, method, codec):
     assert cut.train(3) != expected[2], "what was kept counts"
 
 
-def test_a_round_is_compared_with_the_newest_earlier_one_of_its_stage(tmp_path):
+@pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
+def test_an_update_that_was_not_taken_counts_for_nothing(tmp_path, method, codec):
+    """Of a round that had enough without it, or that was over before it was handed over."""
+    one, other = Device(tmp_path / "one", method, codec), Device(tmp_path / "other", method, codec)
+    for device in (one, other):
+        device.train(1)
+    one.train(2)
+    one.train(3, after=1)
+    found = one.train(4, after=1)
+    assert other.train(4, after=1) == found
+    assert one.train(4, after=1) == found, "a repeated round"
+    assert one.train(4, after=None) != found
+
+
+def test_a_round_is_compared_with_the_last_earlier_one_of_its_stage(tmp_path):
     device = Device(tmp_path / "one")
     device.train(1)
-    compared = device.train(4)  # the device was not chosen in between
+    compared = device.train(4, after=1)  # the device was not chosen in between
     assert device.names() == ["1-1.safetensors", "1-4.safetensors"]
     forget("previous", device.kept)
     assert device.names() == []
@@ -99,17 +115,16 @@ def test_a_stage_that_is_repeated_compares_with_nothing_of_the_attempt_that_coll
     device = Device(tmp_path / "one")
     planned = device.config.round_counts[0]
     device.train(planned)
-    kept = Previous("previous", device.kept, device.config, 1, 0)
-    assert kept.before(planned + 1) is None
+    assert Previous("previous", device.kept, device.config, Turn(1, planned + 1, 0, planned)).before is None
     device.train(planned + 1)
-    assert kept.before(planned + 2) is not None
+    assert Previous("previous", device.kept, device.config, Turn(1, planned + 2, 0, planned + 1)).before.exists()
 
 
 def test_a_spoilt_file_is_as_none(tmp_path):
     device = Device(tmp_path / "one")
     first = device.train(2)
     device.train(1)
-    path = Previous("previous", device.kept, device.config, 1, 0).before(2)
+    path = Previous("previous", device.kept, device.config, Turn(1, 2, 0, 1)).before
     path.write_bytes(path.read_bytes()[:100])
     assert device.train(2) == first
 
