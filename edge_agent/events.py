@@ -96,7 +96,16 @@ class WorkerPatched:
     files: tuple[Path, ...]
 
 
-WorkerEvent = WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerOver | WorkerDone | WorkerError
+@dataclass(frozen=True)
+class WorkerWarning:
+    """For people; it goes on."""
+
+    text: str
+
+
+WorkerEvent = (
+    WorkerReady | WorkerPatched | WorkerWarning | WorkerLoading | WorkerPlanned | WorkerProgress | WorkerOver | WorkerDone | WorkerError
+)
 Event = TransportEvent | WorkerEvent | Stop
 
 # Out

@@ -7,7 +7,6 @@ by moon they depend on the device's previous update of the stage too, which `lwf
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -49,13 +48,9 @@ def load_parts(config: RunConfig, stage: int, files: Mapping[str, Source], witho
     return loaded
 
 
-def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, Tensor] | None:
-    """The tensors of a kept update; None when there is none, or when the disk has spoilt it."""
-    if file is None:
-        return None
-    with contextlib.suppress(InvalidPayload, FileNotFoundError):
-        return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
-    return None
+def load_update(config: RunConfig, stage: int, file: Path) -> dict[str, Tensor]:
+    """The tensors of a kept update. Raises InvalidPayload where the disk has spoilt it, and OSError."""
+    return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
 
 
 def patch(config: RunConfig, part: str, base: Path, patches: Iterable[Path], digest: str) -> bytes:

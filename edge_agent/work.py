@@ -188,6 +188,8 @@ class Work:
                 for file in files:
                     self._held.adopt(file)
                 return []
+            case events.WorkerWarning(text):
+                return [Tell("warning", text)]
             case events.WorkerPlanned():
                 return self._fix_execution(event)
             case events.WorkerProgress():

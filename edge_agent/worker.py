@@ -7,6 +7,7 @@ In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "da
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
+      {"event": "warning", "text"}                          for people
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
@@ -42,7 +43,7 @@ from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means, layers_of
 from lwfed.edge_agent.previous import Previous, Turn, forget, write_durably
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
-from lwfed.errors import StateError, Unfit
+from lwfed.errors import InvalidPayload, StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -84,7 +85,7 @@ class Worker:
 
         kept, turn = Path(data["kept"]), Turn(data["stage"], data["round"], data["participant"], data["after"])
         own = Previous("previous", kept, config, turn) if config.alignment.method == "moon" else None
-        before = trainer.load_update(config, turn.stage, own.before) if own else None
+        before = _load(config, turn, own, say) if own else None
         cache, meter = self._cache(data, config, sources), AcceleratorMeter(device)
         del sources  # whose memory training may need
 
@@ -112,7 +113,7 @@ class Worker:
             on_disk(data, lambda: own.keep(wire.encode(update)))
         else:
             forget("previous", kept)
-        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, turn, update, parts, kept)))
+        on_disk(data, lambda: write_durably(Path(data["out"]), _encode(config, turn, update, parts, kept, say)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})
@@ -197,17 +198,28 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
     return found
 
 
-def _encode(config: RunConfig, turn: Turn, update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path) -> bytes:
+def _encode(config: RunConfig, turn: Turn, update: Mapping[str, wire.Array], parts: Mapping[str, Tensor], kept: Path, say: Say) -> bytes:
     """The update as it travels; what its encoding loses is kept for the next round."""
     if config.transfer.codec == "fp32":
         forget("residual", kept)
         return wire.encode(update)
     residuals = Previous("residual", kept, config, turn)
-    missing = trainer.load_update(config, turn.stage, residuals.before)
+    missing = _load(config, turn, residuals, say)
     received = {name: parts[name].cpu().numpy() for name in update}
     encoded, residual = trainer.encode(config, turn.stage, turn.round, turn.participant, update, received, missing)
     residuals.keep(wire.encode(residual))
     return encoded
+
+
+def _load(config: RunConfig, turn: Turn, kept: Previous, say: Say) -> dict[str, Tensor] | None:
+    """What an earlier round has kept, if any; where it is lost training goes on without, and says so."""
+    if (file := kept.before) is None:
+        return None
+    try:
+        return trainer.load_update(config, turn.stage, file)
+    except (InvalidPayload, OSError) as error:
+        say({"event": "warning", "text": f"{file.name}, kept of an earlier round, cannot be read ({error}): training goes on without it"})
+        return None
 
 
 def _name(told: str | Json | None) -> str | None:

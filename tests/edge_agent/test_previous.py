@@ -20,7 +20,7 @@ class Device:
 
     def __init__(self, root, method="moon", codec="fp32"):
         self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}"])
-        self.root, self.kept = root, root / "kept"
+        self.root, self.kept, self.warned = root, root / "kept", []
         self.kept.mkdir(parents=True, exist_ok=True)
         (root / "config").write_bytes(self.config.to_bytes())
 
@@ -43,8 +43,12 @@ class Device:
             "budget_mb": None,
         }
         files = {"config": str(self.root / "config"), "kept": str(self.kept), "out": str(self.root / "update")}
-        (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, lambda said: None)
+        (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, self.hear)
         return (self.root / "update").read_bytes()
+
+    def hear(self, said):
+        if said["event"] == "warning":
+            self.warned.append(said["text"])
 
     def names(self):
         return sorted(path.name.partition("-0-")[2] for path in self.kept.glob("previous-*"))
@@ -120,13 +124,21 @@ def test_a_stage_that_is_repeated_compares_with_nothing_of_the_attempt_that_coll
     assert Previous("previous", device.kept, device.config, Turn(1, planned + 2, 0, planned + 1)).before.exists()
 
 
-def test_a_spoilt_file_is_as_none(tmp_path):
-    device = Device(tmp_path / "one")
-    first = device.train(2)
+@pytest.mark.parametrize(("kind", "method", "codec"), [("previous", "moon", "fp32"), ("residual", "off", "int8")])
+@pytest.mark.parametrize("how", ["spoilt", "gone"])
+def test_a_file_that_cannot_be_read_is_as_none_and_said(tmp_path, kind, method, codec, how):
+    device = Device(tmp_path / "one", method, codec)
+    first = device.train(2, after=None)
     device.train(1)
-    path = Previous("previous", device.kept, device.config, Turn(1, 2, 0, 1)).before
-    path.write_bytes(path.read_bytes()[:100])
+    path = Previous(kind, device.kept, device.config, Turn(1, 2, 0, 1)).before
+    if how == "spoilt":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.unlink()
+    assert device.warned == []
     assert device.train(2) == first
+    (text,) = device.warned
+    assert text.startswith(f"{path.name}, kept of an earlier round, cannot be read (")
 
 
 @pytest.mark.parametrize("method", ["off", "cosine"])

@@ -1,6 +1,6 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerWarning
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
@@ -287,3 +287,12 @@ def test_another_run_of_the_same_name_does_not_build_upon_what_the_first_one_too
     anew.assign(device.id, round=4)
     world.settle(2)
     assert [order["after"] for order in orders(device)] == [None, 1, 2, None]
+
+
+def test_what_the_training_process_warns_of_is_said_and_ends_nothing(world):
+    server, device = world.training()
+    device.queue.append(WorkerWarning("residual-1.safetensors cannot be read"))
+    device.finish()
+    world.settle(2)
+    assert device.texts("warning") == ["residual-1.safetensors cannot be read"]
+    assert server.received
