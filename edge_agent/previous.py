@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lwfed.config import RunConfig
+from lwfed.config.learning import learning_digest
 
 Kind = Literal["previous", "residual"]  # of all files here; nothing else in the folder begins so
 
@@ -32,7 +33,7 @@ class Previous:
 
     def __init__(self, kind: Kind, folder: Path, config: RunConfig, turn: Turn) -> None:
         self._kind, self._folder, self._turn = kind, folder, turn
-        self._name = f"{kind}-{config.digest[:16]}-{turn.participant}-{turn.stage}"
+        self._name = f"{kind}-{learning_digest(config)[:16]}-{turn.participant}-{turn.stage}"
         self._planned = config.round_counts[turn.stage - 1]
 
     @property

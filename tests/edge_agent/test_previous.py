@@ -18,8 +18,8 @@ SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, outpu
 class Device:
     """A folder, and training processes that begin anew with every order."""
 
-    def __init__(self, root, method="moon", codec="fp32"):
-        self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}"])
+    def __init__(self, root, method="moon", codec="fp32", *settings):
+        self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}", *settings])
         self.root, self.kept, self.warned = root, root / "kept", []
         self.kept.mkdir(parents=True, exist_ok=True)
         (root / "config").write_bytes(self.config.to_bytes())
@@ -88,6 +88,16 @@ def test_an_update_that_was_not_taken_counts_for_nothing(tmp_path, method, codec
     assert other.train(4, after=1) == found
     assert one.train(4, after=1) == found, "a repeated round"
     assert one.train(4, after=None) != found
+
+
+@pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
+def test_a_run_that_goes_on_with_another_deadline_goes_on_from_what_was_kept(tmp_path, method, codec):
+    whole, changed = Device(tmp_path / "whole", method, codec), Device(tmp_path / "changed", method, codec)
+    for device in (whole, changed):
+        device.train(1)
+    changed = Device(changed.root, method, codec, "rounds.deadline_s=7200", "transfer.window=2", "worker.linger_s=1")
+    assert changed.train(2) == whole.train(2)
+    assert changed.warned == []
 
 
 def test_a_round_is_compared_with_the_last_earlier_one_of_its_stage(tmp_path):
