@@ -5,23 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from lwfed.config import RunConfig
-from lwfed.config.explain import keys
+from lwfed.config.learning import OPERATION, learns, values
 from lwfed.errors import StateError
 
-OPERATION = ("rounds", "transfer", "worker")  # sections that say how a run proceeds; the others say what it learns
-LEARNING = ("transfer.codec", "transfer.top_k")  # keys of such a section that say what is learnt nevertheless
 SHOWN = 12
 
 
 def accept(root: Path, stored: RunConfig, wanted: RunConfig) -> list[str]:
     """What has changed, a line a key, where the run can go on with it; raises StateError where it would be another run."""
-    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    changed = {}
-    for key in keys(RunConfig):
-        section, _, name = key.partition(".")
-        if old[section][name] != new[section][name]:
-            changed[key] = f"{key}: {old[section][name]} before, {new[section][name]} now"
-    foreign = [text for key, text in changed.items() if key.partition(".")[0] not in OPERATION or key in LEARNING]
+    old, new = values(stored), values(wanted)
+    changed = {key: f"{key}: {old[key]} before, {new[key]} now" for key in old if old[key] != new[key]}
+    foreign = [text for key, text in changed.items() if learns(key)]
     if not foreign:
         return list(changed.values())
     more = [f"and {len(foreign) - SHOWN} more"] if len(foreign) > SHOWN else []

@@ -5,15 +5,14 @@ Without torch, so that a simulated device does it as a real one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lwfed.config import RunConfig
-from lwfed.edge_agent.previous import Previous, forget
+from lwfed.edge_agent.previous import Previous, Turn, forget
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
@@ -36,31 +35,27 @@ def patch(config: RunConfig, part: str, shapes: Shapes, base: Path, patches: Ite
 
 
 def encode(
-    config: RunConfig, place: tuple[int, int, int], update: Mapping[str, tensors.Array], received: Mapping[str, tensors.Array], kept: Path
+    config: RunConfig,
+    turn: Turn,
+    update: Mapping[str, tensors.Array],
+    received: Mapping[str, tensors.Array],
+    kept: Path,
+    warn: Callable[[str], object],
 ) -> bytes:
     """The update as it travels: with the codec fp32 its weights, else differences to what the device received.
 
-    What their encoding loses stays in the folder `kept` for the next round. `place`: stage, round, participant. Raises Diverged
-    where differences cannot be told.
+    What their encoding loses stays in the folder `kept` for the next round. Raises Diverged where differences cannot be told.
     """
     codec, top_k = config.transfer.codec, config.transfer.top_k
     if codec == "fp32":
         forget("residual", kept)
         return tensors.encode(update)
-    stage, round, participant = place
-    residuals = Previous("residual", kept, config, stage, participant)
-    missing = _read(residuals.before(round), {name: tensor.shape for name, tensor in update.items()})
+    residuals = Previous("residual", kept, config, turn)
+    missing = residuals.read({name: tensor.shape for name, tensor in update.items()}, warn) or {}
     wanted = {name: tensor - received[name] + missing.get(name, np.float32(0)) for name, tensor in update.items()}
     try:
-        encoded, residual = deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", participant, stage, round))
+        encoded, residual = deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", turn.participant, turn.stage, turn.round))
     except ValueError as error:
         raise Diverged(f"the update cannot be sent: {error}; lower train.lr") from None
-    residuals.keep(round, tensors.encode(residual))
+    residuals.keep(tensors.encode(residual))
     return encoded
-
-
-def _read(file: Path | None, shapes: Shapes) -> dict[str, tensors.Array]:
-    """A residual; nothing when there is none, or when the disk has spoilt it."""
-    with contextlib.suppress(InvalidPayload):
-        return tensors.decode(file, shapes) if file else {}
-    return {}

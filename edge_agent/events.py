@@ -103,8 +103,24 @@ class WorkerPatched:
     files: tuple[Path, ...]
 
 
+@dataclass(frozen=True)
+class WorkerWarning:
+    """For people; it goes on."""
+
+    text: str
+
+
 WorkerEvent = (
-    WorkerReady | WorkerPatched | WorkerLoading | WorkerPlanned | WorkerRecomputes | WorkerProgress | WorkerOver | WorkerDone | WorkerError
+    WorkerReady
+    | WorkerPatched
+    | WorkerWarning
+    | WorkerLoading
+    | WorkerPlanned
+    | WorkerRecomputes
+    | WorkerProgress
+    | WorkerOver
+    | WorkerDone
+    | WorkerError
 )
 Event = TransportEvent | WorkerEvent | Stop
 

@@ -92,12 +92,10 @@ class Handover:
             task = self._settle(accepted=True).task
             return [Tell("accepted", f"the server has the update of {where(task)}", {"stage": task.stage, "round": task.round})]
         if self._upload.state == "refused" and (refusal := self._upload.refusal):
-            return self.drop(f"the server refused the update ({refusal.code}): {refusal.reason}", refusal.code)
+            self._settle()
+            text = f"the server refused the update ({refusal.code}): {refusal.reason}; it is dropped"
+            return [Tell("refused", text, {"code": refusal.code})]
         return []
-
-    def drop(self, text: str, code: str) -> list[Effect]:
-        self._settle()
-        return [Tell("refused", f"{text}; it is dropped", {"code": code})]
 
     def covers(self, task: Task) -> bool:
         """Whether its update is on the way, or accepted by the server in its present start; a server that lost it starts anew."""
@@ -108,6 +106,10 @@ class Handover:
     def reset(self, epoch: int) -> None:
         """Connection or server are back."""
         self._epoch = epoch
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask the server at once whether it has the update: when a new round begins it may have taken it, and its word be lost."""
         if self._upload is not None:
             self._upload.reset()
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lwfed.edge_agent.facts import Facts, SqliteFacts
 from lwfed.errors import StateError
-from lwfed.wire.messages import BlobRef, Count, Execution, Name, Record, Report, Task, Traffic
+from lwfed.wire.messages import BlobRef, Count, Execution, Name, Ordinal, Record, Report, Task, Traffic
 
 Stored = TypeVar("Stored", bound=BaseModel)
 
@@ -33,6 +33,13 @@ class Accepted(Record):
 
     task: Task
     epoch: Count
+
+
+class Taken(Record):
+    """The last rounds of a stage whose updates a server took, oldest first: as many as are needed to repeat one of them."""
+
+    stage: Ordinal
+    rounds: Annotated[tuple[Ordinal, ...], Field(min_length=1, max_length=2)]
 
 
 class Seen(Record):
@@ -104,10 +111,34 @@ class Journal:
             self._facts.drop("update")
             if accepted is not None:
                 self._put("accepted", accepted)
+                self._take(accepted.task)
 
     @property
     def accepted(self) -> Accepted | None:
         return self._read("accepted", Accepted)
+
+    def after(self, task: Task) -> int | None:
+        """The last earlier round of the task's stage whose update a server took."""
+        return max(self._earlier(task), default=None)
+
+    def lose(self, run: str, stage: int, round: int) -> None:
+        """The server is at that round: if it took an update in a later one, that was another run of the name, or is forgotten."""
+        taken = self._read(f"taken {run}", Taken)
+        if taken is not None and (taken.stage, taken.rounds[-1]) > (stage, round):
+            with self._facts.transaction():
+                self._facts.drop(f"taken {run}")
+
+    def take(self, task: Task) -> None:
+        """A server has the update of `task`."""
+        with self._facts.transaction():
+            self._take(task)
+
+    def _take(self, task: Task) -> None:
+        self._put(f"taken {task.run}", Taken(stage=task.stage, rounds=(*self._earlier(task)[-1:], task.round)))
+
+    def _earlier(self, task: Task) -> tuple[int, ...]:
+        taken = self._read(f"taken {task.run}", Taken)
+        return tuple(round for round in taken.rounds if round < task.round) if taken and taken.stage == task.stage else ()
 
     def execution(self, run: str, stage: int) -> Execution | None:
         """How this device computes in the stage, fixed before its first step there."""

@@ -76,6 +76,8 @@ class TrainingProcess:
                 return events.WorkerLoading(**said)
             case "patched":
                 return events.WorkerPatched(tuple(Path(file) for file in data["files"]))
+            case "warning":
+                return events.WorkerWarning(**said)
             case "planned":
                 return events.WorkerPlanned(**said)
             case "recomputes":

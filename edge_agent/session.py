@@ -27,32 +27,45 @@ from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 GREET_S = 15.0  # connected without an order of the server for so long: greet it again
+SAVE_BYTES, SAVE_S = 65_536, 5.0  # what of the traffic a kill makes forget; an idle device writes nothing
 GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
 
 
 class TrafficCount:
-    """Bytes since the device joined the run, over all starts of the agent."""
+    """Bytes since the device joined the run, over all starts of the agent. Those before the first announcement are of its run."""
 
     def __init__(self, journal: Journal, link: Link) -> None:
         self._journal, self._link = journal, link
         self._run: str | None = None
         self._before = Traffic(down=0, up=0)
+        self._down = self._up = 0  # on this link, when the run was joined
+        self._saved, self._saved_s = 0, float("-inf")
 
     def follow(self, run: str) -> None:
-        if run != self._run:
+        if run == self._run:
+            return
+        if self._run is not None:
             self.save()
-            self._run, self._before = run, self._journal.traffic(run)
             self._down, self._up = self._link.received_bytes, self._link.sent_bytes
+        self._run, self._before = run, self._journal.traffic(run)
 
     def now(self) -> Traffic:
-        if self._run is None:
-            return self._before
         down, up = self._link.received_bytes - self._down, self._link.sent_bytes - self._up
         return Traffic(down=self._before.down + down, up=self._before.up + up)
 
+    def poll(self, now: float) -> None:
+        """Save it while it grows, since nobody says that the agent will be killed."""
+        if self._moved() >= self._saved + SAVE_BYTES and now >= self._saved_s + SAVE_S:
+            self._saved_s = now
+            self.save()
+
     def save(self) -> None:
         if self._run is not None:
+            self._saved = self._moved()
             self._journal.count(self._run, self.now())
+
+    def _moved(self) -> int:
+        return self._link.received_bytes + self._link.sent_bytes
 
 
 class Session:
@@ -101,6 +114,7 @@ class Session:
                     self._reason or Unreachable(f"no answer from the broker within {self._wait_s:g} s: check the address and that it runs")
                 )
             ]
+        self._traffic.poll(now)
         effects = self._work.poll(now, self._server is not None, self._traffic.now())
         if self._quiet_until is not None and now >= self._quiet_until:
             self._quiet_until = None
@@ -182,7 +196,10 @@ class Session:
             case topics.RunTopic():
                 return self._on_run(decode(Run, payload))
             case topics.BlobChunk(blob, index):
+                fetching = not self._work.downloads.complete
                 self._work.downloads.on_chunk(blob, index, payload)
+                if fetching and self._work.downloads.complete:
+                    self._traffic.save()
                 return [Show("receiving the model", *self._work.downloads.progress())]
             case topics.ToDevice(self._device, kind) if kind in messages.DOWN:
                 self._greeting.wait(now)

@@ -7,7 +7,6 @@ by moon they depend on the device's previous update of the stage too, which `lwf
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lwfed.config import RunConfig
 from lwfed.errors import InvalidPayload
 from lwfed.models.local import Images, LocalSummary, StepReport, device_task, train_local
 from lwfed.models.reuse import FeatureCache, Progress, reuse
-from lwfed.models.shapes import part_shapes, shapes
+from lwfed.models.shapes import part_shapes
 from lwfed.models.step import Means
 from lwfed.plan import part_of
 from lwfed.seeds import derive
@@ -43,15 +42,6 @@ def load_parts(config: RunConfig, stage: int, files: Mapping[str, Source], witho
         arrays = wire.decode(files[part], part_shapes(config, part))
         loaded |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     return loaded
-
-
-def load_update(config: RunConfig, stage: int, file: Path | None) -> dict[str, Tensor] | None:
-    """The tensors of a kept update; None when there is none, or when the disk has spoilt it."""
-    if file is None:
-        return None
-    with contextlib.suppress(InvalidPayload):
-        return {name: torch.from_numpy(array) for name, array in wire.decode(file, shapes(config, config.plan(stage).uploaded)).items()}
-    return None
 
 
 def train(

@@ -1,6 +1,7 @@
 """The life of a device's task, from its assignment until there is an update to hand over.
 
-    idle --task--> called --its announcement--> fetching --all blobs held--> starting --worker ready--> training
+    idle --task--> called --its announcement--> fetching --all blobs held, and no older update in hand--> starting
+    starting --worker ready--> training
     training --update written--> idle                  any --newer round, failure--> idle
 
 A task and its announcement travel on different topics and come in any order. Until its round is announced a task is kept
@@ -124,6 +125,7 @@ class Work:
     def announce(self, run: Run) -> list[Effect]:
         """Where the run stands now."""
         self._run = run
+        self._journal.lose(*_place(run))
         effects: list[Effect] = []
         if self._task is not None and (self._task.run != run.run or _is_over(self._task, run)):
             withdrawn = run.paused and _place(self._task) == _place(run)
@@ -150,8 +152,7 @@ class Work:
             known, self._early = self._early, task
             return [_set_aside(task, run)] if run is not None and known is None else []
         effects = self._give_up()
-        if (update := self.handover.update) is not None:
-            effects += self.handover.drop(f"the update of {where(update.task)} comes too late", "stale")
+        self.handover.ask()
         self._task, self._phase = task, "called"
         self._journal.begin(task)
         said = {"run": task.run, "stage": task.stage, "round": task.round, "participant": task.participant}
@@ -188,6 +189,8 @@ class Work:
                 for file in files:
                     self._held.adopt(file)
                 return []
+            case events.WorkerWarning(text):
+                return [Tell("warning", text)]
             case events.WorkerPlanned():
                 return self._fix_execution(event)
             case events.WorkerRecomputes(why):
@@ -217,7 +220,7 @@ class Work:
             self.downloads.want(wanted)
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"
-        if self._phase == "fetching" and self.downloads.complete:
+        if self._phase == "fetching" and self.downloads.complete and self.handover.update is None:
             return [*self._say_download(), *self._prepare(task, run)]
         return []
 
@@ -271,6 +274,7 @@ class Work:
             "stage": job.task.stage,
             "round": job.task.round,
             "participant": job.task.participant,
+            "after": self._journal.after(job.task),
             "lr_scale": job.run.lr_scale,
             "data": self._places.data,
             "shared": self._places.shared,

@@ -1,12 +1,14 @@
 """The training process: ``python -m lwfed.edge_agent.worker``, driven by JSON lines (`lwfed.child`).
 
 In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "data", "shared", "kept", "out",
+       "after": the last earlier round of the stage whose update the server took, or null,
        "parts": {part: file, or {"base": file, "patches": [file], "id": digest of what they make of it}},
        "graphs": {engine: file}, without weights, for ONNX Runtime,
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
+      {"event": "warning", "text"}                          for people
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
       {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
       {"event": "recomputes", "why"}                        views that are used again go through layers that they had passed
@@ -42,7 +44,7 @@ from lwfed.data.load import device_images
 from lwfed.edge_agent import differences, trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means
-from lwfed.edge_agent.previous import Previous, forget
+from lwfed.edge_agent.previous import Previous, Turn, forget
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go
@@ -50,7 +52,7 @@ from lwfed.models.features import Folder, Memory
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
 from lwfed.models.reuse import FeatureCache
-from lwfed.models.shapes import part_shapes
+from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
@@ -86,10 +88,14 @@ class Worker:
             place = {"epoch": report.epoch, "epochs": report.epochs, "step": report.step, "steps": report.steps}
             say({"event": "progress", **place, "loss": report.loss})
 
-        stage, participant, kept = data["stage"], data["participant"], Path(data["kept"])
-        own = Previous("previous", kept, config, stage, participant) if config.alignment.method == "moon" else None
-        before = trainer.load_update(config, stage, own.before(data["round"])) if own else None
-        place = stage, data["round"], participant
+        kept, turn = Path(data["kept"]), Turn(data["stage"], data["round"], data["participant"], data["after"])
+
+        def warn(text: str) -> None:
+            say({"event": "warning", "text": text})
+
+        own = Previous("previous", kept, config, turn) if config.alignment.method == "moon" else None
+        earlier = own.read(shapes(config, config.plan(turn.stage).uploaded), warn) if own else None
+        before = earlier and move({name: torch.from_numpy(array) for name, array in earlier.items()}, device)
         cache, meter = self._cache(data, config, sources, found, say), AcceleratorMeter(device)
         del sources  # whose memory training may need
 
@@ -98,12 +104,14 @@ class Worker:
 
         update, summary = trainer.train(
             config,
-            *place,
+            turn.stage,
+            turn.round,
+            turn.participant,
             parts,
             move_images(images.pixels, device),
             on_step,
             data["lr_scale"],
-            before and move(before, device),
+            before,
             found.means,
             cache,
             on_rows,
@@ -112,11 +120,11 @@ class Worker:
         give_back()
         let_code_go()
         if own:
-            on_disk(data, lambda: own.keep(data["round"], wire.encode(update)))
+            on_disk(data, lambda: own.keep(wire.encode(update)))
         else:
             forget("previous", kept)
         received = {name: parts[name].cpu().numpy() for name in update}
-        on_disk(data, lambda: disk.write(Path(data["out"]), differences.encode(config, place, update, received, kept)))
+        on_disk(data, lambda: disk.write(Path(data["out"]), differences.encode(config, turn, update, received, kept, warn)))
         counts = {"images": summary.images, "skipped": images.skipped, "steps": summary.steps, "losses": summary.losses}
         ceiling.check()
         say({"event": "done", "file": data["out"], **counts, "seconds": round(time.monotonic() - started, 3), "accelerator": accelerated})

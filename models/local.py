@@ -8,7 +8,6 @@ with one number of threads.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from lwfed.models.schedules import learning_rate
 from lwfed.models.step import METHOD_ALONE, Batch, Branches, Means, Terms, draw_batch, prepare, train_step
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
+from lwfed.wire.messages import MAX_LOSS
 
 Images = np.ndarray[Any, np.dtype[np.uint8]] | KeptPixels | Tensor  # uint8 [N, C, H, W]
 HASHED_AT_ONCE = 256  # images
@@ -92,7 +92,7 @@ def train_local(
     as many images at a time as `train.micro_batch` says. Tokens of views that are used again are kept in `cache`, if any, and
     `on_rows` follows how they are made. Returns the trained tensors, without gradients, and a summary.
     Runs on the device where `tensors` are; images may be there or in main memory.
-    Raises DataError when the images do not fit, Diverged when a loss or weight is not finite,
+    Raises DataError when the images do not fit, Diverged when a weight is not finite or a loss is none that a device could report,
     ValueError when the parts cannot be trained.
     """
     _check(config, images)
@@ -107,7 +107,7 @@ def train_local(
         lr = learning_rate(task.lr, batch_size, config.train, task.place, done / steps)
         batch = draw(done, indices)
         loss = train_step(branches, batch, lr, config, task.terms)
-        if not math.isfinite(loss):
+        if not abs(loss) < MAX_LOSS:
             raise Diverged(_advice(f"the loss is {loss} in epoch {epoch + 1} of {task.epochs}, step {done + 1} of {steps}", lr))
         sums[epoch] += loss
         if on_step:

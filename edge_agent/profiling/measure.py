@@ -135,6 +135,7 @@ def agent(
         "stage": stage,
         "round": 1,
         "participant": 0,
+        "after": None,
         "lr_scale": 1.0,
         "execution": None,
         "budget_mb": budget_mb,

@@ -22,6 +22,7 @@ import numpy as np
 
 from lwfed.config import RunConfig
 from lwfed.edge_agent import differences
+from lwfed.edge_agent.previous import Turn
 from lwfed.errors import MissingDependency, StateError
 from lwfed.models.cost import true_macs
 from lwfed.models.graphs import make_graphs
@@ -72,7 +73,8 @@ def round_bytes(config: RunConfig, plan: StagePlan, weights: Mapping[str, Mappin
         changes[part] = {name: CHANGE * random.standard_normal(tensor.shape, np.float32) for name, tensor in tensors}
     received = {name: tensor for part in plan.uploaded for name, tensor in weights[part].items()}
     update = {name: received[name] + change for part in plan.uploaded for name, change in changes[part].items()}
-    sent, codec = differences.encode(config, (plan.stage, 1, 0), update, received, folder), config.transfer.codec
+    turn, codec = Turn(plan.stage, 1, 0, after=None), config.transfer.codec
+    sent = differences.encode(config, turn, update, received, folder, sys.stderr.write)
     if codec == "fp32":
         return sum(len(wire.encode(weights[part])) for part in plan.downloaded), len(sent)
     patches = (deltas.encode(changes[part], codec, 1.0, config.run.seed) for part in plan.downloaded)

@@ -31,6 +31,7 @@ MAX_CHUNKS = 1200
 MIN_CHUNK_BYTES = 1024
 MAX_PATCHES = 8  # of a part, from one to the next
 MAX_GRAPH_BYTES = 16 * 1024  # a layer's graph takes 2 KB
+MAX_LOSS = 1e6  # beyond it a training has diverged
 MAX_CURVE = 120  # readings in a memory curve
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -40,6 +41,7 @@ Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0, le=1e12)]
+Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 Text = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
 Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
@@ -223,7 +225,7 @@ class Beat(Message):
     epochs: Ordinal
     step: Count
     steps: Ordinal
-    loss: Annotated[float, Field(ge=-1e6, le=1e6)]
+    loss: Loss
     rss_mb: Amount
 
 
@@ -272,7 +274,7 @@ class Report(Record):
     images: Annotated[int, Field(ge=1, lt=2**53)]  # |D_n|, the weight of the update
     skipped: Count  # files that are no readable images
     steps: Ordinal
-    losses: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=1000)]  # per epoch
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1, max_length=1000)]  # per epoch
     seconds: Amount
     memory: Memory
     execution: Execution

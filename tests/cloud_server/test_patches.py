@@ -18,6 +18,7 @@ from lwfed.cloud_server.updates import Share, Updates
 from lwfed.cloud_server.weights import MAX_DIFFERENCE, check, unpacked
 from lwfed.config import load_config
 from lwfed.edge_agent.differences import encode, patch
+from lwfed.edge_agent.previous import Turn
 from lwfed.errors import Diverged, InvalidPayload, StateError
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
@@ -208,14 +209,14 @@ def shrunk(factor):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("factor", SHRINKS)
-def test_a_variance_that_shrinks_stays_one(blobs, codec, factor):
+def test_a_variance_that_shrinks_stays_one(tmp_path, blobs, codec, factor):
     """Where a round publishes it, and where a device uploads it."""
     old, wanted = put(blobs, VARIANCES), shrunk(factor)
     found = publish(config(codec).transfer, blobs, {PART: old}, {PART: put(blobs, wanted)}, {}, seed=1)
     told = tensors.decode(blobs.path(found.parts[PART]), {"bn1.running_var": (512,)})
     one = config(codec)
     sparse = one.model_copy(update={"transfer": one.transfer.model_copy(update={"top_k": 0.01})})
-    data, _ = encode(sparse, 1, 1, 0, wanted, VARIANCES, None)
+    data = encode(sparse, Turn(1, 1, 0, None), wanted, VARIANCES, tmp_path, pytest.fail)
     update = deltas.decode(data, {"bn1.running_var": (512,)}, codec)
     for variances in (told["bn1.running_var"], VARIANCES["bn1.running_var"] + update["bn1.running_var"]):
         assert (variances >= 0).all()

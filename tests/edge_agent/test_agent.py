@@ -257,7 +257,7 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
         (tmp_path / part).write_bytes(data)
     (tmp_path / "config").write_bytes(CONFIG.to_bytes())
     files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
-    place = {"stage": 1, "round": 1, "participant": 0, "lr_scale": 1.0}
+    place = {"stage": 1, "round": 1, "participant": 0, "after": None, "lr_scale": 1.0}
     order = {
         **files,
         **place,

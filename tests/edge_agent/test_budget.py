@@ -36,7 +36,7 @@ def order(tmp_path):
         "do": "train", "config": str(tmp_path / "config"), "parts": parts, "graphs": {}, "stage": 2, "round": 1,
         "participant": 0, "lr_scale": 1.0, "data": str(tmp_path / "images.npz"), "shared": False,
         "kept": str(tmp_path / "kept"), "out": str(tmp_path / "out"),
-        "execution": None,
+        "execution": None, "after": None,
     }  # fmt: skip
 
 

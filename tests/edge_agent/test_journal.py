@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lwfed.edge_agent.facts import MemoryFacts
+from lwfed.edge_agent.facts import MemoryFacts, SqliteFacts
 from lwfed.edge_agent.journal import Accepted, Journal, Seen, Update
 from lwfed.errors import StateError
 from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
@@ -82,6 +82,51 @@ def test_the_least_that_a_training_process_has_taken_is_remembered_for_each_torc
     assert (journal.baseline_mb("2.9"), journal.baseline_mb("2.10")) == (170.5, None)
     journal.note_baseline("2.10", 200.0)
     assert (journal.baseline_mb("2.10"), journal.baseline_mb("2.9")) == (200.0, None)
+    journal.close()
+
+
+def taken(journal, *rounds, stage=1):
+    for round in rounds:
+        task = TASK.model_copy(update={"stage": stage, "round": round})
+        journal.finish(UPDATE.model_copy(update={"task": task}))
+        journal.settle(Accepted(task=task, epoch=3))
+
+
+def after(journal, round, stage=1, run="demo"):
+    return journal.after(Task(run=run, stage=stage, round=round, participant=3))
+
+
+def test_it_knows_after_whose_update_a_round_comes_also_when_it_is_repeated(path):
+    journal = Journal(path)
+    assert after(journal, 5) is None
+    taken(journal, 1, 2, 4, 4)
+    journal.finish(UPDATE)
+    journal.settle()
+    journal.close()
+    journal = Journal(path)
+    assert [after(journal, round) for round in (3, 4, 5, 9)] == [2, 2, 4, 4]
+    assert (after(journal, 5, stage=2), after(journal, 5, run="other")) == (None, None)
+    journal.lose("demo", 1, 4)
+    journal.lose("other", 1, 1)
+    assert after(journal, 5) == 4
+    taken(journal, 1, stage=2)
+    assert (after(journal, 5), after(journal, 2, stage=2)) == (None, 1)
+    journal.lose("demo", 1, 9)
+    assert after(journal, 2, stage=2) is None
+    journal.close()
+
+
+def test_a_journal_from_before_it_knew_that_is_opened(path):
+    facts = SqliteFacts(path)
+    task = '{"v":1,"run":"demo","stage":1,"round":2,"participant":3}'
+    with facts.transaction():
+        facts.put("device", '{"device":"pi-1","boot":4}')
+        facts.put("accepted", f'{{"task":{task},"epoch":3}}')
+    facts.close()
+    journal = Journal(path)
+    assert (journal.device, journal.accepted, after(journal, 3)) == ("pi-1", Accepted(task=TASK, epoch=3), None)
+    taken(journal, 3)
+    assert after(journal, 4) == 3
     journal.close()
 
 

@@ -107,7 +107,7 @@ class Device:
         return {
             "do": "train", "config": str(self.root / "config"), "parts": self.parts, "graphs": self.graphs, "stage": self.stage,
             "round": round, "participant": 0, "lr_scale": 1.0, "data": "digits", "shared": False, "kept": str(self.root / "kept"),
-            "out": str(self.root / "out"), "execution": execution, "budget_mb": budget_mb,
+            "out": str(self.root / "out"), "execution": execution, "budget_mb": budget_mb, "after": round - 1 or None,
         }  # fmt: skip
 
     def train(self, round, execution=None, fresh=False, budget_mb=None):

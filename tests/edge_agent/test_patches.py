@@ -8,6 +8,7 @@ import pytest
 from lwfed.config import load_config
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerPatched
+from lwfed.edge_agent.previous import Turn
 from lwfed.errors import Diverged, InvalidPayload
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, tensors
@@ -223,4 +224,4 @@ def test_an_update_that_cannot_be_sent_ends_with_advice(tmp_path):
     received = some(0)
     update = {name: np.full_like(tensor, np.inf) for name, tensor in received.items()}
     with pytest.raises(Diverged, match=r"lower train\.lr"):
-        differences.encode(config(), (1, 1, 0), update, received, tmp_path)
+        differences.encode(config(), Turn(1, 1, 0, None), update, received, tmp_path, pytest.fail)

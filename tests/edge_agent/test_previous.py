@@ -7,7 +7,7 @@ import torch
 
 from lwfed import disk
 from lwfed.config import load_config
-from lwfed.edge_agent.previous import Previous, forget
+from lwfed.edge_agent.previous import Previous, Turn, forget
 from lwfed.edge_agent.worker import Worker
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
@@ -19,13 +19,14 @@ SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, outpu
 class Device:
     """A folder, and training processes that begin anew with every order."""
 
-    def __init__(self, root, method="moon", codec="fp32"):
-        self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}"])
-        self.root, self.kept = root, root / "kept"
+    def __init__(self, root, method="moon", codec="fp32", *settings):
+        self.config = load_config("demo", [*SMALL, f"alignment.method={method}", f"transfer.codec={codec}", *settings])
+        self.root, self.kept, self.warned = root, root / "kept", []
         self.kept.mkdir(parents=True, exist_ok=True)
         (root / "config").write_bytes(self.config.to_bytes())
 
-    def train(self, round, stage=1, participant=0, worker=None):
+    def train(self, round, stage=1, participant=0, worker=None, after=0):
+        """`after` the round before, if no other is given."""
         parts = {}
         # What the server sends differs from round to round.
         sent = init_parts(load_config("demo", [*SMALL, f"run.seed={round}"]), self.config.plan(stage).present)
@@ -36,6 +37,7 @@ class Device:
             "stage": stage,
             "round": round,
             "participant": participant,
+            "after": (round - 1 or None) if after == 0 else after,
             "lr_scale": 1.0,
             "shared": False,
             "graphs": {},
@@ -43,8 +45,12 @@ class Device:
             "budget_mb": None,
         }
         files = {"config": str(self.root / "config"), "kept": str(self.kept), "out": str(self.root / "update")}
-        (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, lambda said: None)
+        (worker or Worker()).handle({"do": "train", "parts": parts, "data": "digits", **place, **files}, self.hear)
         return (self.root / "update").read_bytes()
+
+    def hear(self, said):
+        if said["event"] == "warning":
+            self.warned.append(said["text"])
 
     def names(self):
         return sorted(path.name.partition("-0-")[2] for path in self.kept.glob("previous-*"))
@@ -72,10 +78,34 @@ def test_a_killed_process_changes_no_bit(tmp_path, method, codec):
     assert cut.train(3) != expected[2], "what was kept counts"
 
 
-def test_a_round_is_compared_with_the_newest_earlier_one_of_its_stage(tmp_path):
+@pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
+def test_an_update_that_was_not_taken_counts_for_nothing(tmp_path, method, codec):
+    """Of a round that had enough without it, or that was over before it was handed over."""
+    one, other = Device(tmp_path / "one", method, codec), Device(tmp_path / "other", method, codec)
+    for device in (one, other):
+        device.train(1)
+    one.train(2)
+    one.train(3, after=1)
+    found = one.train(4, after=1)
+    assert other.train(4, after=1) == found
+    assert one.train(4, after=1) == found, "a repeated round"
+    assert one.train(4, after=None) != found
+
+
+@pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
+def test_a_run_that_goes_on_with_another_deadline_goes_on_from_what_was_kept(tmp_path, method, codec):
+    whole, changed = Device(tmp_path / "whole", method, codec), Device(tmp_path / "changed", method, codec)
+    for device in (whole, changed):
+        device.train(1)
+    changed = Device(changed.root, method, codec, "rounds.deadline_s=7200", "transfer.window=2", "worker.linger_s=1")
+    assert changed.train(2) == whole.train(2)
+    assert changed.warned == []
+
+
+def test_a_round_is_compared_with_the_last_earlier_one_of_its_stage(tmp_path):
     device = Device(tmp_path / "one")
     device.train(1)
-    compared = device.train(4)  # the device was not chosen in between
+    compared = device.train(4, after=1)  # the device was not chosen in between
     assert device.names() == ["1-1.safetensors", "1-4.safetensors"]
     forget("previous", device.kept)
     assert device.names() == []
@@ -101,19 +131,26 @@ def test_a_stage_that_is_repeated_compares_with_nothing_of_the_attempt_that_coll
     device = Device(tmp_path / "one")
     planned = device.config.round_counts[0]
     device.train(planned)
-    kept = Previous("previous", device.kept, device.config, 1, 0)
-    assert kept.before(planned + 1) is None
+    assert Previous("previous", device.kept, device.config, Turn(1, planned + 1, 0, planned)).before is None
     device.train(planned + 1)
-    assert kept.before(planned + 2) is not None
+    assert Previous("previous", device.kept, device.config, Turn(1, planned + 2, 0, planned + 1)).before.exists()
 
 
-def test_a_spoilt_file_is_as_none(tmp_path):
-    device = Device(tmp_path / "one")
-    first = device.train(2)
+@pytest.mark.parametrize(("kind", "method", "codec"), [("previous", "moon", "fp32"), ("residual", "off", "int8")])
+@pytest.mark.parametrize("how", ["spoilt", "gone"])
+def test_a_file_that_cannot_be_read_is_as_none_and_said(tmp_path, kind, method, codec, how):
+    device = Device(tmp_path / "one", method, codec)
+    first = device.train(2, after=None)
     device.train(1)
-    path = Previous("previous", device.kept, device.config, 1, 0).before(2)
-    path.write_bytes(path.read_bytes()[:100])
+    path = Previous(kind, device.kept, device.config, Turn(1, 2, 0, 1)).before
+    if how == "spoilt":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.unlink()
+    assert device.warned == []
     assert device.train(2) == first
+    (text,) = device.warned
+    assert text.startswith(f"{path.name}, kept of an earlier round, cannot be read (")
 
 
 @pytest.mark.parametrize("method", ["off", "cosine"])

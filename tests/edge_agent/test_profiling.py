@@ -15,6 +15,7 @@ from lwfed.blobs import BlobStore
 from lwfed.cloud_server.patches import publish
 from lwfed.config import load_config
 from lwfed.edge_agent import differences
+from lwfed.edge_agent.previous import Turn
 from lwfed.edge_agent.profiling import limits, measure, memory, sample
 from lwfed.edge_agent.profiling.limits import limited
 from lwfed.edge_agent.profiling.measure import DidNotFit
@@ -134,7 +135,7 @@ def test_bytes_are_those_of_what_agent_and_server_make_of_a_round(tmp_path, tran
     sent = [blob for _, blob in published.patches.values()] or published.parts.values()
     assert made["bytes_down"] == pytest.approx(sum(blobs.ref(blob).size for blob in sent), rel=0.02)
     received, update = ({name: one for part in plan.uploaded for name, one in model[part].items()} for model in (before, after))
-    sent = differences.encode(config, (2, 7, 3), update, received, tmp_path / "kept")
+    sent = differences.encode(config, Turn(2, 7, 3, None), update, received, tmp_path / "kept", pytest.fail)
     assert made["bytes_up"] == pytest.approx(len(sent), rel=0.02)
 
 

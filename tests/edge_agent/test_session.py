@@ -1,11 +1,14 @@
 import pytest
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
+from lwfed.edge_agent.facts import MemoryFacts
+from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.session import SAVE_BYTES, SAVE_S, TrafficCount
 from lwfed.errors import ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
-from lwfed.wire.messages import Hello, State
+from lwfed.wire.messages import Hello, State, Traffic
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -241,3 +244,50 @@ def test_a_broker_that_takes_too_small_packets_for_any_update_is_said_on_connect
     _, device = world.joined()
     assert len(device.texts("warning")) == said
     assert all("8000 bytes" in text and "max_packet_size" in text for text in device.texts("warning"))
+
+
+# Traffic
+
+
+class Wire:
+    received_bytes = sent_bytes = 0
+
+
+def test_bytes_are_counted_over_all_starts_however_the_agent_ends():
+    link, facts = Wire(), MemoryFacts({})
+    count = TrafficCount(Journal(facts), link)
+    link.received_bytes, link.sent_bytes = 700, 50  # before there is an announcement
+    count.poll(0.0)
+    count.follow("demo")
+    assert count.now() == Traffic(down=700, up=50)
+    link.received_bytes += SAVE_BYTES
+    count.poll(1.0)
+    link.received_bytes += 2 * SAVE_BYTES
+    count.poll(2.0)  # too soon after the last time
+    killed = Journal(MemoryFacts(facts.held)).traffic("demo")
+    assert killed == Traffic(down=700 + SAVE_BYTES, up=50)
+    count.poll(1.0 + SAVE_S)
+    link.received_bytes += SAVE_BYTES - 1
+    count.poll(100.0)  # too little for a write
+    facts = MemoryFacts(facts.held)
+    again = TrafficCount(Journal(facts), Wire())
+    again.follow("demo")
+    assert again.now() == Traffic(down=700 + 3 * SAVE_BYTES, up=50)
+
+
+def test_bytes_of_two_runs_are_told_apart():
+    link, journal = Wire(), Journal(MemoryFacts({}))
+    count = TrafficCount(journal, link)
+    for run in ("first", "second", "first"):
+        count.follow(run)
+        link.received_bytes += 100
+    count.save()
+    assert [journal.traffic(run).down for run in ("first", "second")] == [200, 100]
+
+
+def test_a_model_that_was_fetched_is_counted_although_the_agent_is_killed(world):
+    _, device = world.training()
+    device.kill()
+    again = world.start_device()
+    world.settle(0.2)
+    assert again.journal.traffic("demo").down > 35_000

@@ -1,9 +1,10 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerRecomputes
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerRecomputes, WorkerWarning
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
+from lwfed.wire.upload import contribution_id
 
 TOPICS = Topics("default")
 
@@ -211,9 +212,94 @@ def test_an_update_for_an_older_round_gives_way_to_a_new_task(world):
     server.announce(round=2)
     server.assign(device.id, round=2)
     world.settle(0.1)
-    assert device.journal.update is None
-    assert "comes too late" in device.texts("refused")[0]
     assert device.journal.task.round == 2
-    server.answers = True
-    world.settle(2)
+    server.answers, server.refusal = True, "stale"
+    world.settle(10)
     assert not server.received
+    assert device.journal.update is None
+    assert [order["round"] for order in orders(device)] == [1, 2]
+
+
+def orders(device):
+    return [effect.order for effect in device.worker if isinstance(effect, Train)]
+
+
+def test_what_a_round_builds_upon_is_the_last_update_that_was_taken(world):
+    """Here of round 2, for that of round 3 is refused; the same again where round 4 is done twice, and another process does it."""
+    server, device = world.training()
+    for round, refusal in ((1, None), (2, None), (3, "not_chosen"), (4, "content")):
+        server.refusal = refusal
+        server.announce(round=round)
+        server.assign(device.id, round=round)
+        world.settle(2)
+        device.finish(b"%d" % round * 500)
+        world.settle(2)
+    assert [order["after"] for order in orders(device)] == [None, 1, 2, 2]
+    device.kill()
+    again = world.start_device()
+    world.settle(1)
+    server.assign(again.id, round=4)
+    world.settle(2)
+    again.ready()
+    world.settle(0.2)
+    assert [order["after"] for order in orders(again)] == [2]
+
+
+def test_a_round_that_a_restarted_server_has_forgotten_is_repeated_as_it_was(world):
+    server, device = world.training()
+    device.finish(b"one")
+    world.settle(2)
+    for epoch in (1, 2):
+        server.announce(round=2)
+        server.assign(device.id, round=2)
+        world.settle(2)
+        device.finish(b"two")
+        world.settle(2)
+        world.kill_server()
+        server = world.start_server(epoch=epoch + 1)
+        world.settle(1)
+    assert [order["after"] for order in orders(device)] == [None, 1, 1]
+
+
+def test_an_update_that_was_taken_is_built_upon_although_nobody_heard_it(world):
+    """The server's word was lost, and the next round has begun: its training waits until the server has said it again."""
+    server, device = world.training()
+    server.answers = False
+    device.finish()
+    world.settle(1)
+    server.known.add(contribution_id("demo", 1, 1, device.id, device.journal.update.blob.id))
+    server.announce(round=2)
+    server.assign(device.id, round=2)
+    world.settle(30)
+    assert len(orders(device)) == 1
+    server.answers = True
+    world.settle(10)
+    assert [(order["round"], order["after"]) for order in orders(device)] == [(1, None), (2, 1)]
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_another_run_of_the_same_name_does_not_build_upon_what_the_first_one_took(world, round):
+    server, device = world.training()
+    for number in (1, 2, 3):
+        server.announce(round=number)
+        server.assign(device.id, round=number)
+        world.settle(2)
+        device.finish(b"%d" % number * 500)
+        world.settle(2)
+    world.kill_server()
+    anew = world.start_server(epoch=2)
+    anew.announce(round=round)
+    world.settle(1)
+    anew.announce(round=4)
+    anew.assign(device.id, round=4)
+    world.settle(2)
+    assert [order["after"] for order in orders(device)] == [None, 1, 2, None]
+
+
+def test_what_the_training_process_warns_of_is_said_and_ends_nothing(world):
+    server, device = world.training()
+    device.queue.append(WorkerWarning("residual-1.safetensors cannot be read"))
+    device.finish()
+    world.settle(2)
+    assert device.texts("warning") == ["residual-1.safetensors cannot be read"]
+    assert server.received

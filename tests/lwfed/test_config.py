@@ -6,6 +6,7 @@ import yaml
 
 from lwfed.config import RunConfig, load_config, presets
 from lwfed.config.explain import keys
+from lwfed.config.learning import learning_digest
 from lwfed.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -174,3 +175,21 @@ def test_a_stage_that_is_repeated_goes_through_its_part_of_the_schedule_once_mor
     assert config.place(2, rounds + 1) == config.place(2, 1)
     assert config.place(2, 2 * rounds) == config.place(2, rounds)
     assert config.place(2, rounds) != config.place(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "learns"),
+    [
+        ("run.name=other", True),
+        ("train.lr=0.3", True),
+        ("transfer.codec=bf16", True),
+        ("transfer.top_k=0.5", True),
+        ("rounds.deadline_s=7", False),
+        ("transfer.window=2", False),
+        ("worker.linger_s=1", False),
+    ],
+)
+def test_the_digest_of_what_a_run_learns_outlasts_changes_of_how_it_proceeds(setting, learns):
+    before, after = load_config("demo"), load_config("demo", [setting])
+    assert before.digest != after.digest
+    assert (learning_digest(before) != learning_digest(after)) == learns

@@ -11,6 +11,7 @@ from lwfed.errors import DataError, Diverged
 from lwfed.models.initial import init_parts
 from lwfed.models.local import _batches, calibration_task, device_task, train_local
 from lwfed.plan import Place
+from lwfed.wire.messages import Beat
 
 WHOLE, HALF = Place(0, 1, 0, 1), Place(0, 2, 0, 2)
 
@@ -131,6 +132,21 @@ def test_divergence_names_epoch_step_and_remedy(tiny, images):
     tensors["pos_embed"][0, 0, 0] = float("nan")
     with pytest.raises(Diverged, match="the loss is nan in epoch 1 of 3, step 1 of 6"):
         train_local(config, device_task(config, config.plan(2), 0, WHOLE), tensors, images)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_loss_that_no_message_can_tell_is_divergence(tiny, images, monkeypatch, sign):
+    """One below the bound is told, as every mean of such losses is."""
+
+    def beat(loss):
+        return Beat(run="demo", stage=2, round=1, epoch=1, epochs=1, step=1, steps=1, loss=loss, rss_mb=1.0)
+
+    monkeypatch.setattr("lwfed.models.local.train_step", lambda *_: sign * 999_999.9)
+    _, summary, _ = call(tiny(), images)
+    assert [beat(loss).loss for loss in summary.losses] == pytest.approx([sign * 999_999.9] * 3)
+    monkeypatch.setattr("lwfed.models.local.train_step", lambda *_: sign * 2e6)
+    with pytest.raises(Diverged, match=r"the loss is -?2000000\.0 in epoch 1 of 3, step 1 of 6"):
+        call(tiny(), images)
 
 
 def test_divergence_in_the_last_step_is_seen_in_the_weights(tiny, images):

@@ -18,6 +18,7 @@ from lwfed.cloud_server.workshop import FromChild
 from lwfed.config import RunConfig
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.events import WorkerDone, WorkerPatched, WorkerPlanned, WorkerProgress, WorkerReady
+from lwfed.edge_agent.previous import Turn
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
 from lwfed.wire.messages import Memory
@@ -101,11 +102,15 @@ def train(order: Mapping[str, Any], config: RunConfig, model: Model) -> WorkerDo
     stage, round, participant = order["stage"], order["round"], order["participant"]
     update = trained(model, config.plan(stage).uploaded, stage, round, participant)
     received = {name: tensor for part in config.plan(stage).uploaded for name, tensor in model[part].items()}
-    file = Path(order["out"])
-    disk.write(file, differences.encode(config, (stage, round, participant), update, received, Path(order["kept"])))
+    file, turn = Path(order["out"]), Turn(stage, round, participant, order["after"])
+    disk.write(file, differences.encode(config, turn, update, received, Path(order["kept"]), _refuse))
     memory = Memory(baseline_mb=100.0, peak_mb=150.0, peak_source="samples", curve=())
     losses = (loss(stage, round, participant),)
     return WorkerDone(file, images(participant), skipped=0, steps=2, losses=losses, seconds=1.0, memory=memory)
+
+
+def _refuse(lost: str) -> None:
+    raise RuntimeError(lost)
 
 
 class ServerWorker:

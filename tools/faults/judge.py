@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +88,8 @@ class Judge:
                 self.blame(f"{_place(state)}: the update {one.id} of participant {one.participant} is recorded and not on disk")
         return {one.id for one in stored}
 
-    def end(self, course: Course, trained: Set[Place], folder: Path) -> None:
-        """The run is over; `trained` is what devices have trained, counted or not."""
+    def end(self, course: Course, folder: Path) -> None:
+        """The run is over."""
         self.begun(course)
         recorded = course.store.contributions()
         self.rounds = sum(row.closed_s is not None for row in course.store.rounds())
@@ -100,14 +100,14 @@ class Judge:
         if found | course.state.parts != found:
             self.blame("the model of the run is not that of its last checkpoints")
         folder.mkdir(exist_ok=True)
-        for text in differences(course, recorded, trained, folder):
+        for text in differences(course, recorded, folder):
             self.blame(text)
 
 
-def differences(course: Course, recorded: list[Contribution], trained: Set[Place], folder: Path) -> Iterator[str]:
+def differences(course: Course, recorded: list[Contribution], folder: Path) -> Iterator[str]:
     """Where updates and models of the run are not those of the reference."""
     checkpoints = course.store.checkpoints()
-    for stage, round, updates, model in Reference(course.config, recorded, trained, folder).rounds():
+    for stage, round, updates, model in Reference(course.config, recorded, folder).rounds():
         place = f"stage {stage}, round {round}"
         blobs = {one.participant: one.blob for one in recorded if (one.stage, one.round) == (stage, round)}
         if blobs != updates:
@@ -122,15 +122,11 @@ Update = tuple[int, int, dict[int, str], dict[str, str]]  # stage, round, partic
 
 
 class Reference:
-    """A run that nothing disturbed, and to which the same devices contributed.
+    """A run that nothing disturbed, and to which the same devices contributed."""
 
-    A device whose update came too late has kept what its encoding lost, as if it counted: so what was trained is known too.
-    """
-
-    def __init__(self, config: RunConfig, recorded: list[Contribution], trained: Set[Place], folder: Path) -> None:
+    def __init__(self, config: RunConfig, recorded: list[Contribution], folder: Path) -> None:
         self._config, self._folder = config, folder
-        self._recorded = {(one.stage, one.round, one.participant) for one in recorded}
-        self._trained = sorted(trained)
+        self._recorded = sorted((one.stage, one.round, one.participant) for one in recorded)
         self._model: canned.Model = {}
         self._lost: dict[str, canned.Tensors] = {}  # of a participant, or of a part, by the last encoding in the stage
 
@@ -152,12 +148,11 @@ class Reference:
         """The digests of what counts, as it travels, and the weights that it stands for."""
         received = {name: tensor for part in plan.uploaded for name, tensor in self._model[part].items()}
         updates, shares = {}, []
-        for place in [place for place in self._trained if place[:2] == (stage, round)]:
+        for place in [place for place in self._recorded if place[:2] == (stage, round)]:
             participant = place[2]
             data, weights = self._travelled(received, canned.trained(self._model, plan.uploaded, *place), participant, place)
-            if place in self._recorded:
-                updates[participant] = hashlib.sha256(data).hexdigest()
-                shares.append(Share(participant, canned.images(participant), self._file(f"update-{participant}", weights)))
+            updates[participant] = hashlib.sha256(data).hexdigest()
+            shares.append(Share(participant, canned.images(participant), self._file(f"update-{participant}", weights)))
         return updates, shares
 
     def _travelled(self, received: canned.Tensors, update: canned.Tensors, participant: int, place: Place) -> tuple[bytes, canned.Tensors]:

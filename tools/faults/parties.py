@@ -84,7 +84,6 @@ class Surroundings(Protocol):
     disk: Disk
     random: Random
     topics: Topics
-    trained: set[tuple[int, int, int]]  # stage, round and participant of what was trained, counted or not
 
     def later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def note(self, who: str, text: str) -> None: ...
@@ -391,7 +390,6 @@ class CannedAgent(VirtualDevice):
             self._say(WorkerError(kind, "as the schedule says"))
             return
         done = canned.train(order, self._around.config, model)
-        self._around.trained.add((order["stage"], order["round"], order["participant"]))
         self._say(done)
 
     def _say(self, event: Event) -> None:

@@ -48,7 +48,6 @@ class World:
         self.topics = Topics(self.config.run.fleet)
         self.random = Random(derive(schedule.seed, "world"))
         self.disk = Disk()
-        self.trained: set[tuple[int, int, int]] = set()
         self.broker = MemoryBroker(log_length=0, clock=lambda: self.now)
         self._schedule, self._note, self._folder = schedule, note, folder
         self._faults: Counter[str] = Counter()
@@ -151,7 +150,7 @@ class World:
         for device in self._devices:
             if owed := device.owes:
                 self._judge.blame(f"the run is over, and the journal of {device.name} still holds {owed}")
-        self._judge.end(self._server.course, self.trained, self._folder / "reference")
+        self._judge.end(self._server.course, self._folder / "reference")
 
     # Faults
 

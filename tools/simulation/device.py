@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lwfed.tools.simulation.holdings import BorrowedBlobs
 from lwfed.tools.simulation.pool import Pool, Post
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.memory import MemoryTransport
-from lwfed.wire.messages import Hello
+from lwfed.wire.messages import Hello, Task
 from lwfed.wire.topics import Topics
 
 BOOT = 1  # always: with the simulation the server is stopped and started, and what devices do goes on
@@ -51,10 +51,11 @@ class Surroundings:
 
 
 class SimulatedDevice(VirtualDevice):
-    """`kept` is what `keep` gave when the simulation was stopped."""
+    """`kept` is what `keep` gave when the simulation was stopped; `taken` what the server has of it by then, in order."""
 
-    def __init__(self, number: int, around: Surroundings, transport: MemoryTransport, kept: Mapping[str, Any] | None, now: float) -> None:
-        name = f"device-{number}"
+    def __init__(
+        self, name: str, around: Surroundings, transport: MemoryTransport, kept: Mapping[str, Any] | None, taken: Iterable[Task], now: float
+    ) -> None:
         self._around = around
         kept = kept or {"facts": {}, "held": [], "dropped": None}
         self._dropped: list[int] | None = kept["dropped"]  # [stage, round]; asked for it once more, the device is back
@@ -64,7 +65,10 @@ class SimulatedDevice(VirtualDevice):
         folder = around.folder / name
         places = Places(around.data, kept=folder / "images", out=folder / "update.safetensors", shared=True)
         spool = BlobStore(folder / "updates", durable=False)
-        super().__init__(around.topics, around.hello, Journal(self._facts), self._blobs, spool, places, transport, now)
+        journal = Journal(self._facts)
+        for task in taken:
+            journal.take(task)
+        super().__init__(around.topics, around.hello, journal, self._blobs, spool, places, transport, now)
 
     def keep(self, now: float) -> dict[str, Any]:
         """All that the device has to remember, for JSON."""

@@ -33,6 +33,7 @@ from lwfed.tools.endings import leave, on_endings
 from lwfed.tools.simulation.device import BOOT, DROPPED, DROPPED_OUT, SimulatedDevice, Surroundings, arrival, drops_out
 from lwfed.tools.simulation.pool import Pool
 from lwfed.transport.memory import MemoryBroker
+from lwfed.wire.messages import Task
 from lwfed.wire.topics import Topics
 
 DEVICES_FILE = "devices.json"
@@ -116,11 +117,22 @@ class World:
             post=self._post,
             tell=self._tell,
         )
-        kept = read_devices(course.root)
+        kept, taken = read_devices(course.root), self._taken()
         for number in range(course.config.data.devices):
-            device = SimulatedDevice(number, around, self._broker.transport(), kept.get(f"device-{number}"), self._now)
+            name = f"device-{number}"
+            device = SimulatedDevice(name, around, self._broker.transport(), kept.get(name), taken.get(name, ()), self._now)
             self._devices.append(device)
             device.open(partial(self._take, device))
+
+    def _taken(self) -> dict[str, list[Task]]:
+        """The tasks of this stage by device whose updates the server has: after a kill it knows of more than devices do."""
+        store, run = self._course.store, self._course.config.run.name
+        names = {one.participant: one.id for one in store.devices()}
+        found: dict[str, list[Task]] = {}
+        for one in store.contributions(self._course.state.stage):
+            task = Task(run=run, stage=one.stage, round=one.round, participant=one.participant)
+            found.setdefault(names[one.participant], []).append(task)
+        return found
 
     # What happens
 
