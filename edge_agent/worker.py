@@ -95,7 +95,7 @@ class Worker:
 
         own = Previous("previous", kept, config, turn) if config.alignment.method == "moon" else None
         earlier = own.read(shapes(config, config.plan(turn.stage).uploaded), warn) if own else None
-        before = earlier and move({name: torch.from_numpy(array) for name, array in earlier.items()}, device)
+        before = None if earlier is None else move({name: torch.from_numpy(array) for name, array in earlier.items()}, device)
         cache, meter = self._cache(data, config, sources, found, say), AcceleratorMeter(device)
         del sources  # whose memory training may need
 
