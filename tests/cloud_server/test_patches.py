@@ -265,7 +265,7 @@ def test_every_announced_part_is_what_its_patches_make(world, said):
     assert not of(said, "warning")
 
 
-def harm(config, update, received):
+def harm(config, task, update, received):
     """First large numbers, of which publishing leaves residuals; then, with the sign turned, all that float32 can say."""
     largest = np.finfo(np.float32).max
     rows = {name: tensor for name, tensor in sorted(update.items()) if tensor.ndim > 1}
