@@ -119,6 +119,25 @@ def test_with_differences_too(tmp_path, settings, endings):
     same_bits(tmp_path / "undisturbed", interrupted(tmp_path / "interrupted", *settings))
 
 
+@pytest.mark.slow
+def test_devices_of_a_killed_simulation_build_upon_what_the_server_has_of_them(tmp_path, endings):
+    """They last wrote down what they know when the round began; the one that contributed then trains again in round 3."""
+    simulate(told(tmp_path / "undisturbed", "transfer.codec=int8"))
+    out, held = tmp_path / "killed", []
+    ((folder, config),) = plan(told(out, "transfer.codec=int8")).items()
+
+    def contributed(program, said):
+        if ends := said["event"] == "contribution" and said["round"] == 1:
+            held.append((folder / "devices.json").read_bytes())
+        return ends
+
+    with pytest.raises(SystemExit):
+        run_one(config, folder, told(out, "transfer.codec=int8"), Listener(contributed))
+    (folder / "devices.json").write_bytes(held[0])
+    simulate(told(out, "transfer.codec=int8"))
+    same_bits(tmp_path / "undisturbed", out)
+
+
 def same_bits(undisturbed, interrupted):
     (first,), (second,) = report(undisturbed)["runs"], report(interrupted)["runs"]
     same = ("encoder_sha256", "random", "raw_pixels")
