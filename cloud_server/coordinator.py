@@ -29,7 +29,6 @@ from lwfed.cloud_server.rounds import (
     Joined,
     Notice,
     Overdue,
-    Presence,
     Reaction,
     Reduced,
     Rules,
@@ -38,6 +37,7 @@ from lwfed.cloud_server.rounds import (
     Step,
     assign_more,
     free,
+    unseen,
     with_presence,
 )
 from lwfed.cloud_server.sampling import sample
@@ -49,6 +49,11 @@ RETURN_S = 60.0  # a round waits so long for devices that are merely away, so th
 @dataclass(frozen=True)
 class Started(Event):
     """The server runs (again): who is there must be seen anew, and clocks begin anew."""
+
+
+@dataclass(frozen=True)
+class Reconnected(Event):
+    """The server lost its connection: a device that went meanwhile may not be missed by the broker, so who is there must be seen anew."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,14 @@ def advance(rules: Rules, state: State, event: Event, now: float) -> Result:
 
 
 def _started(rules: Rules, state: State, event: Started, now: float) -> Result:
-    devices: dict[int, Presence] = {participant: "away" if there == "here" else there for participant, there in state.devices.items()}
-    seen = replace(state, devices=devices)
+    seen = unseen(state)
     if state.phase == "training":
         return scheduled(rules, opened(rules, seen, now)), []
     return replace(seen, due=None if state.due is None else now + RETURN_S), []
+
+
+def _reconnected(rules: Rules, state: State, event: Reconnected, now: float) -> Result:
+    return _proceed(rules, unseen(state), now)
 
 
 def _present(rules: Rules, state: State, event: Present, now: float) -> Result:
@@ -229,7 +237,7 @@ def _deadline(rules: Rules, state: State, now: float) -> Result:
     if len(state.contributed) >= state.needed:
         return _close(state, now)
     refused = {participant: how for participant, how in state.failed.items() if how == "refused"}
-    following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, ignore_away=True)
+    following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, overdue=True)
     ready = [participant for participant in following.owing if participant in following.here]
     if len(following.contributed) + len(ready) < following.needed:
         following = replace(following, failed={})
@@ -287,6 +295,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
 }
 ALWAYS: dict[type[Event], Transition] = {
     Started: _started,
+    Reconnected: _reconnected,
     Present: _present,
     Absent: _absent,
     Restarted: _restarted,

@@ -337,16 +337,20 @@ def with_presence(state: State, participant: int, presence: Presence) -> State:
     return replace(state, devices={**state.devices, participant: presence})
 
 
+def unseen(state: State) -> State:
+    """With all devices away that are not known to have gone."""
+    return replace(state, devices={one: "away" if there == "here" else there for one, there in state.devices.items()})
+
+
 def free(rules: Rules, state: State) -> list[int]:
     """Devices that are there and not chosen, those to ask first in front."""
     chosen = set(state.chosen)
     return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
 
 
-def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
-    """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
-    hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
-    lacking = state.needed - len(state.contributed) - len(hopeful)
+def assign_more(rules: Rules, state: State, now: float, overdue: bool = False) -> tuple[State, list[Notice]]:
+    """Choose further devices when those chosen can no longer make a quorum; with `overdue` who has not answered does not count."""
+    lacking = state.needed - len(state.contributed) - (0 if overdue else len(state.expected))
     extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
     if not extra:
         return state, []
