@@ -151,11 +151,15 @@ BROKEN = {
 }
 
 
+def cuts_power(seed):
+    return SERVER in {fault.party for fault in draw(seed).faults if isinstance(fault, Kill) and fault.power}
+
+
 @pytest.mark.parametrize("break_it", BROKEN)
 def test_broken_machines_are_noticed_and_their_seeds_play_again(monkeypatch, break_it):
     break_it(monkeypatch)
     found = {}
-    for seed in range(SCHEDULES):
+    for seed in filter(cuts_power, range(4 * SCHEDULES)):
         if found := violated([seed]):
             break
     assert any(BROKEN[break_it] in text for texts in found.values() for text in texts)
