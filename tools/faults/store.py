@@ -55,7 +55,8 @@ class Tables:
     checkpoints: dict[Place, dict[str, str]] = field(default_factory=dict)
 
     def copy(self) -> Tables:
-        return Tables(**{name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()})
+        values: dict[str, Any] = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(self).items()}
+        return Tables(**values)
 
 
 @dataclass
@@ -98,7 +99,7 @@ class MemoryStep(Step):
     def forget_checkpoint(self, stage: int) -> None:
         self._tables.checkpoints = {place: parts for place, parts in self._tables.checkpoints.items() if place[0] != stage}
 
-    def _update_round(self, stage: int, round: int, **values: float) -> None:
+    def _update_round(self, stage: int, round: int, **values: Any) -> None:
         self._tables.rounds[stage, round] = replace(self._tables.rounds[stage, round], **values)
 
 
