@@ -29,6 +29,7 @@ from lwfed.cloud_server.events import (
     Paused,
     Prepared,
     Present,
+    Reconnected,
     Restarted,
     Resumed,
     Started,
@@ -36,7 +37,7 @@ from lwfed.cloud_server.events import (
     Unfit,
 )
 from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled
-from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Presence, Reaction, Rules, State, with_presence
+from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State, unseen, with_presence
 from lwfed.cloud_server.sampling import assign_more, free, sample
 
 KEPT_PATCHES = 3  # of a part: who has been away for longer is better served with the whole part
@@ -55,11 +56,14 @@ def advance(rules: Rules, state: State, event: Event, now: float) -> Result:
 
 
 def _started(rules: Rules, state: State, event: Started, now: float) -> Result:
-    devices: dict[int, Presence] = {participant: "away" if there == "here" else there for participant, there in state.devices.items()}
-    seen = replace(state, devices=devices)
+    seen = unseen(state)
     if state.phase == "training":
         return scheduled(rules, opened(rules, seen, now)), []
     return replace(seen, due=None if state.due is None else now + RETURN_S), []
+
+
+def _reconnected(rules: Rules, state: State, event: Reconnected, now: float) -> Result:
+    return _proceed(rules, unseen(state), now)
 
 
 def _present(rules: Rules, state: State, event: Present, now: float) -> Result:
@@ -140,7 +144,7 @@ def _deadline(rules: Rules, state: State, now: float) -> Result:
     if len(state.contributed) >= state.needed:
         return _close(state, now)
     refused = {participant: how for participant, how in state.failed.items() if how == "refused"}
-    following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, ignore_away=True)
+    following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, overdue=True)
     ready = [participant for participant in following.owing if participant in following.here]
     if len(following.contributed) + len(ready) < following.needed:
         following = replace(following, failed={})
@@ -198,6 +202,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
 }
 ALWAYS: dict[type[Event], Transition] = {
     Started: _started,
+    Reconnected: _reconnected,
     Present: _present,
     Absent: _absent,
     Restarted: _restarted,

@@ -16,7 +16,7 @@ from lwfed.cloud_server.events import Aggregated, Calibrated, Event
 from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
-from lwfed.cloud_server.rounds import Presence, Rules, State
+from lwfed.cloud_server.rounds import Rules, State, unseen
 from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
 from lwfed.cloud_server.updates import Share, Updates
@@ -212,8 +212,7 @@ class Course:
 
 def _by_sight(state: State) -> State:
     """Without what a server sees anew after a start: which of its devices are here and which away, and when that is due to change."""
-    devices: dict[int, Presence] = {one: "away" if there == "here" else there for one, there in state.devices.items()}
-    return replace(state, devices=devices, due=None if state.due is None else 0.0)
+    return replace(unseen(state), due=None if state.due is None else 0.0)
 
 
 def _record(step: Step, before: State, after: State, notice: Notice) -> None:

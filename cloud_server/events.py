@@ -25,6 +25,11 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class Reconnected(Event):
+    """The server lost its connection: a device that went meanwhile may not be missed by the broker, so who is there must be seen anew."""
+
+
+@dataclass(frozen=True)
 class Present(Event):
     participant: int
 

@@ -197,3 +197,8 @@ class State:
 
 def with_presence(state: State, participant: int, presence: Presence) -> State:
     return replace(state, devices={**state.devices, participant: presence})
+
+
+def unseen(state: State) -> State:
+    """With all devices away that are not known to have gone."""
+    return replace(state, devices={one: "away" if there == "here" else there for one, there in state.devices.items()})

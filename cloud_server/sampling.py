@@ -29,10 +29,9 @@ def free(rules: Rules, state: State) -> list[int]:
     return [one for one in ranked(rules.seed, state.stage, state.round, state.here) if one not in chosen]
 
 
-def assign_more(rules: Rules, state: State, now: float, ignore_away: bool = False) -> tuple[State, list[Notice]]:
-    """Choose further devices when those chosen can no longer make a quorum; with `ignore_away`, silent ones do not count."""
-    hopeful = [one for one in state.expected if not (ignore_away and state.devices.get(one) != "here")]
-    lacking = state.needed - len(state.contributed) - len(hopeful)
+def assign_more(rules: Rules, state: State, now: float, overdue: bool = False) -> tuple[State, list[Notice]]:
+    """Choose further devices when those chosen can no longer make a quorum; with `overdue` who has not answered does not count."""
+    lacking = state.needed - len(state.contributed) - (0 if overdue else len(state.expected))
     extra = tuple(free(rules, state)[:lacking]) if lacking > 0 else ()
     if not extra:
         return state, []

@@ -17,7 +17,7 @@ from lwfed.child import Ended, Said
 from lwfed.cloud_server import orders
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
-from lwfed.cloud_server.events import Event, Paused, Prepared, Resumed, Started, TimeUp
+from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
 from lwfed.cloud_server.news import News
@@ -204,6 +204,8 @@ class Server:
             self._course.apply(Started(), now)  # nothing to be told but what `waiting` says
             self._follow(now)
             waiting(self._news, self._course)
+        else:
+            self._apply(Reconnected(), now, None)
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""

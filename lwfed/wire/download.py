@@ -136,6 +136,8 @@ class Downloads:
             blob.part = None
 
     def _subscriptions(self) -> list[Command]:
+        if not self._open and not self._subscribed:
+            return []
         gathering = {id for id, blob in self._open.items() if blob.part is not None}
         left, begun = sorted(self._subscribed - self._open.keys()), sorted(gathering - self._subscribed)
         self._subscribed = (self._subscribed | gathering) & self._open.keys()

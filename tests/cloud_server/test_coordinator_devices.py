@@ -17,6 +17,7 @@ from lwfed.cloud_server.events import (
     IllegalEvent,
     Prepared,
     Present,
+    Reconnected,
     Restarted,
     Started,
     TimeUp,
@@ -46,6 +47,26 @@ def test_a_later_round_waits_for_who_is_away_and_then_goes_on():
     assert (state.phase, state.due) == ("waiting", RETURN_S)
     assert after(RULES, state, Present(1)).chosen == (0, 1)
     assert after(RULES, state, TimeUp(), now=RETURN_S).chosen == (0,)
+
+
+def test_whose_connection_to_us_broke_must_be_seen_anew():
+    """A broker that died with us may have taken along that a device went."""
+    state = after(RULES, training(devices=3), Absent(2, for_good=True), Reconnected())
+    assert state.devices == {0: "away", 1: "away", 2: "gone"}
+    assert state.expected == (0, 1)
+    answered = after(RULES, state, Present(0), Contributed(0, "x"), TimeUp(), Aggregated({}, 1.0), Calibrated({}), now=1000.0)
+    assert after(RULES, answered, TimeUp(), now=1000.0 + RETURN_S).chosen == (0,)
+
+
+def test_whoever_does_not_answer_until_the_deadline_is_no_hope_for_a_quorum():
+    """It may have gone without a word."""
+    rules = replace(RULES, sample=2, quorum=1.0)
+    state = training(rules, devices=3)
+    answers, silent = state.chosen
+    overdue = after(rules, state, Contributed(answers, "x"), TimeUp(), now=rules.deadline_s)
+    (other,) = {0, 1, 2} - {answers, silent}
+    assert overdue.owing == tuple(sorted((silent, other)))
+    assert after(rules, overdue, Contributed(other, "y"), TimeUp(), now=2 * rules.deadline_s).phase == "aggregating"
 
 
 def test_who_said_goodbye_is_not_waited_for():

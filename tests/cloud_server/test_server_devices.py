@@ -199,6 +199,23 @@ def test_a_lost_device_costs_its_round_until_the_deadline_only(world, said):
     assert "has not come back" in " ".join(one["text"] for one in of(said, "warning"))
 
 
+def test_a_device_that_goes_while_the_broker_is_down_holds_up_no_run(world):
+    """The broker forgets it and says no word of it; there are others to train."""
+    fleet = world("rounds.quorum=1.0", "rounds.sample=2")
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.join("c")
+    lost = fleet.devices[0]
+    fleet.broker.stop()
+    fleet.devices.remove(lost)
+    lost.transport.close()
+    fleet.broker.start()
+    fleet.finish()
+    assert {one.participant for one in fleet.course.store.contributions()} == {1, 2}
+
+
 def test_a_device_that_failed_is_asked_again_after_the_deadline(world, said):
     fleet = world("rounds.min_devices=1")
     fleet.start()

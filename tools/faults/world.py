@@ -66,8 +66,9 @@ class World:
         for fault in self._schedule.faults:
             self.later(fault.at_s, lambda fault=fault: self._befall(fault))  # type: ignore[misc]
         self.later(self._schedule.calm_s, self._calm)
+        cuts_power = any(isinstance(fault, Kill) and fault.power for fault in self._schedule.faults)
         try:
-            with disk.instead(self.disk.sync):
+            with disk.instead(self.disk.sync if cuts_power else lambda path: None):
                 self._go_on()
         except Exception as error:
             self.note("fault", "".join(traceback.format_exception(error)))
