@@ -51,6 +51,7 @@ class Downloads:
         self._subscribed: set[str] = set()
         self._heard = False
         self._fresh = False  # a manifest came since the last question
+        self._answering = False  # the next question is about manifests that came, and not for want of anything else
         self._retry = Retry(Random(seed), SILENCE_S)
 
     @property
@@ -149,15 +150,18 @@ class Downloads:
                 self._retry.wait_longer(now)
             else:
                 self._retry.wait(now)
-            if self._fresh:
-                all_known = all(blob.part is not None for blob in self._open.values())
-                self._retry.at(now if all_known else now + GATHER_S)
+            self._answering = self._fresh and any(blob.asked != "chunks" for blob in self._open.values())
+            if self._answering:
+                all_here = all(blob.part is not None and blob.asked != "manifest" for blob in self._open.values())
+                self._retry.at(now if all_here else now + GATHER_S)
         self._heard = self._fresh = False
 
     def _need(self) -> Need:
         wants: list[Want] = []
         room = MAX_NEED_CHARS
         for id, blob in self._open.items():
+            if self._answering and blob.asked == "chunks":
+                continue  # they are on their way
             chunks = blob.part is not None and blob.asked == "nothing"
             want = Want(id=id, missing=ranges(blob.part.missing()) if blob.part and chunks else None)
             room -= len(want.missing or "")
@@ -165,4 +169,5 @@ class Downloads:
                 break
             wants.append(want)
             blob.asked = "chunks" if chunks else "manifest"
+        self._answering = False
         return Need(blobs=tuple(wants))
