@@ -35,6 +35,8 @@ class Reception:
         """Take a message; what is to be answered."""
         parsed = self._topics.parse(topic)
         if isinstance(parsed, UpdateChunk):
+            if parsed.device not in self._fleet.members:
+                return []
             bad = self._inbox.bad_chunks
             commands = self._inbox.chunk(parsed, payload, now)
             if self._inbox.bad_chunks > bad:
@@ -58,14 +60,14 @@ class Reception:
         match message:
             case Hello():
                 return self._on_hello(device, message, now)
-            case Need():
-                return self.broadcast.need(device, message, now)
             case State():
                 return self._on_state(device, message, now)
         member = self._fleet.members.get(device)
         if member is None:
             return []  # it must greet first, and does so whenever it sees the server
         match message:
+            case Need():
+                self.broadcast.need(device, message, now)
             case Beat() if self._is_on(message):
                 self._fleet.works(member.participant, now)
                 self._news.progress(member.participant, message, now)

@@ -3,8 +3,10 @@
     idle --a need--> gathering (0.3 s, for others to join) --> sending, lowest chunk first --nothing left--> idle
 
 Nobody acknowledges chunks. The only sign of loss is a device that asks again for chunks that went out after its last
-question; then brokers or links are overrun and the pace is halved, to recover slowly. What waits in the broker while it sends
-a chunk to everybody else looks like loss to a device, so with many who ask the pace is that of the broker's own link.
+question; then its broker's queue or its link is overrun, and its own pace is halved, to recover slowly. A chunk goes out at
+the pace of the fastest device that lacks it, and what only slowed ones lack behind all else. So one that asks again and again
+costs the others little, and a broker that loses what it sends to everybody is sent less. All together get no more than the
+broker's own link carries.
 """
 
 from __future__ import annotations
@@ -14,28 +16,43 @@ from dataclasses import dataclass, field
 from lwfed.blobs import BlobStore
 from lwfed.errors import InvalidMessage
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import Manifest, Need, Want, encode, indices
+from lwfed.wire.messages import Need, Want, encode, indices
 from lwfed.wire.topics import Topics
 
 GATHER_S = 0.3
 FASTEST = 400.0  # chunks a second: 48 MB/s at 120 KiB
 SLOWEST = 4.0
-FANNED_OUT = 100e6  # bytes a second that the broker is to send to all who asked together: what a gigabit link carries
+FANNED_OUT = 100e6  # bytes a second that the broker is to send to all who lack a blob together: what a gigabit link carries
 BURST = 8.0  # chunks that may go out at once after a pause
-RECOVERY = 0.1  # the pace grows by a tenth in each second of sending
-HALVE_EVERY_S = 1.0  # one overrun makes many devices ask: it counts once
+RECOVERY = 0.1  # the pace grows by a tenth in each second of sending at it
 FORGET_S = 30.0  # a question repeated later than this after the last chunk says nothing about the pace
 
 
 @dataclass
-class _Flight:
-    """One blob that is being sent."""
+class _Asker:
+    """A device, as far as chunks are concerned."""
 
-    queue: set[int] = field(default_factory=set)
-    order: int = 0  # how many chunks of it have been sent
-    sent: dict[int, int] = field(default_factory=dict)  # chunk -> `order` when it was last sent
-    asked: dict[str, int] = field(default_factory=dict)  # device -> `order` when it last asked
-    last_s: float = 0.0
+    wants: dict[str, int] = field(default_factory=dict)  # blob -> a bit for each chunk that it is still to be sent
+    asked: dict[str, int] = field(default_factory=dict)  # blob -> how many chunks had been sent in all when it last asked
+    pace: float = FASTEST  # chunks a second
+    ready_s: float = float("-inf")  # when its pace allows the next one
+    last_s: float = 0.0  # its last question, or chunk
+
+    def is_past(self, now: float) -> bool:
+        return not self.wants and now - self.last_s > FORGET_S
+
+    def slow_down(self) -> None:
+        self.pace = max(self.pace / 2, SLOWEST)
+
+    def sent(self, id: str, index: int, now: float) -> None:
+        """A chunk of a blob that it wants has gone out, on its account or not."""
+        self.last_s = now
+        bits = self.wants.pop(id)
+        if bits >> index & 1 and now >= self.ready_s:
+            self.pace = min(self.pace + RECOVERY, FASTEST)  # 1 / pace seconds later
+            self.ready_s = now + 1 / self.pace
+        if left := bits & ~(1 << index):
+            self.wants[id] = left
 
 
 class Broadcast:
@@ -43,101 +60,117 @@ class Broadcast:
 
     def __init__(self, topics: Topics, store: BlobStore, chunk_bytes: int) -> None:
         self.sent_chunks = 0
-        self.pace = FASTEST  # chunks a second
         self._topics = topics
         self._store = store
         self._chunk_bytes = chunk_bytes
-        self._flights: dict[str, _Flight] = {}  # in the order in which blobs were first asked for
-        self._start: float | None = None  # when gathering ends; None: nothing to send
-        self._free_at = float("-inf")  # when the pace has caught up with what was sent
-        self._polled: float | None = None  # the last poll that could send
-        self._halved = float("-inf")
+        self._manifests: dict[tuple[str, str], None] = {}  # (device, blob) that are to be answered with the manifest
+        self._askers: dict[str, _Asker] = {}
+        self._sent: dict[str, dict[int, int]] = {}  # blob -> chunk -> `sent_chunks` after it; as blobs were first asked for
+        self._start: float | None = None  # when gathering ends; None: no chunk to send
+        self._free_at = float("-inf")  # when the broker has caught up with what was sent
         self._blocked = False  # the last poll ended for want of room
 
-    def need(self, device: str, need: Need, now: float) -> list[Command]:
-        """Note what `device` lacks; manifests are answered at once, unknown blobs not at all."""
-        self._forget_old(now)
-        idle = self._start is None
-        answers: list[Command] = []
-        for want in need.blobs:
-            if not self._store.has(want.id):
-                continue
-            manifest = self._store.manifest(want.id, self._chunk_bytes)
-            if not self._queue(device, want, manifest, now):
-                answers.append(Send(self._topics.to_device(device, "manifest"), encode(manifest)))
-        if idle and any(flight.queue for flight in self._flights.values()):
+    def need(self, device: str, need: Need, now: float) -> None:
+        """Note what `device` lacks; unknown blobs are not answered at all."""
+        if self._start is None:
+            self._forget_old(now)
+        lost = [self._note(device, want, now) for want in need.blobs if self._store.has(want.id)]
+        if any(lost):
+            self._askers[device].slow_down()
+        if self._start is None and self._wanting():
             self._start = now + GATHER_S
-        return answers
 
     def poll(self, now: float, room: int) -> list[Command]:
-        """At most `room` chunks, as many as the pace allows."""
-        if self._start is None or now < self._start:
-            return []
-        commands: list[Command] = []
-        while now >= self._opens_at() and len(commands) < room and (following := self._following()):
-            command, seconds = self._send(*following, now), 1 / self.pace
-            fan_out = len(self._flights[following[0]].asked) * len(command.payload)
-            commands.append(command)
-            self._free_at = max(self._free_at, now) + max(seconds, fan_out / FANNED_OUT)
-        self._speed_up(now)
-        if self._following() is None:
-            self._start = None
-        self._blocked = self._start is not None and len(commands) >= room
+        """At most `room` messages: manifests at once, then as many chunks as the pace allows."""
+        commands = self._answers(room)
+        if self._start is not None and now >= self._start:
+            while now >= self._opens_at() and len(commands) < room and (following := self._following(now)):
+                commands.append(self._send(*following, now))
+            if not self._wanting():
+                self._start = None
+        self._blocked = len(commands) >= room and (bool(self._manifests) or self._start is not None)
         return commands
 
     def next_wakeup(self, now: float) -> float | None:
         """None while idle, and while the transport has no room: then its next event is the time to poll."""
-        if self._start is None or self._blocked:
+        if self._blocked or (self._start is None and not self._manifests):
             return None
-        return max(now, self._start, self._opens_at())
+        if self._start is None or self._manifests:
+            return now
+        ready = min((asker.ready_s if asker.pace < FASTEST else now for asker in self._wanting()), default=now)
+        return max(now, self._start, self._opens_at(), ready)
 
     def _opens_at(self) -> float:
-        """When the pace allows the next chunk."""
-        return self._free_at - (BURST - 1) / self.pace
+        """When the pace of all together allows the next chunk."""
+        return self._free_at - (BURST - 1) / FASTEST
 
-    def _queue(self, device: str, want: Want, manifest: Manifest, now: float) -> bool:
-        """Whether the wanted chunks could be queued; otherwise the device must see the manifest (again)."""
+    def _note(self, device: str, want: Want, now: float) -> bool:
+        """Queue the wanted chunks, or the manifest; whether chunks are among them that were lost."""
+        wanted = self._wanted(want)
+        if wanted is None:
+            self._manifests[device, want.id] = None
+            return False
+        asker = self._askers.get(device)
+        if asker is None or asker.is_past(now):
+            asker = self._askers[device] = _Asker()
+        sent, before = self._sent.setdefault(want.id, {}), asker.asked.get(want.id)
+        asker.asked[want.id], asker.last_s = self.sent_chunks, now
+        asker.wants.pop(want.id, None)
+        if wanted:
+            asker.wants[want.id] = sum(1 << index for index in wanted)
+        return before is not None and any(sent.get(index, 0) > before for index in wanted)
+
+    def _wanted(self, want: Want) -> list[int] | None:
+        """None when the device must see the manifest (again)."""
         if want.missing is None:
-            return False
+            return None
         try:
-            wanted = indices(want.missing, len(manifest.digests))
+            return indices(want.missing, len(self._store.manifest(want.id, self._chunk_bytes).digests))
         except InvalidMessage:
-            return False
-        flight = self._flights.setdefault(want.id, _Flight(last_s=now))
-        before = flight.asked.get(device)
-        if before is not None and any(flight.sent.get(index, 0) > before for index in wanted):
-            self._slow_down(now)
-        flight.asked[device] = flight.order
-        flight.queue.update(wanted)
-        return True
+            return None
 
-    def _following(self) -> tuple[str, int] | None:
-        for id, flight in self._flights.items():
-            if flight.queue:
-                if self._store.has(id):
-                    return id, min(flight.queue)
-                flight.queue.clear()
+    def _wanting(self) -> list[_Asker]:
+        return [asker for asker in self._askers.values() if asker.wants]
+
+    def _following(self, now: float) -> tuple[str, int] | None:
+        wanting = self._wanting()
+        fast = [asker for asker in wanting if asker.pace == FASTEST]
+        for askers in (fast, [asker for asker in wanting if asker.ready_s <= now]):
+            for id in self._sent:
+                bits = 0
+                for asker in askers:
+                    bits |= asker.wants.get(id, 0)
+                if bits and self._store.has(id):
+                    return id, (bits & -bits).bit_length() - 1
+                if bits:
+                    self._withdraw(id)
         return None
 
+    def _withdraw(self, id: str) -> None:
+        for asker in self._askers.values():
+            asker.wants.pop(id, None)
+
+    def _answers(self, room: int) -> list[Command]:
+        answers: list[Command] = []
+        while self._manifests and len(answers) < room:
+            device, id = next(iter(self._manifests))
+            del self._manifests[device, id]
+            if self._store.has(id):
+                manifest = self._store.manifest(id, self._chunk_bytes)
+                answers.append(Send(self._topics.to_device(device, "manifest"), encode(manifest)))
+        return answers
+
     def _send(self, id: str, index: int, now: float) -> Send:
-        flight = self._flights[id]
-        flight.queue.discard(index)
-        flight.order += 1
-        flight.sent[index] = flight.order
-        flight.last_s = now
         self.sent_chunks += 1
-        return Send(self._topics.blob_chunk(id, index), self._store.chunk(self._store.manifest(id, self._chunk_bytes), index))
-
-    def _speed_up(self, now: float) -> None:
-        if self._polled is not None:
-            self.pace = min(self.pace * (1 + RECOVERY * min(max(now - self._polled, 0.0), 1.0)), FASTEST)
-        self._polled = now
-
-    def _slow_down(self, now: float) -> None:
-        if now - self._halved >= HALVE_EVERY_S:
-            self._halved = now
-            self.pace = max(self.pace / 2, SLOWEST)
+        self._sent[id][index] = self.sent_chunks
+        subscribed = [asker for asker in self._askers.values() if id in asker.wants]
+        for asker in subscribed:
+            asker.sent(id, index, now)
+        chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
+        self._free_at = max(self._free_at, now) + max(1 / FASTEST, len(subscribed) * len(chunk) / FANNED_OUT)
+        return Send(self._topics.blob_chunk(id, index), chunk)
 
     def _forget_old(self, now: float) -> None:
-        for id in [id for id, flight in self._flights.items() if not flight.queue and now - flight.last_s > FORGET_S]:
-            del self._flights[id]
+        self._askers = {device: asker for device, asker in self._askers.items() if not asker.is_past(now)}
+        known = {id for asker in self._askers.values() for id in asker.asked}
+        self._sent = {id: sent for id, sent in self._sent.items() if id in known}

@@ -1,7 +1,7 @@
 """The server takes updates from devices, a few at a time, each into a file.
 
     offer --no slot free--> waiting --slot free--> granted --fin, all there--> checking --accept--> forgotten
-    granted --silent for 10 s while others wait--> offered anew by the device, and resumed from its part file
+    granted --nothing new for 10 s while others wait--> left: offered anew by the device, and resumed from its part file
 
 Brokers drop what they queue for a slow reader, after acknowledging it; so slots times window stays far below any
 broker's queue. The shell looks into a `ReceivedUpdate`, records it, and then calls `accept`: only that sends `done`.
@@ -40,7 +40,7 @@ class ReceivedUpdate:
 class _Transfer:
     device: str
     offer: Offer
-    heard_s: float = 0.0
+    moved_s: float = 0.0  # when it got its slot, or the last chunk that was not there
     part: PartFile | None = None  # None: waiting, or the store holds the blob already
 
 
@@ -68,6 +68,7 @@ class Inbox:
         self._granted: dict[str, _Transfer] = {}  # by contribution
         self._waiting: dict[str, _Transfer] = {}  # first come, first served
         self._checking: dict[str, _Transfer] = {}
+        self._left: dict[str, _Transfer] = {}  # lost their slot, and have a part
         self._told: dict[str, float] = {}  # when a device without a slot was last told so
 
     def offer(self, device: str, offer: Offer, now: float) -> list[Command]:
@@ -85,9 +86,11 @@ class Inbox:
         self._drop_others(device, contribution)
         known = self._granted.get(contribution)
         if known is not None and known.offer.manifest == offer.manifest:
-            known.heard_s = now
             return [self._grant(known)]
-        self._granted.pop(contribution, None)
+        left = self._granted.pop(contribution, None) or self._left.get(contribution)
+        if left is not None and left.offer.manifest != offer.manifest:
+            self._left.pop(contribution, None)
+            self._discard(left)
         self._waiting.setdefault(contribution, _Transfer(device, offer)).offer = offer
         granted = self.poll(now)
         if contribution in self._waiting:
@@ -99,10 +102,10 @@ class Inbox:
         transfer = self._granted.get(topic.contribution)
         if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
             return self._stop_stray(topic, now)
-        transfer.heard_s = now
         if transfer.part is not None:
             try:
-                transfer.part.write(topic.index, data)
+                if transfer.part.write(topic.index, data):
+                    transfer.moved_s = now
             except InvalidPayload:
                 self.bad_chunks += 1
         return []
@@ -113,7 +116,6 @@ class Inbox:
         transfer = self._granted.get(contribution)
         if transfer is None or transfer.device != device:
             return self._fin_without_slot(device, contribution), None
-        transfer.heard_s = now
         if transfer.part is not None and not transfer.part.complete:
             return [self._tell(device, Miss(contribution=contribution, missing=ranges(transfer.part.missing())))], None
         del self._granted[contribution]
@@ -131,27 +133,31 @@ class Inbox:
 
     def refuse(self, device: str, contribution: str | None, code: RefuseCode, reason: str) -> list[Command]:
         """Refuse an offer or a received update, and forget what belongs to it."""
-        for table in (self._granted, self._waiting, self._checking):
+        for table in (self._granted, self._waiting, self._checking, self._left):
             if contribution in table and table[contribution].device == device:
                 self._discard(table.pop(contribution))
         return [self._tell(device, Refuse(contribution=contribution, code=code, reason=reason[:1000]))]
 
     def clear(self, code: RefuseCode, reason: str) -> list[Command]:
-        """Refuse everything that is under way, at the end of a round."""
+        """Refuse everything that is under way, at the end of a round, and forget the parts."""
+        for id in list(self._left):
+            self._discard(self._left.pop(id))
+        self._told.clear()
         open_ = [(transfer.device, id) for table in (self._granted, self._waiting) for id, transfer in table.items()]
         return [command for device, id in open_ for command in self.refuse(device, id, code, reason)]
 
     def poll(self, now: float) -> list[Command]:
-        """Give the slots of silent devices to those that wait."""
+        """Give the slots of devices that get nowhere to those that wait."""
         for contribution, transfer in list(self._granted.items()):
             excess = len(self._granted) + len(self._waiting) - self._slots
-            if excess > 0 and self._waiting and now >= transfer.heard_s + SILENCE_S:
-                del self._granted[contribution]
+            if excess > 0 and self._waiting and now >= transfer.moved_s + SILENCE_S:
+                self._left[contribution] = self._granted.pop(contribution)
         commands: list[Command] = []
         while self._waiting and len(self._granted) < self._slots:
             contribution, transfer = next(iter(self._waiting.items()))
             del self._waiting[contribution]
-            transfer.part, transfer.heard_s = self._part(transfer), now
+            transfer.part, transfer.moved_s = self._part(transfer), now
+            self._left.pop(contribution, None)
             self._granted[contribution] = transfer
             commands.append(self._grant(transfer))
         return commands
@@ -160,7 +166,7 @@ class Inbox:
         """When the next slot falls to a waiting device; None while nobody waits."""
         if not self._waiting or not self._granted:
             return None
-        return max(now, min(transfer.heard_s for transfer in self._granted.values()) + SILENCE_S)
+        return max(now, min(transfer.moved_s for transfer in self._granted.values()) + SILENCE_S)
 
     def _fin_without_slot(self, device: str, contribution: str) -> list[Command]:
         if self._known(contribution):
@@ -182,18 +188,21 @@ class Inbox:
         manifest = transfer.offer.manifest
         if self._store.has(manifest.blob.id):
             return None
-        same = (other.part for other in self._granted.values() if other.part and other.offer.manifest == manifest)
+        same = (other.part for other in self._with_part() if other.offer.manifest == manifest)
         return next(same, None) or self._store.part(manifest)
 
     def _drop_others(self, device: str, contribution: str) -> None:
         """A device has one update at a time, so that no device can fill the disk with parts."""
-        for table in (self._granted, self._waiting):
+        for table in (self._granted, self._waiting, self._left):
             for id in [id for id, transfer in table.items() if transfer.device == device and id != contribution]:
                 self._discard(table.pop(id))
 
     def _discard(self, transfer: _Transfer) -> None:
-        if transfer.part is not None and not any(other.part is transfer.part for other in self._granted.values()):
+        if transfer.part is not None and not any(other.part is transfer.part for other in self._with_part()):
             transfer.part.discard()
+
+    def _with_part(self) -> list[_Transfer]:
+        return [transfer for table in (self._granted, self._left) for transfer in table.values() if transfer.part]
 
     def _grant(self, transfer: _Transfer) -> Send:
         missing = ranges(transfer.part.missing()) if transfer.part else ""

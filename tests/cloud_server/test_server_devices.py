@@ -56,6 +56,20 @@ def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
     fleet.finish()
 
 
+def test_who_has_not_greeted_gets_nothing(world):
+    fleet = world()
+    fleet.start()
+    fleet.join("d1")
+    topics, stranger = fleet.server._topics, fleet.broker.transport()
+    stranger.open("stranger", None, lambda event: None)
+    need = messages.Need(blobs=(messages.Want(id=fleet.course.config_ref.id, missing=None),))
+    stranger.publish(topics.from_device("stranger", "need"), messages.encode(need))
+    stranger.publish(topics.update_chunk("stranger", "w0", "00" * 16, 0), b"junk")
+    fleet.quiet()
+    answers = {topics.to_device("stranger", kind) for kind in ("manifest", "wait")}
+    assert [topic for _, topic, _ in fleet.broker.log if topic in answers] == []
+
+
 def test_a_device_of_another_version_is_told_so(world, said):
     fleet = world()
     fleet.start()

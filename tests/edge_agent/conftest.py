@@ -84,7 +84,7 @@ class Server:
                     case Hello():
                         self.greeted.append(device)
                     case messages.Need():
-                        self._do(self.broadcast.need(device, message, now))
+                        self.broadcast.need(device, message, now)
                     case messages.Offer():
                         if self.refusal:
                             self._do(self.inbox.refuse(device, message.contribution, self.refusal, "so it is"))

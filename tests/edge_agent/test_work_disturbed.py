@@ -29,7 +29,7 @@ def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
     server, device = world.training()
     device.finish()
     world.settle(2)
-    server.broadcast.need = lambda *_: []  # no model arrives
+    server.broadcast.need = lambda *_: None  # no model arrives
     server.assign(device.id, round=2)
     server.announce("waiting" if phase == "called" else "training", round=2, content=b"newer" * 1000)
     world.settle(0.5)

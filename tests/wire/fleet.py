@@ -93,7 +93,7 @@ class Server(Node):
                 message = decode(UP[kind], payload)
                 match message:
                     case Need():
-                        answers = self.broadcast.need(device, message, now)
+                        self.broadcast.need(device, message, now)
                     case Offer():
                         answers = self.inbox.offer(device, message, now)
                     case Fin():

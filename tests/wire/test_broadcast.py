@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from math import log
 from random import Random
 
 import pytest
 
 from lwfed.blobs import BlobStore
-from lwfed.wire.broadcast import BURST, FANNED_OUT, FASTEST, Broadcast
+from lwfed.wire.broadcast import BURST, FANNED_OUT, FASTEST, GATHER_S, Broadcast
 from lwfed.wire.commands import Send
 from lwfed.wire.messages import Manifest, Need, Want, decode
 from lwfed.wire.topics import BlobChunk, Topics
@@ -47,10 +48,24 @@ def drain(broadcast: Broadcast, now: float, room: int = 1000) -> tuple[list[int]
 
 def test_manifests_are_answered_at_once_and_only_for_what_is_held(broadcast, store, blob):
     question = Need(blobs=(Want(id="ab" * 32, missing=None), Want(id="ab" * 32, missing="0"), Want(id=blob, missing=None)))
-    (answer,) = broadcast.need("d1", question, 0.0)
+    broadcast.need("d1", question, 0.0)
+    broadcast.need("d1", question, 0.0)
+    assert broadcast.next_wakeup(0.0) == 0.0
+    (answer,) = broadcast.poll(0.0, 9)
     assert answer.topic == TOPICS.to_device("d1", "manifest")
     assert decode(Manifest, answer.payload) == store.manifest(blob, 1024)
     assert broadcast.next_wakeup(0.0) is None
+
+
+def test_manifests_wait_for_room(broadcast, blob):
+    devices = [f"d{number}" for number in range(5)]
+    for device in devices:
+        broadcast.need(device, need(blob, None), 0.0)
+    asked = []
+    for room in (2, 0, 2, 9):
+        asked += [command.topic for command in broadcast.poll(0.0, room)]
+        assert broadcast.next_wakeup(0.0) is None
+    assert asked == [TOPICS.to_device(device, "manifest") for device in devices]
 
 
 def test_the_union_is_sent_once_lowest_first_after_gathering(broadcast, store, blob):
@@ -90,21 +105,63 @@ def test_more_devices_than_the_broker_can_send_to_at_that_pace_slow_it_down(broa
     assert now == pytest.approx(0.3 + 100 * 1000 * 1024 / FANNED_OUT, rel=0.05)
 
 
-def test_who_asks_again_for_what_was_sent_halves_the_pace_once_a_second(broadcast, blob):
-    for device in ("d1", "d2"):
-        broadcast.need(device, need(blob, "0-9"), 0.0)
+def seconds_for(broadcast: Broadcast, now: float) -> float:
+    return drain(broadcast, now)[1] - now - GATHER_S
+
+
+def test_what_is_asked_for_again_comes_at_half_the_pace_and_slower_each_time(broadcast, blob):
+    broadcast.need("d1", need(blob, "0-19"), 0.0)
     drain(broadcast, 0.0)
-    for device in ("d1", "d2"):
-        broadcast.need(device, need(blob, "3"), 2.0)
-    assert broadcast.pace == FASTEST / 2
-    drain(broadcast, 2.0)
-    broadcast.need("d1", need(blob, "3"), 4.0)
-    assert broadcast.pace < FASTEST / 2
-    pace = broadcast.pace
-    for now in range(5, 30):
-        broadcast.need(f"late{now}", need(blob, "0-99"), float(now))
+    for times in (1, 2, 3):
+        broadcast.need("d1", need(blob, "0-19"), 2.0 * times)
+        assert seconds_for(broadcast, 2.0 * times) == pytest.approx(19 / (FASTEST / 2**times), rel=0.1)
+
+
+def test_a_pace_recovers_by_a_tenth_in_each_second_of_sending(broadcast, blob):
+    for now in range(0, 12, 2):
+        broadcast.need("d1", need(blob, "0"), float(now))
         drain(broadcast, float(now))
-    assert broadcast.pace > 2 * pace
+    slowed = FASTEST / 2**5
+    broadcast.need("d1", need(blob, "1-99"), 12.0)
+    assert seconds_for(broadcast, 12.0) == pytest.approx(10 * log((slowed + 9.9) / slowed), rel=0.05)
+
+
+def test_one_that_asks_again_and_again_holds_up_nobody(broadcast, blob):
+    devices = [f"d{number}" for number in range(9)]
+    for device in devices:
+        broadcast.need(device, need(blob, "0-99"), 0.0)
+    now, fetched = 0.0, []
+    while len(fetched) < 100:
+        broadcast.need("bad", need(blob, "0-99"), now)
+        fetched += sent(broadcast.poll(now := now + GATHER_S, 4))
+    assert fetched == list(range(100))
+
+
+def test_who_loses_chunks_sets_the_pace_of_nobody_else(broadcast, blob):
+    for now in (0.0, 2.0, 4.0, 6.0, 8.0, 10.0):
+        broadcast.need("bad", need(blob, "0"), now)
+        drain(broadcast, now)
+    broadcast.need("good", need(blob, "0-99"), 12.0)
+    broadcast.need("bad", need(blob, "0-99"), 12.0)
+    assert seconds_for(broadcast, 12.0) == pytest.approx((100 - BURST) / FASTEST, rel=0.05)
+
+
+def test_a_broker_that_loses_what_all_are_sent_is_sent_less(broadcast, blob):
+    devices = [f"d{number}" for number in range(9)]
+    took = []
+    for now in (0.0, 5.0, 10.0):
+        for device in devices:
+            broadcast.need(device, need(blob, "0-99"), now)
+        took.append(seconds_for(broadcast, now))
+    assert took[1:] == pytest.approx([99 / (FASTEST / 2), 99 / (FASTEST / 4)], rel=0.1)
+
+
+def test_devices_that_have_all_cost_a_late_one_nothing(broadcast, blob):
+    for number in range(1000):
+        broadcast.need(f"d{number}", need(blob, "0-99"), 0.0)
+    _, now = drain(broadcast, 0.0)
+    broadcast.need("late", need(blob, "0-99"), now + 5)
+    assert seconds_for(broadcast, now + 5) == pytest.approx((100 - BURST) / FASTEST, rel=0.05)
 
 
 def test_who_comes_late_says_nothing_about_the_pace(broadcast, blob):
@@ -112,12 +169,13 @@ def test_who_comes_late_says_nothing_about_the_pace(broadcast, blob):
     drain(broadcast, 0.0)
     broadcast.need("d2", need(blob, "0-9"), 1.0)
     drain(broadcast, 1.0)
-    broadcast.need("d1", need(blob, "0-9"), 100.0)  # it was restarted and lost its disk
-    assert broadcast.pace == FASTEST
+    broadcast.need("d1", need(blob, "0-99"), 100.0)  # it was restarted and lost its disk
+    assert seconds_for(broadcast, 100.0) == pytest.approx((100 - BURST) / FASTEST, rel=0.05)
 
 
 def test_chunks_that_do_not_exist_are_answered_with_the_manifest(broadcast, blob):
-    (answer,) = broadcast.need("d1", need(blob, "50-100"), 0.0)
+    broadcast.need("d1", need(blob, "50-100"), 0.0)
+    (answer,) = broadcast.poll(0.0, 9)
     assert answer.topic == TOPICS.to_device("d1", "manifest")
     assert broadcast.next_wakeup(0.0) is None
 

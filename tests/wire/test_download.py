@@ -189,6 +189,25 @@ def test_manifests_that_come_together_are_asked_for_together(bench):
     assert needs(bench.downloads.poll(0.15)) == [("0-3", "0-1")]
 
 
+def test_answers_that_come_one_by_one_are_not_each_answered_with_another_question(bench):
+    others = [bench.server.put(bytes([number]) * 3000) for number in range(3)]
+    manifests = [bench.server.manifest(ref.id, 1024) for ref in others]
+    bench.downloads.want(others)
+    bench.downloads.poll(0.0)
+    for manifest in manifests:
+        bench.downloads.on_manifest(manifest)
+    assert needs(bench.downloads.poll(0.1)) == [("0-2",) * 3]
+    assert needs(bench.downloads.poll(5.0)) == [(None,) * 3], "nothing has come"
+    asked = []
+    for manifest in manifests[:2]:
+        bench.downloads.on_manifest(manifest)
+        asked += needs(bench.downloads.poll(5.1))
+    assert asked == []
+    assert needs(bench.downloads.poll(bench.downloads.next_wakeup(5.1))) == [("0-2", "0-2")], "the third answer is on its way"
+    bench.downloads.on_manifest(manifests[2])
+    assert needs(bench.downloads.poll(5.5)) == [("0-2",)], "the others have been asked for"
+
+
 def test_a_manifest_that_never_comes_does_not_hold_up_the_others(bench):
     other = BlobRef(id="ab" * 32, size=1)
     bench.downloads.want([bench.ref, other])

@@ -43,7 +43,7 @@ class Line:
                 self.reconnections += isinstance(command, Reconnect)
                 if isinstance(command, Send):
                     self.questions += 1
-                    self._down(self.broadcast.need("d1", decode(Need, command.payload), self.now))
+                    self.broadcast.need("d1", decode(Need, command.payload), self.now)
             self._down(self.broadcast.poll(self.now, room=20))
             wakeups = [self.downloads.next_wakeup(self.now), self.broadcast.next_wakeup(self.now), self._way[0][0] if self._way else None]
             due = [when for when in wakeups if when is not None]

@@ -287,6 +287,50 @@ def test_who_finds_no_slot_waits_in_order_and_silence_loses_a_slot(inbox, store)
     assert inbox.next_wakeup(11.0) is None
 
 
+def test_only_what_was_missing_keeps_a_slot(inbox, store):
+    offers = {device: make_offer(store, device, content=CONTENT + device.encode()) for device in ("d1", "d2", "d3")}
+    for device, offer in offers.items():
+        inbox.offer(device, offer, 0.0)
+    chunk(inbox, offers["d1"], 0, now=1.0)
+    for now in (4.0, 8.0, 10.9):
+        inbox.offer("d1", offers["d1"], now)
+        chunk(inbox, offers["d1"], 0, now)
+        inbox.chunk(UpdateChunk("d1", "w0", offers["d1"].contribution, 1), b"junk", now)
+        inbox.fin("d1", fin(offers["d1"]), now)
+        chunk(inbox, offers["d2"], int(now) // 4, now, device="d2")
+        assert inbox.poll(now) == []
+    (granted,) = inbox.poll(11.0)
+    assert granted.topic == TOPICS.to_device("d3", "grant")
+
+
+def test_a_device_that_loses_its_slot_leaves_one_part_which_it_may_resume(inbox, store, tmp_path):
+    parts = tmp_path / "spool" / "parts"
+    for device in ("d2", "d3"):
+        inbox.offer(device, make_offer(store, device, content=device.encode() * 1000), 0.0)
+    before = len(list(parts.iterdir()))
+    now = 0.0
+    for number in range(4):
+        offer = make_offer(store, content=bytes([number]) * 5000)
+        inbox.offer("d1", offer, now)
+        inbox.poll(now := now + 11)
+        chunk(inbox, offer, 0, now, content=bytes([number]) * 5000)
+        for device in ("d2", "d3"):
+            inbox.offer(device, make_offer(store, device, content=device.encode() * 1000), now)
+        inbox.poll(now := now + 11)
+        assert len(list(parts.iterdir())) == before + 1
+    answers = said(inbox.offer("d1", offer, now) + inbox.poll(now + 11), DOWN)
+    assert [answer.missing for answer in answers if isinstance(answer, Grant) and answer.contribution == offer.contribution] == ["1-4"]
+    inbox.clear("stale", "the round is over")
+    assert list(parts.iterdir()) == []
+
+
+def test_an_update_that_is_cut_otherwise_leaves_no_part_behind(inbox, store, tmp_path):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
+    inbox.offer("d1", offer.model_copy(update={"manifest": store.manifest(offer.manifest.blob.id, 2048)}), 1.0)
+    assert len(list((tmp_path / "spool" / "parts").iterdir())) == 1
+
+
 def test_silence_costs_nothing_while_nobody_waits(inbox, store):
     offer = make_offer(store)
     inbox.offer("d1", offer, 0.0)
