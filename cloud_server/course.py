@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -159,11 +160,21 @@ class Course:
     def aggregate(self) -> tuple[Aggregated, Screened]:
         """The round's contributions made one model; and which of them counted."""
         screened, parts = self._merge()
-        loss = self.store.loss(self.state.stage, self.state.round)
-        assert loss is not None
+        loss = self._loss(screened)
         if self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss})):
             return Aggregated(parts, loss), screened  # devices get what calibration makes of it
         return Aggregated(**vars(self._publish(parts)), loss=loss), screened
+
+    def _loss(self, screened: Screened) -> float:
+        """The mean by images; by rules that believe no single device the median of those that count."""
+        stage, round = self.state.stage, self.state.round
+        counting = {share.participant for share in screened.shares}
+        losses = [one.report.losses[-1] for one in self.store.contributions(stage, round) if one.participant in counting]
+        if losses and self.config.aggregation.rule not in ("mean", "l_dawa"):
+            return statistics.median(losses)
+        mean = self.store.loss(stage, round)
+        assert mean is not None
+        return mean
 
     def _merge(self) -> tuple[Screened, dict[str, str]]:
         """Updates that the disk has spoilt are left out: their devices keep them no more. Without any the round changes nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,32 +14,48 @@ import numpy as np
 from lwfed.cloud_server.updates import Open, Read, weights
 from lwfed.config import TransferSection
 from lwfed.errors import InvalidPayload, StateError
-from lwfed.plan import VARIANCE
+from lwfed.plan import STATISTICS, VARIANCE
 from lwfed.wire import deltas, tensors
 from lwfed.wire.sizes import stated_shapes
 
+FAR = 10.0  # times the norm of what a device received: no training that converges moves weights so far in a round
 MAX_DIFFERENCE = 1e18  # of a number in a round: float32 says 1e20 times that, so no rounds of them make what no difference can tell
 
 
 def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
     """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes sound weights."""
-    shapes = _shapes(received)
+    before = {name: tensor for path in received for name, tensor in tensors.iterate(path, stated_shapes(path))}
+    size = moved = 0.0
+    for name, after, difference in _changes(transfer, before, update):
+        if (np.abs(difference) > MAX_DIFFERENCE).any():
+            raise InvalidPayload(f"tensor {name} holds differences above {MAX_DIFFERENCE:g}")
+        if name.endswith(VARIANCE) and (after < 0).any():
+            raise InvalidPayload(f"tensor {name} holds variances below 0")
+        if not name.endswith(STATISTICS):
+            size, moved = size + _square(before[name]), moved + _square(difference)
+    if math.sqrt(moved) > FAR * (math.sqrt(size) + 1):
+        raise InvalidPayload(f"it moves weights with an L2 norm of {math.sqrt(size):.3g} by {math.sqrt(moved):.3g}: training has exploded")
+
+
+Change = tuple[str, tensors.Array, tensors.Array]  # name, weights, and what they differ by from those before
+
+
+def _changes(transfer: TransferSection, before: Mapping[str, tensors.Array], update: Path) -> Iterator[Change]:
+    """Of each tensor. Raises InvalidPayload."""
+    shapes = {name: tensor.shape for name, tensor in before.items()}
     if transfer.codec == "fp32":
-        for name, weights in tensors.iterate(update, shapes):
-            _check_variances(name, weights)
+        for name, after in tensors.iterate(update, shapes):
+            with np.errstate(over="ignore"):  # infinity is far too much
+                yield name, after, after - before[name]
         return
     change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
-    for path in received:
-        for name, before in tensors.iterate(path, stated_shapes(path)):
-            difference = change[name]
-            if (np.abs(difference) > MAX_DIFFERENCE).any():
-                raise InvalidPayload(f"tensor {name} holds differences above {MAX_DIFFERENCE:g}")
-            _check_variances(name, before + difference)
+    for name, tensor in before.items():
+        difference = change[name]
+        yield name, tensor + difference, difference
 
 
-def _check_variances(name: str, weights: tensors.Array) -> None:
-    if name.endswith(VARIANCE) and (weights < 0).any():
-        raise InvalidPayload(f"tensor {name} holds variances below 0")
+def _square(tensor: tensors.Array) -> float:
+    return float(np.square(tensor, dtype=np.float64).sum())
 
 
 @contextmanager

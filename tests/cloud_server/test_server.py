@@ -85,7 +85,11 @@ def test_a_poisoned_update_is_left_out_and_named(world, said):
     fleet.start()
     for name in "abcd":
         fleet.join(name)
-    fleet.join("e", spoil=lambda update: {key: value + np.float32(100) for key, value in update.items()})
+    fleet.join(
+        "e", images=10**12, loss=lambda *_: 500.0, spoil=lambda update: {key: value + np.float32(5) for key, value in update.items()}
+    )
+    fleet.settle(until=lambda: fleet.course.state.round == 2)
+    assert fleet.course.state.losses == {1: 1.0}, "one device decides on no loss either"
     encoder = load(fleet.finish())
     assert max(abs(value).max() for value in encoder.values()) < 50
     found = of(said, "screened")
@@ -95,7 +99,7 @@ def test_a_poisoned_update_is_left_out_and_named(world, said):
         assert poisoned in one["left_out"]
         assert len(one["left_out"]) == 3
         assert list(one["clipped"]) == [str(poisoned)]
-        assert f"clipped device {poisoned}, down to 0.0" in one["text"]
+        assert f"clipped device {poisoned}, down to 0." in one["text"]
     assert not of(said, "warning")
 
 
