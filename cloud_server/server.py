@@ -21,6 +21,7 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
 from lwfed.cloud_server.news import News
+from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import Event
 from lwfed.cloud_server.sizes import run_chunk_bytes
@@ -133,7 +134,8 @@ class Server:
         self._give_up_at = self._clock() + FIRST_CONNECTION_S
         self._transport.subscribe(self._topics.from_all_devices)
         if self._gate:
-            self._transport.subscribe(self._gate.filter)
+            for filter in self._gate.filters:
+                self._transport.subscribe(filter)
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
 
     def end(self) -> None:
@@ -196,8 +198,6 @@ class Server:
             self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, False, None
         self._fit_chunks()
-        if self._gate:
-            self._execute(self._gate.on_connected())
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
         self._fleet.remind()
@@ -264,6 +264,9 @@ class Server:
 
     def _receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
         if self._gate:
+            if topic == ANSWERS:
+                self._gate.on_answer(payload)
+                return []
             match self._topics.parse(topic):
                 case FromToken(token):
                     return self._gate.answer(token, payload)
