@@ -20,6 +20,7 @@ from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
+from lwfed.cloud_server.litter import Litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
@@ -80,6 +81,7 @@ class Server:
         transfer = config.transfer
         self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
+        self._litter = Litter(self._topics, news)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         self._connected = False
         self._give_up_at: float | None = None  # until there has been a connection
@@ -165,8 +167,8 @@ class Server:
         """React to `event`, and to time; None is time alone."""
         now = self._clock()
         match event:
-            case base.Received(topic, payload):
-                self._execute(self._receive(topic, payload, now))
+            case base.Received():
+                self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
             case base.Disconnected(reason):
@@ -258,11 +260,16 @@ class Server:
         self._follow(now)
         if self._connected:
             self._watch_gate(now)
+            self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending))
             self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
         self._take_leave(now)
 
-    def _receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
+    def _receive(self, message: base.Received, now: float) -> list[Command]:
+        topic, payload = message.topic, message.payload
+        revoked = self._gate.revoked if self._gate else frozenset()
+        if self._litter.take(message, revoked):
+            return []
         if self._gate:
             if topic == ANSWERS:
                 self._gate.on_answer(payload)
@@ -271,7 +278,7 @@ class Server:
                 case FromToken(token):
                     return self._gate.answer(token, payload)
                 case FromDevice(device) | UpdateChunk(device):
-                    if device in self._gate.revoked:
+                    if device in revoked:
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
@@ -281,6 +288,7 @@ class Server:
             self._execute(self._gate.poll(now))
             for device in self._gate.newly_revoked():
                 self._reception.shut_out(device, now)
+                self._execute(self._litter.find(device))
 
     def _follow(self, now: float) -> None:
         """Do what the state asks for, and let everybody know of it, until nothing follows at once."""

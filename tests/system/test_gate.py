@@ -98,7 +98,7 @@ class Host:
         with contextlib.ExitStack() as stack:
             self.gate = Gate(self.folder, self.place, "default")
             stack.callback(self.gate.close)
-            self.broker = ManagedBroker("mosquitto", 0, self._root / "broker", self.gate)
+            self.broker = ManagedBroker("mosquitto", 0, self._root / "broker", 122_880, self.gate)
             self.broker.start()
             stack.callback(self.broker.close)
             transport = self.gate.connection().transport(self.broker.address)
