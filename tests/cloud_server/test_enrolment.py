@@ -54,7 +54,8 @@ def office(tmp_path):
 
 def test_a_token_says_where_and_whom_to_trust_and_its_secret_is_not_stored(office, tmp_path):
     token = office.invite()
-    assert (token.header.host, token.header.port, token.header.fleet) == ("garden.local", 8883, "default")
+    header = token.header
+    assert (header.host, header.port, header.fleet, header.device) == ("garden.local", 8883, "default", "porch")
     assert token.authority == office.authority.der
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert token.header.id.encode() in stored
@@ -68,13 +69,19 @@ def test_a_lost_answer_is_given_again_until_the_device_has_come(office):
     assert x509.load_pem_x509_certificate(first.certificate.encode()).subject.rfc4514_string() == "CN=porch"
     assert office.ask(token, asked) == first
     office.registry.confirm("porch")
-    assert "not valid" in office.ask(token, asked).refused
+    assert "used already" in office.ask(token, asked).refused
 
 
 def test_another_key_gets_no_certificate_by_a_used_token_and_the_operator_is_told_what_to_do(office):
     token = office.invite()
     office.ask(token, request())
     assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    office.registry.confirm("porch")  # by the thief, say
+    assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    office.now_s += LIFETIME_S
+    assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    with pytest.raises(StateError, match="somebody else used its token, `cloud-server revoke porch`"):
+        office.invite()
 
 
 def test_forged_expired_voided_and_revoked_tokens_are_refused_alike(office):
