@@ -23,6 +23,8 @@ from lwfed.cloud_server import tethered
 from lwfed.cloud_server.gate import Gate
 from lwfed.errors import MissingDependency, PortInUse, StateError, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress
+from lwfed.wire.messages import MAX_MESSAGE_BYTES
+from lwfed.wire.upload import PACKET_MARGIN_BYTES
 
 Kind = Literal["auto", "mosquitto", "embedded"]
 HOST = "127.0.0.1"
@@ -33,14 +35,12 @@ MOSQUITTO_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 
 CONFIGURATION = """\
 # Written by cloud-server at every start; changes are lost.
-# 2.0 allows 256 MB and 2.1 2 MB: say it. Chunks are far smaller.
-max_packet_size 1048576
+# A chunk or a message, and its topic: what one device may send must stay small.
+max_packet_size {packet_bytes}
 # Messages beyond this are dropped although their publisher got an acknowledgement; 0 would be without bound.
 max_queued_messages 2000
-persistence true
-persistence_location {folder}/
-autosave_on_changes true
-autosave_interval 5
+# Nothing is kept on disk: both sides say again what a broker forgets.
+# No memory_limit: 2.0 miscounts what its plugin frees and then lets nobody in.
 log_dest stderr
 log_type error
 log_type warning
@@ -51,15 +51,24 @@ FOR_THIS_MACHINE = "listener {port} {host}\nallow_anonymous true\n"
 class ManagedBroker:
     """A broker as our child. Nothing runs before `start`."""
 
-    def __init__(self, kind: Kind, port: int, folder: Path, gate: Gate | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
-        """`port` on loopback, where 0 takes a free one, unless there is a `gate`; `folder` keeps configuration, messages and log.
+    def __init__(
+        self,
+        kind: Kind,
+        port: int,
+        folder: Path,
+        chunk_bytes: int,
+        gate: Gate | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`port` on loopback, where 0 takes a free one, unless there is a `gate`; `folder` keeps configuration and log.
 
-        Raises MissingDependency.
+        mosquitto takes no larger messages than those of the protocol with such chunks. Raises MissingDependency.
         """
         self.kind = _resolve("mosquitto" if gate else kind)
         self._port = port
         self._gate = gate
         self._folder = folder
+        self._packet_bytes = max(chunk_bytes, MAX_MESSAGE_BYTES) + PACKET_MARGIN_BYTES
         self._sleep = sleep
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -112,7 +121,7 @@ class ManagedBroker:
         return self._folder / "broker.log"
 
     def _mosquitto(self) -> list[str]:
-        text = CONFIGURATION.format(folder=self._folder.absolute())
+        text = CONFIGURATION.format(packet_bytes=self._packet_bytes)
         text += self._gate.configure(self._folder) if self._gate else FOR_THIS_MACHINE.format(port=self._port, host=HOST)
         if os.geteuid() == 0:
             text += "# Otherwise it drops to a user of its own, who may not write here.\nuser root\n"

@@ -25,7 +25,8 @@ def invite(authority: Authority, registry: Registry, name: str) -> Token:
         raise StateError("there is no server for devices of other machines: start one with `cloud-server serve --listen HOST`")
     token, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     registry.invite(name, token, digest(secret), LIFETIME_S)
-    return Token(Header(host=contact.host, port=contact.port, fleet=contact.fleet, id=token, secret=secret), authority.der)
+    header = Header(host=contact.host, port=contact.port, fleet=contact.fleet, device=name, id=token, secret=secret)
+    return Token(header, authority.der)
 
 
 def admit(authority: Authority, registry: Registry, token: str, payload: bytes, now_s: float) -> Admission:
@@ -35,11 +36,13 @@ def admit(authority: Authority, registry: Registry, token: str, payload: bytes, 
     except (InvalidMessage, ProtocolMismatch) as error:
         return Admission(refused=str(error)[:1000])
     device = registry.of_token(token)
-    if device is None or not hmac.compare_digest(device.secret, digest(asked.secret)) or not device.may_enrol(now_s):
+    if device is None or not hmac.compare_digest(device.secret, digest(asked.secret)) or device.revoked_s is not None:
+        return Admission(refused=INVALID)
+    if device.certificate is not None and (device.joined_s is not None or asked.request != device.request):
+        return Admission(refused=f"this token was used already: if not by you, `cloud-server revoke {device.name}` at once")
+    if not device.may_enrol(now_s):
         return Admission(refused=INVALID)
     if device.certificate is not None:
-        if asked.request != device.request:
-            return Admission(refused=f"this token was used already: if not by you, `cloud-server revoke {device.name}` at once")
         return Admission(device=device.name, certificate=device.certificate)
     return _certify(authority, registry, device, asked.request)
 

@@ -4,7 +4,8 @@
     PORT + 1  for enrolment: no certificate but a token, whose user reaches its own two topics and nothing else
 
 The registry is the truth. The broker starts with all of it and is told what changes, also by `cloud-server enrol` and
-`cloud-server revoke` in processes of their own: once a second the gate looks whether the registry has another revision.
+`cloud-server revoke` in processes of their own: once a second the gate looks whether the registry has another revision,
+and says again what the broker has not confirmed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from lwfed.cli import Connection
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit
 from lwfed.cloud_server.permissions import (
+    ANSWERS,
     SERVER,
     Account,
     Json,
+    confirmed,
     control,
     creation,
     device_account,
@@ -113,8 +116,8 @@ class Gate:
         self._files: Path | None = None
         self._revision: int | None = None  # of the registry, as granted
         self._expires_s = float("inf")  # when the next token does
-        self._granted: dict[str, Account] = {}  # as the broker knows them
-        self._touched: set[str] = set()  # usernames that have changed since the broker started
+        self._granted: dict[str, Account] = {}  # as the broker is to know them
+        self._unconfirmed: dict[str, set[str]] = {}  # by username: commands that the broker has not confirmed
         self._unseen: set[str] = set()  # enrolled devices that have not come yet
         self.revoked: frozenset[str] = frozenset()
         self._told_revoked: frozenset[str] = frozenset()
@@ -138,7 +141,7 @@ class Gate:
         self._authority.issue(folder, "broker", (self.place.host, self.address.host))
         self._authority.issue(folder, SERVER)
         write_private(folder / "authority.pem", self._authority.pem)
-        self._granted, self._touched = self._wanted(), set()
+        self._granted, self._unconfirmed = self._wanted(), {}
         write_private(folder / "permissions.json", document([server_account(self._topics), *self._granted.values()]))
         port, enrolment_port = self.place.ports
         bind = f" {self.place.bind}" if self.place.bind else ""
@@ -156,20 +159,25 @@ class Gate:
     # The server; `now` is its own clock
 
     @property
-    def filter(self) -> str:
-        return self._topics.from_all_tokens
-
-    def on_connected(self) -> list[Command]:
-        """Say all changes again: the broker may not have heard them."""
-        return control([change for username in sorted(self._touched) for change in self._change(username)])
+    def filters(self) -> tuple[str, ...]:
+        return self._topics.from_all_tokens, ANSWERS
 
     def poll(self, now: float) -> list[Command]:
         """Make the broker's permissions those of the registry, once a second."""
         if now < self._look_at:
             return []
         self._look_at = now + LOOK_EVERY_S
-        same = self.registry.revision == self._revision and self._clock() < self._expires_s
-        return [] if same else self._follow()
+        if self.registry.revision != self._revision or self._clock() >= self._expires_s:
+            self._follow()
+        return self._changes()
+
+    def on_answer(self, payload: bytes) -> None:
+        """Of the broker, to changes."""
+        for username, command in confirmed(payload):
+            missing = self._unconfirmed.get(username, set())
+            missing.discard(command)
+            if not missing:
+                self._unconfirmed.pop(username, None)
 
     def next_wakeup(self) -> float:
         return self._look_at
@@ -177,7 +185,10 @@ class Gate:
     def answer(self, token: str, payload: bytes) -> list[Command]:
         """To what came over the topic of `token`. What the device needs to come in is granted before it hears of it."""
         admission = admit(self._authority, self.registry, token, payload, self._clock())
-        granted = self._follow() if admission.certificate else []
+        granted: list[Command] = []
+        if admission.certificate:
+            self._follow()
+            granted = self._changes()
         return [*granted, Send(self._topics.to_token(token), encode(admission))]
 
     def seen(self, device: str) -> None:
@@ -193,12 +204,16 @@ class Gate:
         self._told_revoked = self.revoked
         return fresh
 
-    def _follow(self) -> list[Command]:
+    def _follow(self) -> None:
         wanted = self._wanted()
         changed = [name for name in {**self._granted, **wanted} if self._granted.get(name) != wanted.get(name)]
         self._granted = wanted
-        self._touched.update(changed)
-        return control([change for username in changed for change in self._change(username)])
+        for username in changed:
+            self._unconfirmed[username] = {change["command"] for change in self._change(username)}
+
+    def _changes(self) -> list[Command]:
+        """All that the broker has not confirmed. A username is given and taken once, so that a late answer misleads nobody."""
+        return control([change for username in self._unconfirmed for change in self._change(username)])
 
     def _change(self, username: str) -> list[Json]:
         account = self._granted.get(username)

@@ -3,6 +3,8 @@
 Each account has a role of its own by the same name: mosquitto 2.0 has no place for the user's name in a role. What is
 not allowed is denied, reading by default of the filters subscribed to. A device that is cut off is deleted and not
 disabled: mosquitto 2.0 disconnects a disabled client, but lets one with a certificate in again with all it may do.
+
+A change that was sent may be lost, as every message may. The plugin answers each one; until it does, the change is not made.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import base64
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from lwfed.wire.commands import Command, Send
 from lwfed.wire.topics import Topics
 
 CONTROL = "$CONTROL/dynamic-security/v1"
+ANSWERS = f"{CONTROL}/response"
 SERVER = "lwfed.server"  # neither this nor a token's user can be the name of a device, which has no dots
 ITERATIONS = 101  # what the plugin itself does; more would not help a password of 256 random bits
 AT_ONCE = 100  # changes in a message
@@ -35,7 +38,7 @@ class Account:
 
 
 def server_account(topics: Topics) -> Account:
-    return Account(SERVER, (topics.everything, CONTROL), (topics.everything,))
+    return Account(SERVER, (topics.everything, CONTROL), (topics.everything, ANSWERS))
 
 
 def device_account(topics: Topics, device: str) -> Account:
@@ -61,17 +64,30 @@ def document(accounts: Iterable[Account]) -> bytes:
 def creation(account: Account) -> list[Json]:
     """Harmless where it exists already."""
     password = {"password": account.password} if account.password else {}
-    return [{"command": "createRole", **_role(account)}, {"command": "createClient", **_client(account), **password}]
+    changes = [{"command": "createRole", **_role(account)}, {"command": "createClient", **_client(account), **password}]
+    return [{**change, "correlationData": account.username} for change in changes]
 
 
 def removal(username: str) -> list[Json]:
     """Ends its connection as well; harmless where it does not exist."""
-    return [{"command": "deleteClient", "username": username}, {"command": "deleteRole", "rolename": username}]
+    changes = [{"command": "deleteClient", "username": username}, {"command": "deleteRole", "rolename": username}]
+    return [{**change, "correlationData": username} for change in changes]
 
 
 def control(changes: Sequence[Json]) -> list[Command]:
     parts = (changes[start : start + AT_ONCE] for start in range(0, len(changes), AT_ONCE))
     return [Send(CONTROL, json.dumps({"commands": part}).encode()) for part in parts]
+
+
+def confirmed(payload: bytes) -> Iterator[tuple[str, str]]:
+    """Of an answer of the plugin: (username, command) of what it has done, or found done already."""
+    try:
+        answers = [(one["correlationData"], one["command"], one.get("error", "")) for one in json.loads(payload)["responses"]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return  # to a command of somebody else
+    for username, command, error in answers:
+        if not error or "exists" in error or "not found" in error:
+            yield username, command
 
 
 def _client(account: Account) -> Json:
@@ -80,6 +96,8 @@ def _client(account: Account) -> Json:
 
 def _role(account: Account) -> Json:
     rules = [("publishClientSend", topic) for topic in account.publish] + [("subscribePattern", topic) for topic in account.subscribe]
+    # Below $CONTROL reading is denied unless it is allowed.
+    rules += [("publishClientReceive", topic) for topic in account.subscribe if topic.startswith("$")]
     return {"rolename": account.username, "acls": [{"acltype": kind, "topic": topic, "allow": True} for kind, topic in rules]}
 
 

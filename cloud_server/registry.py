@@ -117,7 +117,8 @@ class Registry:
             if known is not None and known.revoked_s is not None:
                 raise StateError(f"device {name} was revoked, and its certificate may still be about: choose another name")
             if known is not None and known.certificate is not None:
-                raise StateError(f"device {name} is enrolled: choose another name; if it is lost, `cloud-server revoke {name}` as well")
+                lost = f"if it is lost, or somebody else used its token, `cloud-server revoke {name}` as well"
+                raise StateError(f"device {name} is enrolled: choose another name; {lost}")
             row = (name, token, secret, self._clock() + lifetime_s)
             self._db.execute("INSERT OR REPLACE INTO devices (name, token, secret, expires_s) VALUES (?, ?, ?, ?)", row)
 

@@ -47,7 +47,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             _say_over(News(console, config, ""), course)
             return
         gate = _gate(options, config, stack)
-        broker = _broker(options, root, gate)
+        broker = _broker(options, config, root, gate)
         if broker is not None:
             broker.start()
             stack.callback(broker.close)
@@ -108,14 +108,15 @@ def _gate(options: Options, config: RunConfig, stack: ExitStack) -> Gate | None:
     return gate
 
 
-def _broker(options: Options, root: Path, gate: Gate | None) -> ManagedBroker | None:
+def _broker(options: Options, config: RunConfig, root: Path, gate: Gate | None) -> ManagedBroker | None:
     for kind in MANAGED:
         if options.broker == kind:
             if options.connection != Connection():
                 raise ConfigError(
                     f"--broker {kind} starts a broker of its own: credentials and --insecure go with the address of another one"
                 )
-            return ManagedBroker(kind, DEFAULT_PORT if options.port is None else options.port, root / "broker", gate)
+            port = DEFAULT_PORT if options.port is None else options.port
+            return ManagedBroker(kind, port, root / "broker", config.transfer.chunk_bytes, gate)
     if "://" not in options.broker:
         raise ConfigError(f"--broker {options.broker!r}: write auto, mosquitto, embedded, or the address of a broker, mqtt://HOST")
     if options.port is not None:

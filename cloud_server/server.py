@@ -20,7 +20,9 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
+from lwfed.cloud_server.litter import Litter
 from lwfed.cloud_server.news import News
+from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
@@ -78,6 +80,7 @@ class Server:
         transfer = config.transfer
         self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
+        self._litter = Litter(self._topics, news)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         self._connected = False
         self._give_up_at: float | None = None  # until there has been a connection
@@ -132,7 +135,8 @@ class Server:
         self._give_up_at = self._clock() + FIRST_CONNECTION_S
         self._transport.subscribe(self._topics.from_all_devices)
         if self._gate:
-            self._transport.subscribe(self._gate.filter)
+            for filter in self._gate.filters:
+                self._transport.subscribe(filter)
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
 
     def end(self) -> None:
@@ -162,8 +166,8 @@ class Server:
         """React to `event`, and to time; None is time alone."""
         now = self._clock()
         match event:
-            case base.Received(topic, payload):
-                self._execute(self._receive(topic, payload, now))
+            case base.Received():
+                self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
             case base.Disconnected(reason):
@@ -195,8 +199,6 @@ class Server:
             self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, False, None
         self._fit_chunks()
-        if self._gate:
-            self._execute(self._gate.on_connected())
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
         self._fleet.remind()
@@ -259,17 +261,25 @@ class Server:
         self._follow(now)
         if self._connected:
             self._watch_gate(now)
+            self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending))
             self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
         self._take_leave(now)
 
-    def _receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
+    def _receive(self, message: base.Received, now: float) -> list[Command]:
+        topic, payload = message.topic, message.payload
+        revoked = self._gate.revoked if self._gate else frozenset()
+        if self._litter.take(message, revoked):
+            return []
         if self._gate:
+            if topic == ANSWERS:
+                self._gate.on_answer(payload)
+                return []
             match self._topics.parse(topic):
                 case FromToken(token):
                     return self._gate.answer(token, payload)
                 case FromDevice(device) | UpdateChunk(device):
-                    if device in self._gate.revoked:
+                    if device in revoked:
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
@@ -279,6 +289,7 @@ class Server:
             self._execute(self._gate.poll(now))
             for device in self._gate.newly_revoked():
                 self._reception.shut_out(device, now)
+                self._execute(self._litter.find(device))
 
     def _follow(self, now: float) -> None:
         """Do what the state asks for, and let everybody know of it, until nothing follows at once."""

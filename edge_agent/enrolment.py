@@ -150,7 +150,8 @@ def _ask(token: Token, request: str, authority: Path, until: float) -> Admission
         text = "its certificate is of another authority or for another host, and it was told nothing"
         raise Untrusted(f"{address} is not the server of this token: {text}") from None
     except Refused:
-        raise Refused(f"{address} does not accept this token: it was used, has expired or is of another server; {RENEW}") from None
+        used = f"if somebody else used it, have that device cut off at once (`cloud-server revoke {header.device}`)"
+        raise Refused(f"{address} does not accept this token: it was used, has expired or is of another server; {used}; {RENEW}") from None
     finally:
         transport.close()
 

@@ -30,6 +30,7 @@ class Disconnected:
 class Received:
     topic: str
     payload: bytes
+    retained: bool = False  # the broker keeps it; in MQTT 3.1.1 this is known of what it kept before we subscribed only
 
 
 @dataclass(frozen=True)

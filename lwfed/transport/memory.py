@@ -173,7 +173,7 @@ class MemoryBroker:
     def _send_retained(self, client: MemoryTransport, filter: str) -> None:
         for topic, payload in list(self.retained.items()):
             if matches(filter, topic):
-                self._deliver(client, topic, payload)
+                self._deliver(client, Received(topic, payload, retained=True))
 
     def _take_over(self, client: MemoryTransport, topic: str, payload: bytes, retain: bool) -> None:
         if client in self._stalled:
@@ -190,17 +190,17 @@ class MemoryBroker:
             self.retained.pop(topic, None)
         for client in self._index.of(topic):
             if client.connected:
-                self._deliver(client, topic, payload)
+                self._deliver(client, Received(topic, payload, retain))
 
-    def _deliver(self, client: MemoryTransport, topic: str, payload: bytes) -> None:
-        copies = self.faults.copies() if self.interfere is None else self.interfere(client.client_id, topic, payload)
+    def _deliver(self, client: MemoryTransport, event: Received) -> None:
+        interfere = self.interfere
+        copies = self.faults.copies() if interfere is None else interfere(client.client_id, event.topic, event.payload)
         for _ in range(copies):
             if delay_s := self.faults.delay_s():
                 self._delayed += 1
-                event = Received(topic, payload)
                 heappush(self._late, (self._clock() + delay_s, self._delayed, (client, client.session, event)))
                 continue
-            self._enqueue(client, Received(topic, payload))
+            self._enqueue(client, event)
             if self.faults.overtakes():
                 self._swap_last(client)
 

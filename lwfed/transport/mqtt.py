@@ -141,9 +141,8 @@ class MqttTransport(Transport):
         for event in early:
             self._tell(event)
 
-    def on_received(self, topic: str, payload: bytes) -> None:
-        self.received_bytes += publish_bytes(topic, payload, self._version5)
-        event = Received(topic, payload)
+    def on_received(self, event: Received) -> None:
+        self.received_bytes += publish_bytes(event.topic, event.payload, self._version5)
         if self._up:
             self._tell(event)
         else:

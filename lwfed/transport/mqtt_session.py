@@ -19,10 +19,11 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from lwfed.errors import Refused, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress, Credentials
-from lwfed.transport.base import Will
+from lwfed.transport.base import Received, Will
 from lwfed.transport.mqtt_errors import UNSUPPORTED_VERSION, explain_disconnect, explain_failure, explain_refusal, hangs_up
 
 CONNECT_TIMEOUT_S = 10.0
@@ -46,7 +47,7 @@ class Owner(Protocol):
 
     def filters_now(self, session: Session) -> list[str]: ...
     def on_up(self) -> None: ...
-    def on_received(self, topic: str, payload: bytes) -> None: ...
+    def on_received(self, event: Received) -> None: ...
     def on_sent(self) -> None: ...
 
 
@@ -115,8 +116,11 @@ class Session:
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
 
-    def subscribe(self, filter: str) -> None:
-        self._client.subscribe(filter, qos=1)
+    def subscribe(self, filter: str) -> int | None:
+        """The number of the packet, unless the connection is gone."""
+        if self.version5:
+            return self._client.subscribe(filter, options=SubscribeOptions(qos=1, retainAsPublished=True))[1]
+        return self._client.subscribe(filter, qos=1)[1]
 
     def unsubscribe(self, filter: str) -> None:
         self._client.unsubscribe(filter)
@@ -208,8 +212,7 @@ class Session:
             client.disconnect()
             return
         for filter in self._owner.filters_now(self):
-            _, number = client.subscribe(filter, qos=1)
-            if number is not None:
+            if (number := self.subscribe(filter)) is not None:
                 self._unconfirmed.add(number)
         self._when_subscribed()
 
@@ -233,7 +236,7 @@ class Session:
             self._owner.on_sent()
 
     def _on_message(self, _c: Any, _u: Any, message: paho.MQTTMessage) -> None:
-        self._owner.on_received(message.topic, bytes(message.payload))
+        self._owner.on_received(Received(message.topic, bytes(message.payload), bool(message.retain)))
 
     def _on_disconnect(self, _c: Any, _u: Any, flags: paho.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
         address = self.settings.address

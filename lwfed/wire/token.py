@@ -25,6 +25,7 @@ class Header(Record):
     host: Annotated[str, Field(min_length=1, max_length=253)]
     port: Annotated[int, Field(ge=1, lt=65535)]  # for enrolled devices; enrolment has the next one
     fleet: Name
+    device: Name
     id: Name
     secret: Annotated[Secret, Field(repr=False)]
 

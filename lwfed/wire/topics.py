@@ -9,8 +9,8 @@
     lwfed/<fleet>/enrol/<token>/up             a device that has a token and no certificate yet asks for one
     lwfed/<fleet>/enrol/<token>/dn             the answer
 
-At most seven slashes and no dots, which AWS IoT and RabbitMQ need. Nothing but the three states is retained,
-so there is nothing to clean up after a crash.
+At most seven slashes and no dots, which AWS IoT and RabbitMQ need. Nothing but the three states is retained
+by us, so there is nothing to clean up after a crash.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
 from lwfed.errors import PortInUse, Unreachable
 from lwfed.transport.base import Connected, Received
 from lwfed.transport.mqtt import MqttTransport
+from lwfed.wire.messages import MAX_MESSAGE_BYTES
+from lwfed.wire.upload import PACKET_MARGIN_BYTES
 
 KINDS = [
     "embedded",
@@ -25,7 +27,7 @@ def broker(tmp_path):
     brokers = []
 
     def broker(kind, port=0):
-        brokers.append(ManagedBroker(kind, port, tmp_path / "broker"))
+        brokers.append(ManagedBroker(kind, port, tmp_path / "broker", 122_880))
         return brokers[-1]
 
     yield broker
@@ -57,18 +59,29 @@ def listening(broker):
     return {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
 
 
-def exchange(broker):
+def exchange(broker, retain=False):
     events = queue.Queue()
     transport = MqttTransport(broker.address)
     transport.subscribe("lwfed/test")
     transport.open("test", None, events.put)
     event = events.get(timeout=20)
     assert isinstance(event, Connected), event
-    transport.publish("lwfed/test", b"hello")
+    transport.publish("lwfed/test", b"hello", retain=retain)
     while not isinstance(event, Received):
         event = events.get(timeout=20)
     assert event.payload == b"hello"
     transport.close()
+    return transport
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+def test_mosquitto_takes_no_larger_messages_than_it_must_and_keeps_none_on_disk(broker, tmp_path):
+    one = broker("mosquitto")
+    one.start()
+    transport = exchange(one, retain=True)
+    assert transport.packet_limit == MAX_MESSAGE_BYTES + PACKET_MARGIN_BYTES
+    one.close()
+    assert {path.name for path in (tmp_path / "broker").iterdir()} == {"mosquitto.conf", "broker.log"}
 
 
 def test_a_port_in_use_is_explained(broker, monkeypatch):
@@ -90,7 +103,8 @@ def test_a_broker_that_fails_says_what_it_said(broker, monkeypatch):
 def test_it_ends_with_a_server_that_is_killed(kind, tmp_path):
     code = (
         "import sys; from pathlib import Path; from lwfed.cloud_server.broker import ManagedBroker\n"
-        f"broker = ManagedBroker({kind!r}, 0, Path({str(tmp_path)!r})); broker.start(); print(broker.pid, flush=True); sys.stdin.read()"
+        f"broker = ManagedBroker({kind!r}, 0, Path({str(tmp_path)!r}), 122_880)\n"
+        "broker.start(); print(broker.pid, flush=True); sys.stdin.read()"
     )
     server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     broker = psutil.Process(int(server.stdout.readline()))

@@ -54,7 +54,8 @@ def office(tmp_path):
 
 def test_a_token_says_where_and_whom_to_trust_and_its_secret_is_not_stored(office, tmp_path):
     token = office.invite()
-    assert (token.header.host, token.header.port, token.header.fleet) == ("garden.local", 8883, "default")
+    header = token.header
+    assert (header.host, header.port, header.fleet, header.device) == ("garden.local", 8883, "default", "porch")
     assert token.authority == office.authority.der
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert token.header.id.encode() in stored
@@ -68,13 +69,19 @@ def test_a_lost_answer_is_given_again_until_the_device_has_come(office):
     assert x509.load_pem_x509_certificate(first.certificate.encode()).subject.rfc4514_string() == "CN=porch"
     assert office.ask(token, asked) == first
     office.registry.confirm("porch")
-    assert "not valid" in office.ask(token, asked).refused
+    assert "used already" in office.ask(token, asked).refused
 
 
 def test_another_key_gets_no_certificate_by_a_used_token_and_the_operator_is_told_what_to_do(office):
     token = office.invite()
     office.ask(token, request())
     assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    office.registry.confirm("porch")  # by the thief, say
+    assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    office.now_s += LIFETIME_S
+    assert "cloud-server revoke porch" in office.ask(token, request()).refused
+    with pytest.raises(StateError, match="somebody else used its token, `cloud-server revoke porch`"):
+        office.invite()
 
 
 def test_forged_expired_voided_and_revoked_tokens_are_refused_alike(office):
@@ -143,8 +150,18 @@ def beside(tmp_path, gate):
 
 def changes(commands):
     """(command, whom) of what the broker is told."""
-    told = [one for command in commands if command.topic == CONTROL for one in json.loads(command.payload)["commands"]]
-    return [(one["command"], one.get("username") or one["rolename"]) for one in told]
+    return [(one["command"], one.get("username") or one["rolename"]) for one in told(commands)]
+
+
+def told(commands):
+    return [one for command in commands if command.topic == CONTROL for one in json.loads(command.payload)["commands"]]
+
+
+def obey(gate, commands, **error):
+    """Confirm as the plugin does, perhaps with an error; the changes."""
+    answers = [{"command": one["command"], "correlationData": one["correlationData"], **error} for one in told(commands)]
+    gate.on_answer(json.dumps({"responses": answers}).encode())
+    return changes(commands)
 
 
 def test_the_broker_is_told_of_what_other_processes_do_and_of_nothing_else(gate, beside):
@@ -152,29 +169,48 @@ def test_the_broker_is_told_of_what_other_processes_do_and_of_nothing_else(gate,
     token = beside.invite()
     user = f"enrol.{token.header.id}"
     assert gate.poll(0.9) == []
-    assert changes(gate.poll(1.1)) == [("createRole", user), ("createClient", user)]
+    assert obey(gate, gate.poll(1.1)) == [("createRole", user), ("createClient", user)]
     assert gate.poll(2.2) == []
     *granted, answer = gate.answer(token.header.id, encode(Enrol(secret=token.header.secret, request=request())))
-    assert changes(granted) == [("createRole", "porch"), ("createClient", "porch")]
+    assert obey(gate, granted) == [("createRole", "porch"), ("createClient", "porch")]
     assert decode(Admission, answer.payload).device == "porch"
     gate.seen("porch")
-    assert changes(gate.poll(3.3)) == [("deleteClient", user), ("deleteRole", user)]
+    assert obey(gate, gate.poll(3.3)) == [("deleteClient", user), ("deleteRole", user)]
     beside.registry.revoke("porch")
-    assert changes(gate.poll(4.4)) == [("deleteClient", "porch"), ("deleteRole", "porch")]
+    assert obey(gate, gate.poll(4.4)) == [("deleteClient", "porch"), ("deleteRole", "porch")]
     assert gate.newly_revoked() == ["porch"]
     assert gate.newly_revoked() == []
 
 
-def test_after_a_lost_connection_the_broker_is_told_the_outcome_and_not_the_history(gate, beside):
+@pytest.fixture
+def revoked(gate, beside):
+    """What the broker was told, in vain, when `porch` was enrolled and revoked."""
     gate.poll(0)
     token = beside.invite()
     gate.answer(token.header.id, encode(Enrol(secret=token.header.secret, request=request())))
     beside.registry.revoke("porch")
-    gate.poll(1.1)
-    assert [change for change in changes(gate.on_connected()) if change[1] == "porch"] == [
-        ("deleteClient", "porch"),
-        ("deleteRole", "porch"),
-    ]
+    return gate.poll(1.1)
+
+
+def test_the_broker_is_told_once_a_second_until_it_confirms_the_outcome_and_not_the_history(gate, revoked):
+    assert [change for change in changes(revoked) if change[1] == "porch"] == [("deleteClient", "porch"), ("deleteRole", "porch")]
+    assert gate.poll(2.0) == []
+    assert gate.poll(2.2) == revoked
+    obey(gate, revoked, error="Client not found")  # an earlier one has arrived after all
+    assert gate.poll(3.3) == []
+
+
+@pytest.mark.parametrize("payload", [b"junk", b"[]", b"{}", b'{"responses": [1]}', b'{"responses": [{"command": "deleteClient"}]}'])
+def test_neither_a_failure_nor_an_answer_to_others_confirms_anything(gate, revoked, payload):
+    obey(gate, revoked, error="Internal error")
+    gate.on_answer(payload)
+    assert gate.poll(2.2) == revoked
+
+
+def test_half_a_confirmation_is_none(gate, revoked):
+    answers = [{"command": one, "correlationData": "porch"} for one in ("createClient", "createRole", "deleteClient")]
+    gate.on_answer(json.dumps({"responses": answers}).encode())
+    assert ("deleteRole", "porch") in changes(gate.poll(2.2))
 
 
 def test_a_token_s_account_goes_with_its_time(tmp_path, gate, beside):
@@ -192,7 +228,7 @@ def test_a_broker_that_starts_knows_who_is_enrolled_then(tmp_path, gate, beside)
     known = json.loads((tmp_path / "permissions.json").read_text())
     assert {"lwfed.server", "porch"} <= {one["username"] for one in known["clients"]}
     assert "shed" not in str(known)
-    assert gate.on_connected() == []
+    assert gate.poll(0) == []
 
 
 def test_a_gate_needs_a_usable_registry(tmp_path):

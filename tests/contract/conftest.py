@@ -64,8 +64,14 @@ class Client:
 
     def received(self) -> list[tuple[str, bytes]]:
         """This network's messages: amqtt also sends retained ones to clients that never asked for them."""
-        mine = (event for event in self.events if isinstance(event, Received) and event.topic.startswith(self._network.base))
-        return [(event.topic, event.payload) for event in mine]
+        return [(event.topic, event.payload) for event in self._mine()]
+
+    def retained(self) -> set[bytes]:
+        """The payloads that the broker keeps."""
+        return {event.payload for event in self._mine() if event.retained}
+
+    def _mine(self) -> Iterator[Received]:
+        return (event for event in self.events if isinstance(event, Received) and event.topic.startswith(self._network.base))
 
     def failures(self) -> list[Exception]:
         return [event.reason for event in self.events if isinstance(event, Disconnected)]

@@ -22,6 +22,18 @@ def test_a_retained_message_reaches_who_comes_later(network):
     assert isinstance(late.events[0], Connected)
 
 
+def test_it_is_known_what_the_broker_retains(network):
+    early = network.client().up(None, network.topic("+"))
+    early.transport.publish(network.topic("state"), b"stays", retain=True)
+    early.transport.publish(network.topic("beat"), b"goes")
+    early.wait(lambda: len(early.received()) == 2, "its own messages")
+    late = network.client().up(None, network.topic("+"))
+    late.wait(lambda: bool(late.received()), "the retained message")
+    assert late.retained() == {b"stays"}
+    old = getattr(early.transport, "protocol", "5") == "3.1.1"
+    assert early.retained() == (set() if old else {b"stays"})
+
+
 def test_wildcards_match_levels(network):
     listener = network.client().up(None, network.topic("d/+/up/#"))
     sender = network.client().up()

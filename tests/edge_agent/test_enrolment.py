@@ -11,7 +11,7 @@ from lwfed.errors import ConfigError, StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.token import Header, Token
 
-TOKEN = Token(Header(host="localhost", port=1, fleet="default", id="t1", secret="s" * 43), b"no certificate")
+TOKEN = Token(Header(host="localhost", port=1, fleet="default", device="porch", id="t1", secret="s" * 43), b"no certificate")
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from hypothesis import given, strategies
 from lwfed.errors import ConfigError
 from lwfed.wire.token import Header, Token, digest
 
-TOKEN = Token(Header(host="garden.local", port=8883, fleet="default", id="0123456789abcdef", secret="s" * 43), bytes(range(12)))
+HEADER = Header(host="garden.local", port=8883, fleet="default", device="porch", id="0123456789abcdef", secret="s" * 43)
+TOKEN = Token(HEADER, bytes(range(12)))
 
 
 def test_a_token_is_one_line_that_is_read_back():
@@ -15,10 +16,10 @@ def test_a_token_is_one_line_that_is_read_back():
 
 
 def test_a_token_is_written_as_ever():
-    header = '{"host":"garden.local","port":8883,"fleet":"default","id":"0123456789abcdef","secret":"' + "s" * 43 + '"}'
+    header = '{"host":"garden.local","port":8883,"fleet":"default","device":"porch","id":"0123456789abcdef","secret":"' + "s" * 43 + '"}'
     prefix, encoded, authority, check = str(TOKEN).split(".")
     assert base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode() == header
-    assert (prefix, authority, check) == ("lwfed1", "AAECAwQFBgcICQoL", "7812cc7c")
+    assert (prefix, authority, check) == ("lwfed1", "AAECAwQFBgcICQoL", "b38fa832")
 
 
 def test_its_secret_is_not_shown_by_accident():
