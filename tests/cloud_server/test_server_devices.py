@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from lwfed.cloud_server import server
+from lwfed.cloud_server.fleet import REMIND_S
 from lwfed.cloud_server.overview import overview
 from lwfed.wire import messages
 
@@ -68,6 +70,25 @@ def test_who_has_not_greeted_gets_nothing(world):
     fleet.quiet()
     answers = {topics.to_device("stranger", kind) for kind in ("manifest", "wait")}
     assert [topic for _, topic, _ in fleet.broker.log if topic in answers] == []
+
+
+def test_tasks_for_more_devices_than_the_transport_takes_wait_for_room(world, monkeypatch):
+    monkeypatch.setattr(server, "SEND_AHEAD", 2)
+    monkeypatch.setattr(server, "TASKS_AHEAD", 10)
+    fleet = world("rounds.min_devices=40")
+    fleet.start()
+    fleet.quiet()
+    transport, topics = fleet.server._transport, fleet.server._topics
+    publish = transport.publish
+    transport.publish = lambda *args, **options: publish(*args, **options) if transport.pending < 14 else None
+    names = [f"d{number}" for number in range(40)]
+    devices = fleet.broker.transport()
+    devices.open("devices", None, lambda event: None)
+    for name in names:
+        devices.publish(topics.from_device(name, "hello"), messages.encode(HELLO))
+    fleet.quiet()
+    assert [topic for _, topic, _ in fleet.broker.log if topic.endswith("/task")] == [topics.to_device(name, "task") for name in names]
+    assert fleet.now < REMIND_S
 
 
 def test_a_device_of_another_version_is_told_so(world, said):
