@@ -16,7 +16,9 @@ from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of
 SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
-MAX_DEVICES = 10_000  # what anybody who may connect can make us store
+MAX_DEVICES = (
+    2000  # each contribution stores the state of all, in 5 ms then (2 cores of a server); five times as many make a round take minutes
+)
 
 
 @dataclass

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from lwfed.cloud_server import fleet as fleet_module
 from lwfed.cloud_server import server
-from lwfed.cloud_server.fleet import REMIND_S
+from lwfed.cloud_server.fleet import MAX_DEVICES, REMIND_S
 from lwfed.cloud_server.overview import overview
+from lwfed.cloud_server.rounds import State
 from lwfed.wire import messages
 
 from .fleets import of, undisturbed
@@ -56,6 +58,27 @@ def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
     assert len(of(said, "warning")) == 5
     fleet.join("even")
     fleet.finish()
+
+
+def test_a_fleet_is_no_larger_than_what_each_contribution_may_store(world, said, monkeypatch):
+    everybody = range(MAX_DEVICES)
+    numbers = {one: 1234567.891 + one for one in everybody}
+    state = State(
+        devices=dict.fromkeys(everybody, "here"),
+        chosen=tuple(everybody),
+        contributed=dict.fromkeys(everybody, "ab" * 16),
+        pace=numbers,
+        asked=numbers,
+    )
+    assert len(state.to_json()) < 256_000
+    monkeypatch.setattr(fleet_module, "MAX_DEVICES", 2)
+    fleet = world()
+    fleet.start()
+    for name in ("d1", "d2", "d3"):
+        fleet.join(name)
+    (warning,) = of(said, "warning")
+    assert "device d3 is one too many and gets no task" in warning["text"]
+    assert sorted(fleet.server._fleet.members) == ["d1", "d2"]
 
 
 def test_who_has_not_greeted_gets_nothing(world):
