@@ -16,7 +16,9 @@ from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of
 SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
-MAX_DEVICES = 10_000  # what anybody who may connect can make us store
+MAX_DEVICES = (
+    2000  # each contribution stores the state of all, in 5 ms then (2 cores of a server); five times as many make a round take minutes
+)
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Fleet:
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
         self._owing: Sequence[int] = ()
         self._next: float | None = None  # no task of `_owing` is due before; None: to be found anew
+        self._blocked = False  # tasks are due for which there was no room
         for device in store.devices():
             self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
 
@@ -104,8 +107,8 @@ class Fleet:
             self._heard.pop(one, None)
         self._next = None
 
-    def tasks(self, run: str, stage: int, round: int, owing: Sequence[int], now: float) -> list[Command]:
-        """The tasks that are due among those who still owe an update."""
+    def tasks(self, run: str, stage: int, round: int, owing: Sequence[int], now: float, room: int) -> list[Command]:
+        """At most `room` of the tasks that are due among those who still owe an update."""
         task = Task(run=run, stage=stage, round=round, participant=0)
         if task != self._task:
             self._task = task
@@ -114,10 +117,14 @@ class Fleet:
             self._next = None
         commands: list[Command] = []
         self.reminded = False
-        if now < self._next_due(owing):
+        self._blocked = now >= self._next_due(owing) and room <= 0
+        if self._blocked or now < self._next_due(owing):
             return commands
         for member in self._askable(owing):
             if self._due(member.participant) <= now:
+                self._blocked = len(commands) == room
+                if self._blocked:
+                    break
                 self.reminded |= member.participant in self._asked
                 self._asked[member.participant] = now
                 payload = encode(task.model_copy(update={"participant": member.participant}))
@@ -126,6 +133,9 @@ class Fleet:
         return commands
 
     def next_wakeup(self, owing: Sequence[int]) -> float | None:
+        """None also while tasks wait for room: then the transport's next event is the time to ask for them."""
+        if self._blocked:
+            return None
         when = self._next_due(owing)
         return None if when == float("inf") else when
 

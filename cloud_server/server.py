@@ -38,6 +38,7 @@ from lwfed.wire.messages import ServerState, encode
 from lwfed.wire.topics import FromDevice, FromToken, Topics, UpdateChunk
 
 SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
+TASKS_AHEAD = 500  # of them tasks, which are small; given out anew when all but SEND_AHEAD are gone
 FIRST_CONNECTION_S = 15.0
 FAREWELL_S = 10.0  # at most, for devices to be told that the run is finished
 
@@ -299,7 +300,8 @@ class Server:
                 break
         state = self._course.state
         if self._connected and state.owing:
-            self._execute(self._fleet.tasks(self._course.config.run.name, state.stage, state.round, state.owing, now))
+            room = TASKS_AHEAD if self._transport.pending < SEND_AHEAD else 0
+            self._execute(self._fleet.tasks(self._course.config.run.name, state.stage, state.round, state.owing, now, room))
             if self._fleet.reminded:  # a task without its announcement cannot begin either
                 self._publish_announcement()
 

@@ -28,7 +28,7 @@ from lwfed.transport.mqtt_errors import UNSUPPORTED_VERSION, explain_disconnect,
 
 CONNECT_TIMEOUT_S = 10.0
 LEAVE_S = 2.0
-MAX_QUEUED = 1000  # messages within paho; far above any window, so that reaching it is a bug and not memory
+MAX_QUEUED = 10_000  # messages within paho: chunks, manifests and tasks wait outside for room, answers to a whole fleet do not
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from lwfed.cloud_server import fleet as fleet_module
+from lwfed.cloud_server import server
+from lwfed.cloud_server.fleet import MAX_DEVICES, REMIND_S
 from lwfed.cloud_server.overview import overview
+from lwfed.cloud_server.rounds import State
 from lwfed.wire import messages
 
 from .fleets import of, undisturbed
@@ -56,6 +60,27 @@ def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
     fleet.finish()
 
 
+def test_a_fleet_is_no_larger_than_what_each_contribution_may_store(world, said, monkeypatch):
+    everybody = range(MAX_DEVICES)
+    numbers = {one: 1234567.891 + one for one in everybody}
+    state = State(
+        devices=dict.fromkeys(everybody, "here"),
+        chosen=tuple(everybody),
+        contributed=dict.fromkeys(everybody, "ab" * 16),
+        pace=numbers,
+        asked=numbers,
+    )
+    assert len(state.to_json()) < 256_000
+    monkeypatch.setattr(fleet_module, "MAX_DEVICES", 2)
+    fleet = world()
+    fleet.start()
+    for name in ("d1", "d2", "d3"):
+        fleet.join(name)
+    (warning,) = of(said, "warning")
+    assert "device d3 is one too many and gets no task" in warning["text"]
+    assert sorted(fleet.server._fleet.members) == ["d1", "d2"]
+
+
 def test_who_has_not_greeted_gets_nothing(world):
     fleet = world()
     fleet.start()
@@ -68,6 +93,25 @@ def test_who_has_not_greeted_gets_nothing(world):
     fleet.quiet()
     answers = {topics.to_device("stranger", kind) for kind in ("manifest", "wait")}
     assert [topic for _, topic, _ in fleet.broker.log if topic in answers] == []
+
+
+def test_tasks_for_more_devices_than_the_transport_takes_wait_for_room(world, monkeypatch):
+    monkeypatch.setattr(server, "SEND_AHEAD", 2)
+    monkeypatch.setattr(server, "TASKS_AHEAD", 10)
+    fleet = world("rounds.min_devices=40")
+    fleet.start()
+    fleet.quiet()
+    transport, topics = fleet.server._transport, fleet.server._topics
+    publish = transport.publish
+    transport.publish = lambda *args, **options: publish(*args, **options) if transport.pending < 14 else None
+    names = [f"d{number}" for number in range(40)]
+    devices = fleet.broker.transport()
+    devices.open("devices", None, lambda event: None)
+    for name in names:
+        devices.publish(topics.from_device(name, "hello"), messages.encode(HELLO))
+    fleet.quiet()
+    assert [topic for _, topic, _ in fleet.broker.log if topic.endswith("/task")] == [topics.to_device(name, "task") for name in names]
+    assert fleet.now < REMIND_S
 
 
 def test_a_device_of_another_version_is_told_so(world, said):

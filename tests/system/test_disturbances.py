@@ -25,6 +25,7 @@ SMALLER = (
 )
 FOUR_ROUNDS = (*SMALLER, "model.depth=1", "stages.rounds_per_stage=4")
 TWO_STAGES = (*SMALLER, "model.depth=2", "stages.rounds_per_stage=2")
+LARGE = (*SMALLER, "transfer.codec=fp32", "model.width=96", "model.depth=1")  # what a cut may cost is a small part of an update then
 PLACES = {FOUR_ROUNDS: ((1, 1), (1, 2), (1, 3)), TWO_STAGES: ((1, 1), (1, 2), (2, 1))}  # stage and round, all but the last
 PARTIES = ("agent", "server", "broker")
 BROKERS = [
@@ -131,10 +132,10 @@ SLOW_CUTS = [pytest.param(seed, broker, marks=pytest.mark.slow) for seed in rang
 
 @pytest.mark.parametrize(("seed", "broker"), [(0, "embedded"), *SLOW_CUTS])
 def test_what_a_cut_costs_is_bounded(start, tmp_path, undisturbed, seed, broker):
-    expected = undisturbed(FOUR_ROUNDS)
-    found = over(Link(cut_every_bytes=150_000), start, tmp_path, FOUR_ROUNDS, seed, broker=broker)
+    expected = undisturbed(LARGE)
+    found = over(Link(cut_every_bytes=400_000), start, tmp_path, LARGE, seed, broker=broker)
     assert found.digest == expected.digest
-    assert found.cuts >= 1
+    assert found.cuts >= 3
     assert found.passed - expected.passed <= found.cuts * (WINDOW * CHUNK_BYTES + CALLS_BYTES)
 
 
