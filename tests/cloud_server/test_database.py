@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import event
 
-from lwfed import blobs
+from lwfed import disk
 from lwfed.cloud_server.cli import main
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.rounds import State
@@ -243,8 +243,8 @@ def test_who_has_not_begun_does_not_wait(opened, postgres, address):
 
 def test_an_update_is_on_disk_and_recorded_before_it_is_acknowledged(world, database, monkeypatch):
     happened = []
-    sync = blobs._sync
-    monkeypatch.setattr(blobs, "_sync", lambda path: (sync(path), happened.append(("sync", str(path)))))
+    sync = disk.sync
+    monkeypatch.setattr(disk, "sync", lambda path: (sync(path), happened.append(("sync", str(path)))))
     fleet = world()
     fleet.database, fleet.durable = database, True
     fleet.start()
