@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lwfed.tools.figure import BLUE, GREEN, GREY, png, title
+from lwfed.tools.figure import BLUE, GREEN, GREY, png
 
 if TYPE_CHECKING:
     from lwfed.tools.tables import Result
@@ -33,7 +33,7 @@ def draw(heading: str, found: Sequence[Result]) -> bytes:
     axes.grid(axis="x", color=GREY, alpha=0.3)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("accuracy of the frozen encoder, %; in brackets: seeds", fontsize=8)
-    title(axes, heading)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10, fontweight="bold")  # the axes leave it too little room
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return in_few_colours(png(figure))
 
