@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,11 @@ class News:
         fields = {"reason": reason, "stage": stage, "encoder": str(encoder) if encoder else None, "seconds": seconds}
         self._say("stopped", "stopped", f"after {_duration(seconds)}: {reason}; {left}", **fields)
 
+    def complaints(self, stage: int, round: int, found: Mapping[str, Mapping[str, int]]) -> None:
+        """`found`: device -> code -> how often since this was last said."""
+        text = f"round {round}: complaints about {_listed([f'{device} ({codes_of(codes)})' for device, codes in found.items()])}"
+        self._say("complaints", f"stage {stage}", text, stage=stage, round=round, devices=found)
+
     def warning(self, text: str, **fields: Any) -> None:
         self._say("warning", "warning", text, **fields)
 
@@ -217,6 +222,11 @@ def _devices(participants: Iterable[int]) -> str:
 
 def _listed(things: Sequence[object]) -> str:
     return ", ".join(map(str, things[:10])) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
+
+
+def codes_of(complaints: Mapping[str, int]) -> str:
+    """Such as ``flood 900, stale 2``."""
+    return ", ".join(f"{code} {number}" for code, number in sorted(complaints.items()))
 
 
 def judgement(found: Judgement) -> str:

@@ -33,7 +33,7 @@ from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.inbox import Inbox
 from lwfed.wire.messages import ServerState, encode
-from lwfed.wire.topics import FromDevice, FromToken, Topics, UpdateChunk
+from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
 SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
 FIRST_CONNECTION_S = 15.0
@@ -79,6 +79,8 @@ class Server:
         self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
+        if gate:
+            gate.refused = self._on_refused
         self._connected = False
         self._give_up_at: float | None = None  # until there has been a connection
         self._unreached: TransportError = Unreachable("no answer from the broker: check its address and that it runs")
@@ -171,6 +173,7 @@ class Server:
             case Said() | Ended():
                 self._duties.on(event, now)
             case Stop():
+                self._reception.sum_up()
                 self.over = True
                 return
         self._on_time(now)
@@ -266,11 +269,16 @@ class Server:
             match self._topics.parse(topic):
                 case FromToken(token):
                     return self._gate.answer(token, payload)
-                case FromDevice(device) | UpdateChunk(device):
+                case FromDevice(device) | UpdateChunk(device) | Stray(device):
                     if device in self._gate.revoked:
+                        self._reception.complaints.count(device, "revoked")
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
+
+    def _on_refused(self, token: str, device: str | None, reason: str) -> None:
+        of = f"of device {device}" if device else token
+        self._reception.complain(device or token, "enrolment", f"no certificate was issued by the token {of}: {reason}")
 
     def _watch_gate(self, now: float) -> None:
         if self._gate:
@@ -300,6 +308,7 @@ class Server:
             ended = "the run is paused, and this round begins again later" if state.suspended else "the round is closed"
             self._execute(self._inbox.clear("stale", ended))
             self._course.tidy()
+            self._reception.sum_up()
         self._inbox.limit_bytes = self._course.update_limit()
         self._publish_announcement()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -135,7 +135,9 @@ class Store:
 
     def devices(self) -> list[Device]:
         rows = self._rows(self._of(schema.devices).order_by(schema.devices.c.participant))
-        return [Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s, row.doubled_s) for row in rows]
+        return [
+            Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s, row.doubled_s, row.complaints) for row in rows
+        ]
 
     def note_double(self, participant: int) -> None:
         """Two agents speak with the identity of this device."""
@@ -143,6 +145,15 @@ class Store:
         place = table.c.run == self.run, table.c.participant == participant
         statement = table.update().where(*place).values(doubled_s=self._clock())
         self._transact(lambda connection: connection.execute(statement))
+
+    def note_complaints(self, totals: Mapping[str, Mapping[str, int]]) -> None:
+        """Device -> code -> how often, over the run."""
+        table = schema.devices
+        updates = [
+            table.update().where(table.c.run == self.run, table.c.device == device).values(complaints=dict(codes))
+            for device, codes in totals.items()
+        ]
+        self._transact(lambda connection: [connection.execute(update) for update in updates])
 
     # What happened
 

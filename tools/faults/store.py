@@ -6,7 +6,7 @@ SQLite and PostgreSQL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -152,7 +152,7 @@ class MemoryStore(Store):
         now, tables = self._clock(), self._tables.copy()
         known = tables.devices.get(device)
         if known is None:
-            tables.devices[device] = Device(len(tables.devices), device, hello, now, None)
+            tables.devices[device] = Device(len(tables.devices), device, hello, now, None, {})
         else:
             tables.devices[device] = replace(known, hello=hello, seen_s=now)
         self._kept.tables = tables
@@ -165,6 +165,13 @@ class MemoryStore(Store):
         now, tables = self._clock(), self._tables.copy()
         device = self.devices()[participant]
         tables.devices[device.id] = replace(device, doubled_s=now)
+        self._kept.tables = tables
+
+    def note_complaints(self, totals: Mapping[str, Mapping[str, int]]) -> None:
+        self._clock()
+        tables = self._tables.copy()
+        for device, codes in totals.items():
+            tables.devices[device] = replace(tables.devices[device], complaints=dict(codes))
         self._kept.tables = tables
 
     # What happened
