@@ -24,14 +24,14 @@ class Complaints:
         self._said: set[tuple[str, str]] = set()  # in the round `_in`
         self._in: Place = (0, 0)
 
-    def count(self, device: str, code: str) -> None:
+    def count(self, device: str, code: str, number: int = 1) -> None:
         """What an honest device may be the cause of too is not said at once."""
         known = device in self._members or (device, code) in self._counts or len(self._counts) < MAX_KEYS
-        self._counts[device if known else OTHERS, code] += 1
+        self._counts[device if known else OTHERS, code] += number
 
-    def say(self, place: Place, device: str, code: str, text: str) -> bool:
+    def say(self, place: Place, device: str, code: str, text: str, number: int = 1) -> bool:
         """Count it; whether it is new in this round, and so was said."""
-        self.count(device, code)
+        self.count(device, code, number)
         if place != self._in:
             self._in = place
             self._said.clear()

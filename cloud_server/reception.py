@@ -12,6 +12,7 @@ from lwfed.cloud_server.complaints import Complaints
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, Restarted, Unfit
 from lwfed.cloud_server.fleet import Fleet, Member
+from lwfed.cloud_server.limits import Buckets
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.store import Contribution
 from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
@@ -22,11 +23,13 @@ from lwfed.wire.messages import UP, Beat, Fail, Fin, Hello, Message, Need, Offer
 from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
 
 Apply = Callable[[Event, float, Write | None], None]
+STARTS_PER_S, STARTS_AT_ONCE = 0.5, 20  # of one agent: each is written to disk
 
 
 class Reception:
     def __init__(self, topics: Topics, course: Course, fleet: Fleet, inbox: Inbox, broadcast: Broadcast, news: News, apply: Apply) -> None:
         self.complaints = Complaints(course.store, news, fleet.members)
+        self._starts = Buckets(STARTS_PER_S, STARTS_AT_ONCE)
         self._topics, self._course, self._fleet = topics, course, fleet
         self.broadcast, self._inbox, self._news, self._apply = broadcast, inbox, news, apply
 
@@ -93,12 +96,14 @@ class Reception:
         was_there = known is not None and known.there
         anew = known is not None and hello.boot != known.boot
         self._look_for_double(known, hello)
+        if known is not None and hello != known.hello and not self._may_start(known, now):
+            return []
         member = self._fleet.greet(device, hello)
         if member is None:
             self.complain(device, "full", f"device {device} is one too many and gets no task")
             return []
         if not was_there:
-            self._news.joined(member, "joined" if known is None else "is back")
+            self._note_presence(member, self._news.joined(member, "joined" if known is None else "is back", now))
         if anew:
             self._restarted(member, now)
         if objection := self._fleet.objection(member):
@@ -112,6 +117,8 @@ class Reception:
         known = self._fleet.members.get(device)
         before, boot = (known.state, known.boot) if known else (None, 0)
         self._look_for_double(known, state)
+        if known is not None and state.boot > boot and not self._may_start(known, now):
+            return []
         member = self._fleet.note(device, state, now)
         if member is None:
             return []
@@ -121,13 +128,13 @@ class Reception:
             return []
         if member.there:
             if before in ("lost", "stopped", None):
-                self._news.device(member, "is back")
+                self._note_presence(member, self._news.device(member, "is back", now))
             self._apply(Present(member.participant), now, None)
         else:
             long_ago = before is None and not self._course.state.waits_for(member.participant)  # retained since then
             if member.state != before and not long_ago:
                 lost = "not seen again yet" if before is None else "is lost; it may return"
-                self._news.device(member, "has left" if member.state == "stopped" else lost)
+                self._note_presence(member, self._news.device(member, "has left" if member.state == "stopped" else lost, now))
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
 
@@ -142,6 +149,17 @@ class Reception:
         if self.complain(known.id, "double", text):
             self._course.store.note_double(known.participant)
 
+    def _may_start(self, member: Member, now: float) -> bool:
+        """Whether a start of it, or a change in what it says of itself, is one more that is to be believed and kept."""
+        if self._starts.take(member.participant, now):
+            return True
+        self.complain(member.id, "starts", f"device {member.participant} says that it starts again and again; most of that is ignored")
+        return False
+
+    def _note_presence(self, member: Member, said: bool) -> None:
+        if not said:
+            self.complain(member.id, "presence", f"device {member.participant} comes and goes; that is said once a minute at most")
+
     def _restarted(self, member: Member, now: float) -> None:
         state = self._course.state
         if member.participant in state.failed or member.participant in state.unfit:
@@ -152,7 +170,7 @@ class Reception:
         member = self._fleet.members.get(device)
         if member is not None and self._course.state.devices.get(member.participant) != "gone":
             member.state = "stopped"
-            self._news.device(member, "is revoked")
+            self._news.device(member, "is revoked", now)
             self._apply(Absent(member.participant, for_good=True), now, None)
 
     # Updates
@@ -215,9 +233,9 @@ class Reception:
         self.complain(member.id, code, f"refused an update of device {member.participant} ({code}): {reason}")
         return self._inbox.refuse(member.id, offer.contribution, code, reason)
 
-    def complain(self, device: str, code: str, text: str) -> bool:
+    def complain(self, device: str, code: str, text: str, number: int = 1) -> bool:
         """Count it and say it once in a round; whether it was said."""
-        return self.complaints.say(self._place, device, code, text)
+        return self.complaints.say(self._place, device, code, text, number)
 
     def sum_up(self) -> None:
         """Say and store what there was to complain about since the last time."""

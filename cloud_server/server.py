@@ -20,6 +20,7 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
+from lwfed.cloud_server.limits import MESSAGES_PER_S, Door
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.sizes import run_chunk_bytes
@@ -48,7 +49,10 @@ Raw = base.Event | Said | Ended | Stop
 
 
 class Server:
-    """`revive` is called when the connection is lost, and says whether it had to start a broker again."""
+    """`revive` is called when the connection is lost, and says whether it had to start a broker again.
+
+    `door` is what messages must pass; None where nobody floods, and time stands still.
+    """
 
     def __init__(
         self,
@@ -60,12 +64,13 @@ class Server:
         until_done: bool = False,
         revive: Callable[[], bool] = lambda: False,
         gate: Gate | None = None,
+        door: Door | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = course.config
         self.over = False
         self._course, self._transport, self._news = course, transport, news
-        self._until_done, self._revive, self._gate = until_done, revive, gate
+        self._until_done, self._revive, self._gate, self._door = until_done, revive, gate, door
         self._database = course.store.database
         self._database.tell = self._on_database
         self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
@@ -135,7 +140,12 @@ class Server:
         self._transport.subscribe(self._topics.from_all_devices)
         if self._gate:
             self._transport.subscribe(self._gate.filter)
-        self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
+        self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._arrive)
+
+    def _arrive(self, event: base.Event) -> None:
+        """On the transport's thread."""
+        if self._door is None or not isinstance(event, base.Received) or self._door.admits(event.topic):
+            self._queue.put(event)
 
     def end(self) -> None:
         """Idempotent."""
@@ -206,7 +216,7 @@ class Server:
         if first:
             self._course.apply(Started(), now)  # nothing to be told but what `waiting` says
             self._follow(now)
-            waiting(self._news, self._course)
+            waiting(self._news, self._course, now)
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
@@ -247,7 +257,7 @@ class Server:
         if isinstance(event, Prepared):
             self._fit_chunks()  # before it counts: what cannot travel is found again by the next start
         notices = self._course.apply(event, now, write)
-        tell(self._news, self._course, before, notices)
+        tell(self._news, self._course, before, notices, now)
 
     def _on_time(self, now: float) -> None:
         if self._give_up_at is not None:
@@ -257,6 +267,7 @@ class Server:
         if self._course.state.due is not None and now >= self._course.state.due:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)
+        self._note_excess()
         self._follow(now)
         if self._connected:
             self._watch_gate(now)
@@ -275,6 +286,12 @@ class Server:
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
+
+    def _note_excess(self) -> None:
+        if self._door:
+            for sender, number in self._door.excess().items():
+                text = f"{sender} sends more than {MESSAGES_PER_S:g} messages a second: what exceeds that is dropped"
+                self._reception.complain(sender, "flood", text, number)
 
     def _on_refused(self, token: str, device: str | None, reason: str) -> None:
         of = f"of device {device}" if device else token

@@ -27,6 +27,7 @@ from lwfed.wire.messages import Hello
 T = TypeVar("T")
 HANDOVER_S = 30.0  # PostgreSQL notices within 25 s that a machine is gone (`database.SESSION`)
 RETRY_S = 0.05
+SEEN_EVERY_S = 60.0
 
 
 class Store:
@@ -121,12 +122,17 @@ class Store:
     # Devices
 
     def admit(self, device: str, hello: Hello) -> tuple[int, bool]:
-        """(participant number, whether it is new): numbers are given in order of admission and kept for ever."""
+        """(participant number, whether it is new): numbers are given in order of admission and kept for ever.
+
+        A greeting that says nothing new is written once in `SEEN_EVERY_S`.
+        """
         table, seen = schema.devices, {"hello": hello.model_dump(mode="json"), "seen_s": self._clock()}
 
         def work(connection: Connection) -> tuple[int, bool]:
-            known = connection.execute(self._of(table, table.c.participant).where(table.c.device == device)).scalar()
-            number = connection.execute(self._of(table, func.count())).scalar_one() if known is None else known
+            known = connection.execute(self._of(table).where(table.c.device == device)).one_or_none()
+            if known is not None and known.hello == seen["hello"] and 0 <= seen["seen_s"] - known.seen_s < SEEN_EVERY_S:
+                return known.participant, False
+            number = connection.execute(self._of(table, func.count())).scalar_one() if known is None else known.participant
             statement = self.database.insert(table).values(run=self.run, participant=number, device=device, **seen)
             connection.execute(statement.on_conflict_do_update(index_elements=["run", "participant"], set_=seen))
             return number, known is None

@@ -20,6 +20,7 @@ from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import Contributed, Contribution, Device, Judgement, Scores, StageFigures, Step, Store
 from lwfed.cloud_server.store.database import Database
 from lwfed.cloud_server.store.figures import figures_of
+from lwfed.cloud_server.store.store import SEEN_EVERY_S
 from lwfed.config import RunConfig
 from lwfed.errors import StateError
 from lwfed.wire.messages import Hello
@@ -153,7 +154,7 @@ class MemoryStore(Store):
         known = tables.devices.get(device)
         if known is None:
             tables.devices[device] = Device(len(tables.devices), device, hello, now, None, {})
-        else:
+        elif known.hello != hello or not 0 <= now - known.seen_s < SEEN_EVERY_S:
             tables.devices[device] = replace(known, hello=hello, seen_s=now)
         self._kept.tables = tables
         return tables.devices[device].participant, known is None
