@@ -113,6 +113,7 @@ class Gate:
         self._authority = Authority(folder)
         self.registry = Registry(folder, clock)
         self.registry.contact = Contact(place.host, place.port, fleet)
+        self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None
         self._revision: int | None = None  # of the registry, as granted
         self._expires_s = float("inf")  # when the next token does
@@ -185,6 +186,9 @@ class Gate:
     def answer(self, token: str, payload: bytes) -> list[Command]:
         """To what came over the topic of `token`. What the device needs to come in is granted before it hears of it."""
         admission = admit(self._authority, self.registry, token, payload, self._clock())
+        if admission.refused:
+            device = self.registry.of_token(token)
+            self.refused(token, device.name if device else None, admission.refused)
         granted: list[Command] = []
         if admission.certificate:
             self._follow()

@@ -11,10 +11,15 @@ from collections.abc import Container
 from lwfed.cloud_server.news import News
 from lwfed.transport.base import Received
 from lwfed.wire.commands import Command, Send, Subscribe, Unsubscribe
-from lwfed.wire.topics import FromDevice, Topics, UpdateChunk
+from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
 
 MAX_FOUND = 10_000  # topics to be cleared
 MAX_TOLD = 1000  # names in topics are whatever a sender likes
+
+
+def is_litter(topics: Topics, message: Received) -> bool:
+    """Whether a message is retained that no agent would have retained."""
+    return message.retained and getattr(topics.parse(message.topic), "kind", "") != "state"
 
 
 class Litter:
@@ -32,7 +37,7 @@ class Litter:
             case FromDevice(device, "state"):
                 if device not in revoked:
                     return False
-            case FromDevice(device) | UpdateChunk(device):
+            case FromDevice(device) | UpdateChunk(device) | Stray(device):
                 self._warn(device)
         if message.payload:  # else it has just been cleared
             self._more = self._more or len(self._found) >= MAX_FOUND

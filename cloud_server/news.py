@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lwfed.cloud_server.aggregate import Screened
 from lwfed.cloud_server.fleet import Member
+from lwfed.cloud_server.limits import Buckets
 from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State
 from lwfed.cloud_server.store import Contribution, Judgement, Scores, StageFigures
 from lwfed.config import RunConfig
@@ -16,7 +17,9 @@ from lwfed.plan import StagePlan
 from lwfed.wire.messages import Beat
 
 LABEL = 12  # characters
-PROGRESS_EVERY_S = 30.0  # to people; programs get every beat
+PROGRESS_EVERY_S = 30.0  # to people; programs get every beat of an honest device, one in ten seconds
+BEATS_PER_S, BEATS_AT_ONCE = 0.5, 10
+AGAIN_PER_S, AGAIN_AT_ONCE = 1 / 60, 20  # lines about the same thing, of those that a device can bring about at will
 REMEDY = "a lower train.lr, a larger train.batch_size or another ssl.temperature may help"
 NAMES = {"random": "random weights", "raw_pixels": "raw pixels", "trained": "trained encoder"}
 
@@ -29,6 +32,7 @@ class News:
         self._config = config
         self._url = url
         self._next_progress = float("-inf")
+        self._beats, self._lines = Buckets(BEATS_PER_S, BEATS_AT_ONCE), Buckets(AGAIN_PER_S, AGAIN_AT_ONCE)
 
     def broker(self, kind: str) -> None:
         here = "" if kind == "external" else ", for this machine only (others: --listen HOST, the name they reach this machine by)"
@@ -57,16 +61,21 @@ class News:
         else:
             self.warning(f"{lost}; until it answers nothing is acknowledged, and nothing is lost")
 
-    def waiting(self, here: int, needed: int) -> None:
+    def waiting(self, here: int, needed: int, now: float) -> None:
+        if not self._lines.take(("waiting", here), now):
+            return
         text = f"{here} of {counted(needed, 'device')} {'is' if 1 in (here, needed) else 'are'} here; start one with: {self.join_command()}"
         self._say("waiting", "waiting", text, devices=here, needed=needed, command=self.join_command())
 
-    def waiting_for(self, participants: Iterable[int], seconds: float) -> None:
+    def waiting_for(self, participants: Iterable[int], seconds: float, now: float) -> None:
         named = _devices(participants)
-        self._say("waiting", "waiting", f"for {named} to come back, at most {seconds:g} s")
+        if self._lines.take(("waiting for", named), now):
+            self._say("waiting", "waiting", f"for {named} to come back, at most {seconds:g} s")
 
-    def stuck(self, state: State) -> None:
+    def stuck(self, state: State, now: float) -> None:
         """Nobody is left who could still contribute to the round."""
+        if not self._lines.take(("stuck", state.stage, state.round), now):
+            return
         who = "no further device" if state.contributed else "no device"
         how = {"failed": "failed", "refused": "was refused"}
         lost = [f"device {one} {how.get(state.failed.get(one, ''), 'has left')}" for one in state.chosen if one not in state.contributed]
@@ -85,17 +94,21 @@ class News:
             return "edge-agent join --data FOLDER"
         return f"edge-agent join {self._url} --data FOLDER" + ("" if fleet == "default" else f" --fleet {fleet}")
 
-    def device(self, member: Member, status: str, detail: str = "") -> None:
+    def device(self, member: Member, status: str, now: float, detail: str = "") -> bool:
+        """Whether it was said: a device may come and go at will."""
+        if not self._lines.take(member.participant, now):
+            return False
         label = f"device {member.participant}"
         self._say("device", label, f"{status}{detail}", device=member.id, participant=member.participant, status=status)
+        return True
 
-    def joined(self, member: Member, status: str) -> None:
+    def joined(self, member: Member, status: str, now: float) -> bool:
         hello = member.hello
         images = f"{hello.images} images" if hello.images else "images"
         if hello.source != "folder":  # the name of a set that is split
             images += f" of {hello.source}" + (" before the split" if hello.images else "")
         about = f"{hello.machine}, {counted(hello.cores, 'core')}, {hello.memory_mb:.0f} MB, {images}"
-        self.device(member, status, f": {member.id} ({about})")
+        return self.device(member, status, now, f": {member.id} ({about})")
 
     def round_started(self, rules: Rules, stage: int, round: int, chosen: tuple[int, ...]) -> None:
         place = {"stage": stage, "round": round, "rounds": rules.last_round(stage, round)}
@@ -151,6 +164,8 @@ class News:
             self._say("screened", f"stage {stage}", f"round {round}: {'; '.join(done)}", stage=stage, round=round, **fields)
 
     def progress(self, participant: int, beat: Beat, now: float) -> None:
+        if not self._beats.take(participant, now):
+            return
         if not self._console.as_json:
             if now < self._next_progress:
                 return
@@ -207,6 +222,11 @@ class News:
         fields = {"reason": reason, "stage": stage, "encoder": str(encoder) if encoder else None, "seconds": seconds}
         self._say("stopped", "stopped", f"after {_duration(seconds)}: {reason}; {left}", **fields)
 
+    def complaints(self, stage: int, round: int, found: Mapping[str, Mapping[str, int]]) -> None:
+        """`found`: device -> code -> how often since this was last said."""
+        text = f"round {round}: complaints about {_listed([f'{device} ({codes_of(codes)})' for device, codes in found.items()])}"
+        self._say("complaints", f"stage {stage}", text, stage=stage, round=round, devices=found)
+
     def warning(self, text: str, **fields: Any) -> None:
         self._say("warning", "warning", text, **fields)
 
@@ -221,6 +241,11 @@ def _devices(participants: Iterable[int]) -> str:
 
 def _listed(things: Sequence[object]) -> str:
     return ", ".join(map(str, things[:10])) + (f" and {len(things) - 10} more" if len(things) > 10 else "")
+
+
+def codes_of(complaints: Mapping[str, int]) -> str:
+    """Such as ``flood 900, stale 2``."""
+    return ", ".join(f"{code} {number}" for code, number in sorted(complaints.items()))
 
 
 def judgement(found: Judgement) -> str:

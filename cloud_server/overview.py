@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lwfed.cloud_server import checkpoint, orders
 from lwfed.cloud_server.course import MODEL_FOLDER
-from lwfed.cloud_server.news import NAMES, judgement
+from lwfed.cloud_server.news import NAMES, codes_of, judgement
 from lwfed.cloud_server.rounds import Rules
 from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Store, Tie, stored_runs
 from lwfed.cloud_server.telling import stop_reason
@@ -64,6 +64,8 @@ def _overview(store: Store, where: str, ordered: int = 0) -> str:
         text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
         if device.doubled_s is not None:
             text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
+        if device.complaints:
+            text += f"; complaints: {codes_of(device.complaints)}"
         lines.append((f"device {device.participant}", text))
     for (stage, name), scores in store.scores().items():
         probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"

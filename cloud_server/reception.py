@@ -1,16 +1,18 @@
 """What devices say, checked and passed on to fleet, inbox, broadcast and course.
 
 Nothing that a device sends may harm the run: what does not parse is ignored, what does not fit is refused
-with a reason, and both are said once in each round.
+with a reason, and both are counted and said once in each round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from lwfed.cloud_server.complaints import Complaints
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, Restarted, Unfit
 from lwfed.cloud_server.fleet import Fleet, Member
+from lwfed.cloud_server.limits import Buckets
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.store import Contribution
 from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
@@ -18,43 +20,52 @@ from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Command
 from lwfed.wire.inbox import Inbox, ReceivedUpdate
 from lwfed.wire.messages import UP, Beat, Fail, Fin, Hello, Message, Need, Offer, RefuseCode, State, decode
-from lwfed.wire.topics import FromDevice, Topics, UpdateChunk
+from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
 
 Apply = Callable[[Event, float, Write | None], None]
-MAX_COMPLAINTS = 1000  # in a round: kinds of trouble that are told apart; the names in topics are whatever a sender likes
+STARTS_PER_S, STARTS_AT_ONCE = 0.5, 20  # of one agent: each is written to disk
 
 
 class Reception:
     def __init__(self, topics: Topics, course: Course, fleet: Fleet, inbox: Inbox, broadcast: Broadcast, news: News, apply: Apply) -> None:
-        self._complaints: set[tuple[str, str]] = set()  # (device, what), of the round that follows
-        self._complained_in = (0, 0)  # stage, round
+        self.complaints = Complaints(course.store, news, fleet.members)
+        self._starts = Buckets(STARTS_PER_S, STARTS_AT_ONCE)
         self._topics, self._course, self._fleet = topics, course, fleet
         self.broadcast, self._inbox, self._news, self._apply = broadcast, inbox, news, apply
 
     def receive(self, topic: str, payload: bytes, now: float) -> list[Command]:
         """Take a message; what is to be answered."""
-        parsed = self._topics.parse(topic)
-        if isinstance(parsed, UpdateChunk):
-            if parsed.device not in self._fleet.members:
-                return []
-            bad = self._inbox.bad_chunks
-            commands = self._inbox.chunk(parsed, payload, now)
-            if self._inbox.bad_chunks > bad:
-                self._complain(
-                    parsed.device, "chunk", f"device {parsed.device} sent a chunk that does not fit its digest; it is asked for again"
-                )
-            return commands
-        if not isinstance(parsed, FromDevice) or parsed.kind not in UP:
+        match self._topics.parse(topic):
+            case UpdateChunk() as chunk:
+                return self._on_chunk(chunk, payload, now)
+            case FromDevice(device, kind) if kind in UP:
+                return self._on_message(device, kind, payload, now)
+            case FromDevice(device) | Stray(device):
+                self.complain(device, "topic", f"device {device} sent to a topic that means nothing, ignored: {topic}")
+        return []
+
+    def _on_chunk(self, chunk: UpdateChunk, payload: bytes, now: float) -> list[Command]:
+        if chunk.device not in self._fleet.members:
+            self.complaints.count(chunk.device, "unknown")
             return []
+        bad = self._inbox.bad_chunks
+        commands = self._inbox.chunk(chunk, payload, now)
+        if self._inbox.bad_chunks > bad:
+            self.complain(chunk.device, "chunk", f"device {chunk.device} sent a chunk that does not fit its digest; it is asked for again")
+        if commands:  # it sends without a slot, and is told so once a second
+            self.complaints.count(chunk.device, "slot")
+        return commands
+
+    def _on_message(self, device: str, kind: str, payload: bytes, now: float) -> list[Command]:
         try:
-            message = decode(UP[parsed.kind], payload)
+            message = decode(UP[kind], payload)
         except ProtocolMismatch as error:
-            self._complain(parsed.device, "version", f"device {parsed.device}: {error}")
-            return self._inbox.refuse(parsed.device, None, "version", str(error)) if parsed.kind == "hello" else []
+            self.complain(device, "version", f"device {device}: {error}")
+            return self._inbox.refuse(device, None, "version", str(error)) if kind == "hello" else []
         except InvalidMessage as error:
-            self._complain(parsed.device, parsed.kind, f"device {parsed.device} sent what cannot be read, ignored: {error}")
+            self.complain(device, f"bad_{kind}", f"device {device} sent what cannot be read, ignored: {error}")
             return []
-        return self._dispatch(parsed.device, message, now)
+        return self._dispatch(device, message, now)
 
     def _dispatch(self, device: str, message: Message, now: float) -> list[Command]:
         match message:
@@ -64,6 +75,7 @@ class Reception:
                 return self._on_state(device, message, now)
         member = self._fleet.members.get(device)
         if member is None:
+            self.complaints.count(device, "unknown")
             return []  # it must greet first, and does so whenever it sees the server
         match message:
             case Need():
@@ -87,16 +99,18 @@ class Reception:
         was_there = known is not None and known.there
         anew = known is not None and hello.boot != known.boot
         self._look_for_double(known, hello)
+        if known is not None and hello != known.hello and not self._may_start(known, now):
+            return []
         member = self._fleet.greet(device, hello)
         if member is None:
-            self._complain(device, "full", f"device {device} is one too many and gets no task")
+            self.complain(device, "full", f"device {device} is one too many and gets no task")
             return []
         if not was_there:
-            self._news.joined(member, "joined" if known is None else "is back")
+            self._note_presence(member, self._news.joined(member, "joined" if known is None else "is back", now))
         if anew:
             self._restarted(member, now)
         if objection := self._fleet.objection(member):
-            self._complain(device, "images", f"device {member.participant} is not asked to train: {objection}")
+            self.complain(device, "images", f"device {member.participant} is not asked to train: {objection}")
             self._apply(Absent(member.participant, for_good=True), now, None)
             return []
         self._apply(Present(member.participant), now, None)
@@ -106,6 +120,8 @@ class Reception:
         known = self._fleet.members.get(device)
         before, boot = (known.state, known.boot) if known else (None, 0)
         self._look_for_double(known, state)
+        if known is not None and state.boot > boot and not self._may_start(known, now):
+            return []
         member = self._fleet.note(device, state, now)
         if member is None:
             return []
@@ -115,13 +131,13 @@ class Reception:
             return []
         if member.there:
             if before in ("lost", "stopped", None):
-                self._news.device(member, "is back")
+                self._note_presence(member, self._news.device(member, "is back", now))
             self._apply(Present(member.participant), now, None)
         else:
             long_ago = before is None and not self._course.state.waits_for(member.participant)  # retained since then
             if member.state != before and not long_ago:
                 lost = "not seen again yet" if before is None else "is lost; it may return"
-                self._news.device(member, "has left" if member.state == "stopped" else lost)
+                self._note_presence(member, self._news.device(member, "has left" if member.state == "stopped" else lost, now))
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
 
@@ -129,12 +145,23 @@ class Reception:
         """Brokers that let a client id in twice leave it to us to notice."""
         if known is None or not known.contradicts(said):
             return
-        self._course.store.note_double(known.participant)
         text = (
             f"two agents are device {known.participant} ({known.id}), or its state was put back from a copy: "
             "if there are two, end one, delete its --state folder and start it again as a device of its own"
         )
-        self._complain(known.id, "double", text)
+        if self.complain(known.id, "double", text):
+            self._course.store.note_double(known.participant)
+
+    def _may_start(self, member: Member, now: float) -> bool:
+        """Whether a start of it, or a change in what it says of itself, is one more that is to be believed and kept."""
+        if self._starts.take(member.participant, now):
+            return True
+        self.complain(member.id, "starts", f"device {member.participant} says that it starts again and again; most of that is ignored")
+        return False
+
+    def _note_presence(self, member: Member, said: bool) -> None:
+        if not said:
+            self.complain(member.id, "presence", f"device {member.participant} comes and goes; that is said once a minute at most")
 
     def _restarted(self, member: Member, now: float) -> None:
         state = self._course.state
@@ -146,7 +173,7 @@ class Reception:
         member = self._fleet.members.get(device)
         if member is not None and self._course.state.devices.get(member.participant) != "gone":
             member.state = "stopped"
-            self._news.device(member, "is revoked")
+            self._news.device(member, "is revoked", now)
             self._apply(Absent(member.participant, for_good=True), now, None)
 
     # Updates
@@ -160,7 +187,7 @@ class Reception:
         if member.participant in self._course.state.owing:
             unfit = fail.code in ("data", "unfit")  # no later round brings it images, or memory
             text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
-            self._news.warning(text + ("; it is not asked again until it is restarted" if unfit else ""), code=fail.code)
+            self.complain(member.id, fail.code, text + ("; it is not asked again until it is restarted" if unfit else ""))
             self._fleet.remind(member.participant)  # should it be asked again after the deadline
             reason = fail.reason or "it cannot train"
             self._apply(Unfit(member.participant, reason) if unfit else CannotTrain(member.participant, refused=False), now, None)
@@ -206,15 +233,17 @@ class Reception:
         return self._inbox.accept(offer.contribution)
 
     def _refuse(self, member: Member, offer: Offer, code: RefuseCode, reason: str) -> list[Command]:
-        self._complain(member.id, code, f"refused an update of device {member.participant} ({code}): {reason}")
+        self.complain(member.id, code, f"refused an update of device {member.participant} ({code}): {reason}")
         return self._inbox.refuse(member.id, offer.contribution, code, reason)
 
-    def _complain(self, device: str, what: str, text: str) -> None:
-        here = (self._course.state.stage, self._course.state.round)
-        if here != self._complained_in:
-            self._complained_in = here
-            self._complaints.clear()
-        key = (device, what)
-        if key not in self._complaints and len(self._complaints) < MAX_COMPLAINTS:
-            self._complaints.add(key)
-            self._news.warning(f"{text} (said once in a round)")
+    def complain(self, device: str, code: str, text: str, number: int = 1) -> bool:
+        """Count it and say it once in a round; whether it was said."""
+        return self.complaints.say(self._place, device, code, text, number)
+
+    def sum_up(self) -> None:
+        """Say and store what there was to complain about since the last time."""
+        self.complaints.sum_up(self._place)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._course.state.stage, self._course.state.round

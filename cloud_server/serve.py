@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.gate import Gate, Place
+from lwfed.cloud_server.limits import Door
 from lwfed.cloud_server.news import REMEDY, News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.telling import place, say_over, stop_reason
@@ -21,6 +23,7 @@ from lwfed.data import open_source
 from lwfed.errors import ConfigError, MissingDependency, RunStopped
 from lwfed.locks import locked_state
 from lwfed.transport.address import BrokerAddress
+from lwfed.wire.topics import Topics
 
 DEFAULT_PORT = 1883
 MANAGED: tuple[Literal["auto", "mosquitto", "embedded"], ...] = ("auto", "mosquitto", "embedded")
@@ -73,6 +76,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             until_done=options.until_done,
             revive=broker.ensure if broker else lambda: False,
             gate=gate,
+            door=Door(Topics(config.run.fleet), time.monotonic),
         )
         server.run()
         if not course.state.over:

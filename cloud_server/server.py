@@ -20,7 +20,8 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
-from lwfed.cloud_server.litter import Litter
+from lwfed.cloud_server.limits import MESSAGES_PER_S, Door
+from lwfed.cloud_server.litter import Litter, is_litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
@@ -35,7 +36,7 @@ from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.inbox import Inbox
 from lwfed.wire.messages import ServerState, encode
-from lwfed.wire.topics import FromDevice, FromToken, Topics, UpdateChunk
+from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
 SEND_AHEAD = 20  # messages given to the transport and not yet taken over by the broker
 TASKS_AHEAD = 500  # of them tasks, which are small; given out anew when all but SEND_AHEAD are gone
@@ -51,7 +52,10 @@ Raw = base.Event | Said | Ended | Stop
 
 
 class Server:
-    """`revive` is called when the connection is lost, and says whether it had to start a broker again."""
+    """`revive` is called when the connection is lost, and says whether it had to start a broker again.
+
+    `door` is what messages must pass; None where nobody floods, and time stands still.
+    """
 
     def __init__(
         self,
@@ -63,12 +67,13 @@ class Server:
         until_done: bool = False,
         revive: Callable[[], bool] = lambda: False,
         gate: Gate | None = None,
+        door: Door | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = course.config
         self.over = False
         self._course, self._transport, self._news = course, transport, news
-        self._until_done, self._revive, self._gate = until_done, revive, gate
+        self._until_done, self._revive, self._gate, self._door = until_done, revive, gate, door
         self._database = course.store.database
         self._database.tell = self._on_database
         self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
@@ -83,6 +88,8 @@ class Server:
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
         self._litter = Litter(self._topics, news)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
+        if gate:
+            gate.refused = self._on_refused
         self._connected = False
         self._give_up_at: float | None = None  # until there has been a connection
         self._unreached: TransportError = Unreachable("no answer from the broker: check its address and that it runs")
@@ -138,7 +145,13 @@ class Server:
         if self._gate:
             for filter in self._gate.filters:
                 self._transport.subscribe(filter)
-        self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._queue.put)
+        self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._arrive)
+
+    def _arrive(self, event: base.Event) -> None:
+        """On the transport's thread. Litter goes by the door: it is cleared unread."""
+        if self._door and isinstance(event, base.Received) and not is_litter(self._topics, event) and not self._door.admits(event.topic):
+            return
+        self._queue.put(event)
 
     def end(self) -> None:
         """Idempotent."""
@@ -176,6 +189,7 @@ class Server:
             case Said() | Ended():
                 self._duties.on(event, now)
             case Stop():
+                self._reception.sum_up()
                 self.over = True
                 return
         self._on_time(now)
@@ -206,7 +220,7 @@ class Server:
         if first:
             self._course.apply(Started(), now)  # nothing to be told but what `waiting` says
             self._follow(now)
-            waiting(self._news, self._course)
+            waiting(self._news, self._course, now)
         else:
             self._apply(Reconnected(), now, None)
 
@@ -249,7 +263,7 @@ class Server:
         if isinstance(event, Prepared):
             self._fit_chunks()  # before it counts: what cannot travel is found again by the next start
         notices = self._course.apply(event, now, write)
-        tell(self._news, self._course, before, notices)
+        tell(self._news, self._course, before, notices, now)
 
     def _on_time(self, now: float) -> None:
         if self._give_up_at is not None:
@@ -259,6 +273,7 @@ class Server:
         if self._course.state.due is not None and now >= self._course.state.due:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)
+        self._note_excess()
         self._follow(now)
         if self._connected:
             self._watch_gate(now)
@@ -279,11 +294,22 @@ class Server:
             match self._topics.parse(topic):
                 case FromToken(token):
                     return self._gate.answer(token, payload)
-                case FromDevice(device) | UpdateChunk(device):
+                case FromDevice(device) | UpdateChunk(device) | Stray(device):
                     if device in revoked:
+                        self._reception.complaints.count(device, "revoked")
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
+
+    def _note_excess(self) -> None:
+        if self._door:
+            for sender, number in self._door.excess().items():
+                text = f"{sender} sends more than {MESSAGES_PER_S:g} messages a second: what exceeds that is dropped"
+                self._reception.complain(sender, "flood", text, number)
+
+    def _on_refused(self, token: str, device: str | None, reason: str) -> None:
+        of = f"of device {device}" if device else token
+        self._reception.complain(device or token, "enrolment", f"no certificate was issued by the token {of}: {reason}")
 
     def _watch_gate(self, now: float) -> None:
         if self._gate:
@@ -315,6 +341,7 @@ class Server:
             ended = "the run is paused, and this round begins again later" if state.suspended else "the round is closed"
             self._execute(self._inbox.clear("stale", ended))
             self._course.tidy()
+            self._reception.sum_up()
         self._inbox.limit_bytes = self._course.update_limit()
         self._publish_announcement()
 

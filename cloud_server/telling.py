@@ -10,7 +10,7 @@ from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.sizes import round_bytes
 
 
-def tell(news: News, course: Course, before: State, notices: list[Notice]) -> None:
+def tell(news: News, course: Course, before: State, notices: list[Notice], now: float) -> None:
     after = course.state
     if before.phase == "preparing" != after.phase:
         news.stage_started(course.rules, course.plan, after.attempt, *round_bytes(course.plan, course.config.transfer.codec, course.shapes))
@@ -21,23 +21,23 @@ def tell(news: News, course: Course, before: State, notices: list[Notice]) -> No
     if after.paused != before.paused:
         news.paused(after, course.root)
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
-        waiting(news, course)
+        waiting(news, course, now)
     if after.stuck and not before.stuck:
-        news.stuck(after)
+        news.stuck(after, now)
 
 
-def waiting(news: News, course: Course) -> None:
+def waiting(news: News, course: Course, now: float) -> None:
     """Whom the run waits for; nothing while it does not wait."""
     state = course.state
     if state.stuck:
-        news.stuck(state)
+        news.stuck(state, now)
     if state.phase != "waiting" or state.paused:
         return
     needed = course.rules.gathering(state.begun)
     if len(state.here) < needed:
-        news.waiting(len(state.here), needed)
+        news.waiting(len(state.here), needed, now)
     elif away := [participant for participant, there in state.devices.items() if there == "away"]:
-        news.waiting_for(away, RETURN_S)
+        news.waiting_for(away, RETURN_S, now)
 
 
 def place(course: Course) -> str:

@@ -39,6 +39,7 @@ class Device:
     hello: Hello
     seen_s: float
     doubled_s: float | None  # when two agents last spoke with its identity
+    complaints: Mapping[str, int]  # code -> how often, over the run
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 
 FIRST = "6"  # the oldest that is taken over, as SQLite's user_version; from then on the revisions of Alembic
-HEAD = "7"
+HEAD = "8"
 
 metadata = MetaData()
 version = Table("lwfed_version", MetaData(), Column("version_num", String(32), primary_key=True))  # Alembic's, under a name of ours
@@ -52,6 +52,7 @@ devices = Table(
     Column("hello", JSON, nullable=False),
     Column("seen_s", Float, nullable=False),
     Column("doubled_s", Float),  # when two agents last spoke with its identity
+    Column("complaints", JSON, nullable=False, server_default="{}"),  # code -> how often the server had to complain, over the run
     UniqueConstraint("run", "device"),
 )
 

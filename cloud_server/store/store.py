@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from lwfed.wire.messages import Hello
 T = TypeVar("T")
 HANDOVER_S = 30.0  # PostgreSQL notices within 25 s that a machine is gone (`database.SESSION`)
 RETRY_S = 0.05
+SEEN_EVERY_S = 60.0
 
 
 class Store:
@@ -121,12 +122,17 @@ class Store:
     # Devices
 
     def admit(self, device: str, hello: Hello) -> tuple[int, bool]:
-        """(participant number, whether it is new): numbers are given in order of admission and kept for ever."""
+        """(participant number, whether it is new): numbers are given in order of admission and kept for ever.
+
+        A greeting that says nothing new is written once in `SEEN_EVERY_S`.
+        """
         table, seen = schema.devices, {"hello": hello.model_dump(mode="json"), "seen_s": self._clock()}
 
         def work(connection: Connection) -> tuple[int, bool]:
-            known = connection.execute(self._of(table, table.c.participant).where(table.c.device == device)).scalar()
-            number = connection.execute(self._of(table, func.count())).scalar_one() if known is None else known
+            known = connection.execute(self._of(table).where(table.c.device == device)).one_or_none()
+            if known is not None and known.hello == seen["hello"] and 0 <= seen["seen_s"] - known.seen_s < SEEN_EVERY_S:
+                return known.participant, False
+            number = connection.execute(self._of(table, func.count())).scalar_one() if known is None else known.participant
             statement = self.database.insert(table).values(run=self.run, participant=number, device=device, **seen)
             connection.execute(statement.on_conflict_do_update(index_elements=["run", "participant"], set_=seen))
             return number, known is None
@@ -135,7 +141,9 @@ class Store:
 
     def devices(self) -> list[Device]:
         rows = self._rows(self._of(schema.devices).order_by(schema.devices.c.participant))
-        return [Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s, row.doubled_s) for row in rows]
+        return [
+            Device(row.participant, row.device, Hello.model_validate(row.hello), row.seen_s, row.doubled_s, row.complaints) for row in rows
+        ]
 
     def note_double(self, participant: int) -> None:
         """Two agents speak with the identity of this device."""
@@ -143,6 +151,15 @@ class Store:
         place = table.c.run == self.run, table.c.participant == participant
         statement = table.update().where(*place).values(doubled_s=self._clock())
         self._transact(lambda connection: connection.execute(statement))
+
+    def note_complaints(self, totals: Mapping[str, Mapping[str, int]]) -> None:
+        """Device -> code -> how often, over the run."""
+        table = schema.devices
+        updates = [
+            table.update().where(table.c.run == self.run, table.c.device == device).values(complaints=dict(codes))
+            for device, codes in totals.items()
+        ]
+        self._transact(lambda connection: [connection.execute(update) for update in updates])
 
     # What happened
 

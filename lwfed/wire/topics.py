@@ -69,7 +69,14 @@ class ToToken:
     token: str
 
 
-Topic = ServerState | RunTopic | BlobChunk | FromDevice | UpdateChunk | ToDevice | FromToken | ToToken
+@dataclass(frozen=True)
+class Stray:
+    """Below what a device may write to, and of no meaning."""
+
+    device: str
+
+
+Topic = ServerState | RunTopic | BlobChunk | FromDevice | UpdateChunk | Stray | ToDevice | FromToken | ToToken
 
 
 def is_name(text: str) -> bool:
@@ -137,6 +144,8 @@ class Topics:
                 is_name(device) and is_name(worker) and is_name(contribution) and _INDEX.fullmatch(index)
             ):
                 return UpdateChunk(device, worker, contribution, int(index))
+            case ["d", device, "up", *_] if is_name(device):
+                return Stray(device)
             case ["d", device, "dn", kind] if is_name(device) and is_name(kind):
                 return ToDevice(device, kind)
             case ["enrol", token, "up"] if is_name(token):

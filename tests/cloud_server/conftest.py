@@ -13,6 +13,7 @@ import pytest
 from lwfed.blobs import BlobStore
 from lwfed.child import Said
 from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.limits import Door
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.store import open_store
@@ -349,7 +350,13 @@ class World:
         self.course = Course(self.config, self.root / self.state, lambda: 1e9 + self.now, self.durable, self.database)
         news = News(Console(as_json=True), self.config, "mqtt://127.0.0.1:1883")
         self.server = Server(
-            self.course, self.broker.transport(), news, lambda deliver: NumpyWorker(deliver, self), clock=lambda: self.now, **options
+            self.course,
+            self.broker.transport(),
+            news,
+            lambda deliver: NumpyWorker(deliver, self),
+            door=Door(Topics("default"), lambda: self.now),
+            clock=lambda: self.now,
+            **options,
         )
         self.server.begin()
 

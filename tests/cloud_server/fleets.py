@@ -16,3 +16,9 @@ def undisturbed(world, *settings, collapses=None):
 
 def of(said, event, **fields):
     return [one for one in said if one["event"] == event and all(one.get(key) == value for key, value in fields.items())]
+
+
+def counted(fleet):
+    """Device -> code -> how often, as it is stored."""
+    fleet.server._reception.sum_up()
+    return {device.id: dict(device.complaints) for device in fleet.course.store.devices()}

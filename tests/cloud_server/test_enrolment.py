@@ -11,8 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import LIFETIME_S, admit, invite
 from lwfed.cloud_server.gate import Gate, Place
+from lwfed.cloud_server.overview import overview
 from lwfed.cloud_server.permissions import CONTROL
 from lwfed.cloud_server.registry import Contact, Registry
+from lwfed.cloud_server.server import Stop
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.base import Received
 from lwfed.wire.messages import Admission, Enrol, decode, encode
@@ -273,3 +275,39 @@ def test_a_question_over_the_topic_of_a_token_is_answered_there(world, gate, bes
     fleet.quiet()
     (answer,) = (event for event in events if isinstance(event, Received))
     assert decode(Admission, answer.payload).device == "porch"
+
+
+def test_refused_enrolments_and_words_of_revoked_devices_are_counted_and_said_with_their_name(world, said, gate, beside):
+    fleet = world()
+    fleet.start(gate=gate)
+    topics = Topics("default")
+    token, spare = beside.invite(), beside.invite("shed")
+    beside.ask(token, request())
+    fleet.join("porch")
+    thief = fleet.broker.transport()
+    thief.open("thief", None, lambda event: None)
+    used, forged = beside.invite("attic"), encode(Enrol(secret="f" * 43, request=request()))
+    beside.ask(used, request())
+    for _ in range(3):
+        thief.publish(topics.from_token(used.header.id), encode(Enrol(secret=used.header.secret, request=request())))
+        thief.publish(topics.from_token(spare.header.id), forged)
+        thief.publish(topics.from_token("0123"), forged)
+    fleet.quiet()
+    texts = [one["text"] for one in of(said, "warning", code="enrolment")]
+    assert len(texts) == 3
+    assert (
+        "no certificate was issued by the token of device attic: this token was used already: if not by you, `cloud-server revoke attic`"
+        in texts[0]
+    )
+    assert "the token of device shed: this token is not valid" in texts[1]
+    assert "the token 0123: this token is not valid" in texts[2]
+    beside.registry.revoke("porch")
+    fleet.now += 2
+    fleet.quiet()
+    fleet.devices[0].tell("state", fleet.devices[0].state("ready"))
+    fleet.quiet()
+    fleet.server.handle(Stop())
+    assert of(said, "complaints")[-1]["devices"] == {
+        "attic": {"enrolment": 3}, "shed": {"enrolment": 3}, "0123": {"enrolment": 3}, "porch": {"revoked": 1},
+    }  # fmt: skip
+    assert "complaints: revoked 1" in overview(fleet.root / "server")

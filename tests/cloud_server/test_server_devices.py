@@ -55,7 +55,7 @@ def test_malformed_messages_are_counted_said_once_and_ignored(world, said):
         for kind in ("need", "offer", "fin", "beat", "fail", "nonsense"):
             device.transport.publish(fleet.server._topics.from_device("odd", kind), payload)
     fleet.quiet()
-    assert len(of(said, "warning")) == 5
+    assert len(of(said, "warning")) == 6
     fleet.join("even")
     fleet.finish()
 

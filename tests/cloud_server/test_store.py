@@ -69,6 +69,32 @@ def test_participant_numbers_follow_admission_and_stay(store, tiny):
     assert [(device.participant, device.id) for device in store.devices()] == [(0, "b"), (1, "a"), (2, "c")]
 
 
+def test_a_greeting_that_says_nothing_new_is_written_once_a_minute(opened, tiny):
+    def greeted(now, hello=HELLO):
+        store = opened(now)
+        store.admit("a", hello)
+        return store.devices()[0].seen_s, store.devices()[0].hello
+
+    opened().begin(tiny())
+    assert greeted(1000.0) == (1000.0, HELLO)
+    assert greeted(1059.0) == (1000.0, HELLO)
+    assert greeted(1060.0) == (1060.0, HELLO)
+    changed = HELLO.model_copy(update={"boot": 2})
+    assert greeted(1061.0, changed) == (1061.0, changed)
+    assert greeted(900.0, changed) == (900.0, changed)  # clocks are set back at times
+
+
+def test_complaints_are_kept_by_device_and_replaced(store, opened, tiny):
+    store.begin(tiny())
+    for name in ("a", "b", "c"):
+        store.admit(name, HELLO)
+    store.note_complaints({"a": {"flood": 900}, "b": {"stale": 1}})
+    store.note_complaints({"a": {"flood": 901, "stale": 2}})
+    store.admit("a", HELLO.model_copy(update={"boot": 2}))
+    store.close()
+    assert [device.complaints for device in opened().devices()] == [{"flood": 901, "stale": 2}, {"stale": 1}, {}]
+
+
 def test_what_one_event_causes_is_written_together_or_not_at_all(store, tiny, contribution):
     store.begin(tiny())
     store.admit("a", HELLO)

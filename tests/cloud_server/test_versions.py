@@ -95,7 +95,7 @@ def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
 
 
 def test_who_only_looks_does_not_migrate(old):
-    with pytest.raises(StateError, match="of version 6, older than 7: `cloud-server serve` migrates it"), stored_runs(old, None):
+    with pytest.raises(StateError, match="of version 6, older than 8: `cloud-server serve` migrates it"), stored_runs(old, None):
         pass
     assert [path.name for path in old.iterdir()] == [FILE_NAME]
 
@@ -112,7 +112,7 @@ def test_a_store_of_a_newer_program_is_refused(opened, database, tmp_path):
     store = opened(database)
     store.database.transact(lambda connection: connection.execute(schema.version.update().values(version_num="99")))
     store.close()
-    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 7: install"):
+    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 8: install"):
         opened(database)
     with pytest.raises(StateError, match="newer"), stored_runs(tmp_path / "state", database):
         pass

@@ -6,7 +6,7 @@ SQLite and PostgreSQL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,6 +20,7 @@ from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import Contributed, Contribution, Device, Judgement, Scores, StageFigures, Step, Store
 from lwfed.cloud_server.store.database import Database
 from lwfed.cloud_server.store.figures import figures_of
+from lwfed.cloud_server.store.store import SEEN_EVERY_S
 from lwfed.config import RunConfig
 from lwfed.errors import StateError
 from lwfed.wire.messages import Hello
@@ -152,8 +153,8 @@ class MemoryStore(Store):
         now, tables = self._clock(), self._tables.copy()
         known = tables.devices.get(device)
         if known is None:
-            tables.devices[device] = Device(len(tables.devices), device, hello, now, None)
-        else:
+            tables.devices[device] = Device(len(tables.devices), device, hello, now, None, {})
+        elif known.hello != hello or not 0 <= now - known.seen_s < SEEN_EVERY_S:
             tables.devices[device] = replace(known, hello=hello, seen_s=now)
         self._kept.tables = tables
         return tables.devices[device].participant, known is None
@@ -165,6 +166,13 @@ class MemoryStore(Store):
         now, tables = self._clock(), self._tables.copy()
         device = self.devices()[participant]
         tables.devices[device.id] = replace(device, doubled_s=now)
+        self._kept.tables = tables
+
+    def note_complaints(self, totals: Mapping[str, Mapping[str, int]]) -> None:
+        self._clock()
+        tables = self._tables.copy()
+        for device, codes in totals.items():
+            tables.devices[device] = replace(tables.devices[device], complaints=dict(codes))
         self._kept.tables = tables
 
     # What happened

@@ -1,0 +1,67 @@
+"""What one sender may cost everybody else: a bucket of tokens for each, and a door before the server's queue.
+
+Limits lie far above what an honest device says. A round takes it less than ten messages, a reconnection five, and what it
+repeats for want of an answer comes later and later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics
+
+MESSAGES_PER_S = 20.0  # of one device, chunks of its update not counted
+MESSAGES_AT_ONCE = 200
+MAX_KEYS = 20_000  # those who have all their tokens again are forgotten then
+
+
+class Buckets:
+    """For each key `at_once` tokens, of which one comes back after each 1 / `per_s` seconds. Not thread-safe."""
+
+    def __init__(self, per_s: float, at_once: int) -> None:
+        self._each_s, self._all_s = 1 / per_s, (at_once + 0.5) / per_s  # the half is for rounding
+        self._full_at: dict[Hashable, float] = {}
+
+    def take(self, key: Hashable, now: float) -> bool:
+        """Whether there was a token."""
+        full_at = max(self._full_at.get(key, now), now) + self._each_s
+        if full_at > now + self._all_s:
+            return False
+        if len(self._full_at) >= MAX_KEYS:
+            self._full_at = {one: when for one, when in self._full_at.items() if when > now}
+        self._full_at[key] = full_at
+        return True
+
+
+class Door:
+    """Asked on the transport's thread, so that a flood fills no queue; `clock` goes on while the server is held up."""
+
+    def __init__(self, topics: Topics, clock: Callable[[], float]) -> None:
+        self._topics, self._clock = topics, clock
+        self._buckets = Buckets(MESSAGES_PER_S, MESSAGES_AT_ONCE)
+        self._excess: Counter[str] = Counter()
+        self._changed = threading.Lock()
+
+    def admits(self, topic: str) -> bool:
+        match self._topics.parse(topic):
+            case FromDevice(sender) | Stray(sender):
+                pass
+            case FromToken(token):
+                sender = f"enrol.{token}"  # its MQTT user: no device has such a name
+            case _:
+                return True
+        with self._changed:
+            if self._buckets.take(sender, self._clock()):
+                return True
+            self._excess[sender] += 1
+            return False
+
+    def excess(self) -> Counter[str]:
+        """Sender -> messages that were not admitted since this was last asked."""
+        if not self._excess:
+            return Counter()
+        with self._changed:
+            found, self._excess = self._excess, Counter()
+        return found
