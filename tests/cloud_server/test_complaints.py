@@ -24,8 +24,8 @@ def test_what_is_dropped_is_counted_said_at_the_end_of_the_round_and_stays(world
     assert [one["text"] for one in of(said, "warning")] == [of(said, "warning", code="topic")[0]["text"]]
     fleet.settle(until=lambda: fleet.course.state.round == 2)
     summary = of(said, "complaints")[0]
-    assert summary["devices"] == {"a": {"topic": 2, "slot": 1}, "stranger": {"unknown": 1, "slot": 1}}
-    assert "round 1: complaints about a (slot 1, topic 2), stranger (slot 1, unknown 1)" in summary["text"]
+    assert summary["devices"] == {"a": {"topic": 2, "slot": 1}, "stranger": {"unknown": 2}}
+    assert "round 1: complaints about a (slot 1, topic 2), stranger (unknown 2)" in summary["text"]
     fleet.kill()
     fleet.start()
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
