@@ -145,10 +145,20 @@ def _deadline(rules: Rules, state: State, now: float) -> Result:
         return _close(state, now)
     refused = {participant: how for participant, how in state.failed.items() if how == "refused"}
     following, notices = assign_more(rules, opened(rules, replace(state, failed=refused), now), now, overdue=True)
+    if not notices:
+        following = replace(following, needed=_attainable(rules, following))
+        if len(following.contributed) >= following.needed:
+            return _close(following, now)
     ready = [participant for participant in following.owing if participant in following.here]
     if len(following.contributed) + len(ready) < following.needed:
         following = replace(following, failed={})
     return scheduled(rules, following), [Extended(state.stage, state.round, len(state.contributed), state.needed), *notices]
+
+
+def _attainable(rules: Rules, state: State) -> int:
+    """The quorum of those chosen that are there or have contributed, where it is less, but never less than a round begins with."""
+    there = [one for one in state.chosen if one in state.contributed or state.devices.get(one) == "here"]
+    return min(state.needed, max(rules.needed(len(there)), rules.gathering(state.begun)))
 
 
 def _aggregated(rules: Rules, state: State, event: Aggregated, now: float) -> Result:

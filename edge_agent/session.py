@@ -249,7 +249,7 @@ class Session:
     def _on_run(self, run: Run) -> list[Effect]:
         if self._server is None or run.epoch > self._server.epoch:
             self._early = run
-            return []
+            return [] if self._server is None else [Subscribe(self._topics.server_state)]  # what it said of its start was lost: ask for it
         seen = Seen(epoch=run.epoch, seq=run.seq)
         if seen < self._journal.seen or run.epoch < self._server.epoch:
             return []  # replayed, or left behind by the server before its restart

@@ -69,6 +69,16 @@ def test_whoever_does_not_answer_until_the_deadline_is_no_hope_for_a_quorum():
     assert after(rules, overdue, Contributed(other, "y"), TimeUp(), now=2 * rules.deadline_s).phase == "aggregating"
 
 
+def test_who_is_away_at_the_deadline_is_no_part_of_the_quorum_where_enough_are_left():
+    rules = replace(RULES, quorum=1.0)
+    three = replace(training(rules, devices=3), chosen=(0, 1, 2), needed=3)
+    answered = after(rules, three, Absent(0, for_good=False), Contributed(1, "x"), Contributed(2, "y"))
+    assert answered.phase == "training", "it may return"
+    assert after(rules, answered, TimeUp(), now=rules.deadline_s).phase == "aggregating"
+    two = after(rules, training(rules), Absent(0, for_good=False), Contributed(1, "x"), TimeUp(), now=rules.deadline_s)
+    assert (two.phase, two.needed) == ("training", 2), "no round would begin with one"
+
+
 def test_who_said_goodbye_is_not_waited_for():
     rules = replace(RULES, min_devices=1)
     state = after(rules, training(rules), Contributed(0, "x"))

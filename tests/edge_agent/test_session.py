@@ -246,6 +246,20 @@ def test_a_broker_that_takes_too_small_packets_for_any_update_is_said_on_connect
     assert all("8000 bytes" in text and "max_packet_size" in text for text in device.texts("warning"))
 
 
+def test_a_server_whose_end_and_new_start_were_both_lost_is_asked_for_when_it_announces_a_round(world):
+    _, device = world.joined()
+    lost(world, "srv/state")
+    world.kill_server()
+    world.settle()
+    server = world.start_server(epoch=2)
+    world.settle(0.2)
+    world.broker.interfere = None
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    assert device.worker == [StartWorker(1)]
+
+
 # Traffic
 
 
