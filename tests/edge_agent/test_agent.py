@@ -29,7 +29,7 @@ from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
 SMALL = ["model.width=8", "model.heads=2", "model.image_size=8", "ssl.hidden_dim=8", "ssl.output_dim=8", "train.epochs=2"]
-CONFIG = load_config("demo", [*SMALL, "worker.sample_s=0.1"])
+CONFIG = load_config("demo", [*SMALL, "transfer.codec=fp32", "worker.sample_s=0.1"])
 PARTS = ("stem", "layer.1", "norm", "projector", "predictor")
 
 

@@ -201,7 +201,7 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert [case["fits"] for case in report["cases"]] == [True, True, False]
     assert {case["epoch_s"] for case in report["cases"]} == {5.0}
     assert report["recommended"]["memory_mb"] == 550
-    assert report["codec"] == "fp32"
+    assert report["codec"] == "int8"
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "3.34x less" in page

@@ -150,7 +150,7 @@ def state(tmp_path, monkeypatch):
 
 
 def test_the_agent_of_this_device_is_measured_and_leaves_nothing(state):
-    config, steps, baselines = load_config("base", TINY), [], []
+    config, steps, baselines = load_config("base", [*TINY, "transfer.codec=fp32"]), [], []
     with measure.sampled(config, 2, 2) as sample:
         found = measure.agent(config, sample, 2, lambda *step: steps.append(step), baselines.append)
         down, up = (config.plan(2).downloaded, config.plan(2).uploaded)

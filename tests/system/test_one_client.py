@@ -152,7 +152,7 @@ def digest(tensors):
 )
 def test_one_device_is_local_training(tmp_path, monkeypatch, settings):
     monkeypatch.setattr(server_side, "NumpyWorker", InProcess)
-    config = load_config("demo", [*SMALL, *settings])
+    config = load_config("demo", [*SMALL, "transfer.codec=fp32", *settings])
     announced, found, encoder = federated(config, tmp_path)
     assert digest(found) == digest(alone(config, tmp_path / "kept"))
     assert digest(encoder) == digest({name: tensor for name, tensor in found.items() if part_of(name) not in HEADS[config.ssl.method]})

@@ -142,7 +142,7 @@ def test_a_configuration_that_is_none_is_refused(run):
 
 def test_what_is_too_large_to_travel_is_reckoned_and_said():
     """In chunks of 1 kB, of which a blob has 1200 at most."""
-    small, whole = (make_report(load_config("demo", [f"transfer.chunk_bytes={size}"])) for size in (1024, 122_880))
+    small, whole = (make_report(load_config("demo", ["transfer.codec=fp32", f"transfer.chunk_bytes={size}"])) for size in (1024, 122_880))
     assert set(small["obstacles"]) == {"progressive", "end_to_end"}
     assert "at most 1200 pieces" in small["obstacles"]["end_to_end"]
     assert whole["obstacles"] == {}

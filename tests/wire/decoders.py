@@ -159,7 +159,7 @@ def _invited() -> tuple[Authority, Token, str]:
     """A server's authority, the token that it gave a device, and the device's request."""
     with tempfile.TemporaryDirectory() as folder:
         authority = Authority(Path(folder))
-        header = Header(host="garden.local", port=8883, fleet="fleet", id="0123456789abcdef", secret="s" * 43)
+        header = Header(device="porch", host="garden.local", port=8883, fleet="fleet", id="0123456789abcdef", secret="s" * 43)
         token = Token(header, authority.der)
         return authority, token, signing_request(token, Path(folder) / "identity")
 
