@@ -136,7 +136,7 @@ def not_syncing_the_folder_of_what_was_renamed(monkeypatch):
 
 
 def forgetting_what_encoding_lost(monkeypatch):
-    monkeypatch.setattr(Previous, "before", lambda self, round: None)
+    monkeypatch.setattr(Previous, "before", property(lambda self: None))
 
 
 BROKEN = {
