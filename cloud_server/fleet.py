@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lwfed.cloud_server.store import Store
+from lwfed.config.schema import MAX_DEVICES
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.messages import DeviceState, Hello, State, Task, encode
 from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of
 SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
-MAX_DEVICES = (
-    2000  # each contribution stores the state of all, in 5 ms then (2 cores of a server); five times as many make a round take minutes
-)
 
 
 @dataclass

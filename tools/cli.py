@@ -163,7 +163,7 @@ def bench(context: click.Context, quick: bool, as_json: bool) -> None:
 @bench.command()
 @click.option(
     "--devices",
-    callback=listed(click.IntRange(1, 10_000)),
+    callback=listed(click.IntRange(1, 2000)),
     default="10,100",
     show_default=True,
     metavar="A,B",

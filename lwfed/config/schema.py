@@ -34,6 +34,7 @@ Identifier = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
 Whole = Annotated[int, Strict()]  # for which YAML's yes and true are no number
 Number = Annotated[float, Strict()]
 Share = Annotated[Number, Field(ge=0, le=1)]
+MAX_DEVICES = 2000  # of a fleet: each contribution stores the state of all, in 5 ms on 2 cores; rounds of 10,000 would take minutes
 MAX_WAIT_S = 1e6  # eleven days: what operating systems can wait for at once
 Positive = Annotated[Whole, Field(ge=1)]
 Rounds = Annotated[Whole, Field(ge=1, le=10_000)]
@@ -171,7 +172,7 @@ class ViewsSection(Section):
 
 
 class RoundsSection(Section):
-    min_devices: Positive
+    min_devices: Annotated[Positive, Field(le=MAX_DEVICES)]
     sample: Positive | None
     oversample: Annotated[Number, Field(ge=1, le=10)]
     quorum: Annotated[Number, Field(gt=0, le=1)]

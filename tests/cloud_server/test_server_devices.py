@@ -7,9 +7,10 @@ import pytest
 
 from lwfed.cloud_server import fleet as fleet_module
 from lwfed.cloud_server import server
-from lwfed.cloud_server.fleet import MAX_DEVICES, REMIND_S
+from lwfed.cloud_server.fleet import REMIND_S
 from lwfed.cloud_server.overview import overview
 from lwfed.cloud_server.rounds import State
+from lwfed.config.schema import MAX_DEVICES
 from lwfed.wire import messages
 
 from .fleets import of, undisturbed

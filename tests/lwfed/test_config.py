@@ -84,6 +84,7 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key():
         ("data: {auxiliary_share: 0.6, labelled_share: 0.4}", "leave nothing"),
         ("stages: {layers_per_stage: 13}", "exceeds model.depth"),
         ("rounds: {sample: 5, min_devices: 2}", "exceeds rounds.min_devices"),
+        ("rounds: {min_devices: 2001}", "min_devices"),
         ("rounds: {oversample: 1.3}", "oversample 1.3 adds to rounds.sample, which is null"),
         ("rounds: {straggler_factor: 0.5}", "rounds.straggler_factor"),
         ("run: {name: 2026-13-45}", "no valid YAML|run.name"),
