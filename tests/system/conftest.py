@@ -1,6 +1,7 @@
 """Real processes for the system tests: started with ``--json``, watched through what they say."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -164,3 +165,18 @@ def fleet(start, tmp_path, port):
 def digest_of_result(server):
     path = Path(server.wait_for("finished")["encoder"])
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A function of settings: the outcome of their run, which is made once."""
+    from lwfed.tools.links.proxy import Link
+
+    from .runs import over
+
+    @functools.cache
+    def outcome(settings):
+        with starting() as start:
+            return over(Link(), start, tmp_path_factory.mktemp("undisturbed"), settings)
+
+    return outcome

@@ -39,7 +39,6 @@ class Judge:
         self._topics = topics
         self._acknowledged: set[str] = set()
         self._state = State()
-        self._last_round: tuple[int, int] | None = None
 
     def blame(self, text: str) -> None:
         if text not in self.violations:
