@@ -21,12 +21,12 @@ from lwfed.config import RunConfig
 from lwfed.edge_agent.resources import MB, own_share_bytes, resident_mb
 from lwfed.errors import Unfit
 from lwfed.models import fitting
-from lwfed.models.allocator import give_back
+from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.backbones import load_encoder
 from lwfed.models.local import Images
 from lwfed.models.prefix import Prefix, make_prefix
 from lwfed.models.step import Means, Terms
-from lwfed.plan import GraphEngine, PrefixEngine, part_of
+from lwfed.plan import GraphEngine, PrefixEngine, StagePlan, part_of
 
 ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
 
@@ -65,63 +65,110 @@ def find_means(
 
     `budget_mb` is what this process may take in all; None: a share of what is available. Raises Unfit.
     """
-    plan, device, pairs = config.plan(stage), next(iter(tensors.values())).device, config.train.views_per_round
-    drawn = pairs * len(images) if pairs != "fresh" and plan.frozen else 0
-    in_memory = drawn * config.train.features_mb > 0 and config.train.features_in == "memory"
-    batch_size = min(config.train.batch_size, len(images))
-    terms = Terms(config.alignment, config.train.proximal)
+    search = _Search(config, stage, tensors, images, budget_mb)
+    if next(iter(tensors.values())).device.type != "cpu":
+        return search.on_gpu()
+    if not search.plan.frozen_layers:
+        return search.with_torch("no layer is frozen")
+    if config.train.prefix == "torch":
+        return search.with_torch("as configured")
+    return search.with_onnx(graphs)
 
-    def fit(prefix: Prefix | None, room: float, main: float | None = None) -> _Fit:
-        """Within bytes of `room`; `main` has those of main memory, where training takes others."""
-        need = fitting.measure(config, tensors, plan.trained, terms, batch_size, Means(prefix), drawn)
+
+@dataclass(frozen=True)
+class _Search:
+    config: RunConfig
+    stage: int
+    tensors: Mapping[str, Tensor]
+    images: Images
+    budget_mb: float | None
+
+    @property
+    def plan(self) -> StagePlan:
+        return self.config.plan(self.stage)
+
+    def on_gpu(self) -> Found:
+        held, room = self._memory()
+        fitted = self._fit(None, torch.cuda.mem_get_info(self._device)[0], room)
+        return self._found(fitted, None, "a GPU, on which torch runs all layers", held)
+
+    def with_torch(self, reason: str) -> Found:
+        held, room = self._memory()
+        fitted = self._fit(None, room)
+        if self.config.train.micro_batch is not None and self.config.model.backbone in CONVOLUTIONAL:
+            reason += "; batches whole, for this backbone has statistics of the batch"
+        return self._found(fitted, None, reason, held + fitted.takes)
+
+    def with_onnx(self, graphs: Mapping[GraphEngine, Path]) -> Found:
+        """Where it has room, and a trial finds it fit; as torch does otherwise."""
+        held, room = self._memory()
         try:
-            size = fitting.micro_batch(config, need, batch_size, device, room)
-        except Unfit as error:
-            way = "free memory" if budget_mb is None else "raise --memory-budget"
-            raise Unfit(f"stage {stage}: {error}; {way} or lower train.batch_size") from None
-        left = room - need.of(size) if main is None else main
-        return _Fit(size, need.of(size), need.features if in_memory and need.features <= left else 0.0)
+            fitted = self._fit(None, room - ONNX_BYTES)
+        except Unfit:
+            return self.with_torch("too little memory for ONNX Runtime")
+        least, layers = held + ONNX_BYTES + fitted.takes, self.plan.frozen_layers
+        trial = self._tokens(fitted.micro_batch)
+        chosen = make_prefix(load_encoder(self.config.model, self.tensors), len(layers), self.config.train.prefix, graphs, trial)
+        del trial
+        engine, reason = chosen.prefix.engine, chosen.reason
+        if engine != "torch":
+            weights = 4 * sum(tensor.numel() for name, tensor in self.tensors.items() if part_of(name) in layers)
+            held, room = self._memory()
+            with contextlib.suppress(Unfit):
+                fitted = self._fit(chosen.prefix, room + weights)
+                return self._found(fitted, chosen.prefix, reason, max(least, held - weights + fitted.takes))
+            reason = f"{engine} leaves too little memory"
+        del chosen
+        return self.with_torch(reason)
 
-    def found(fitted: _Fit, prefix: Prefix | None, reason: str, needs: float) -> Found:
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def _drawn(self) -> int:
+        """Pairs of views that are used again."""
+        pairs = self.config.train.views_per_round
+        return pairs * len(self.images) if pairs != "fresh" and self.plan.frozen else 0
+
+    @property
+    def _in_memory(self) -> bool:
+        """Features may stay there."""
+        train = self.config.train
+        return self._drawn * train.features_mb > 0 and train.features_in == "memory"
+
+    def _memory(self) -> tuple[float, float]:
+        """Bytes that this process cannot do without, and that it may take beside them."""
+        give_back()
+        let_code_go()
+        held = resident_mb() * MB
+        return held, own_share_bytes() if self.budget_mb is None else self.budget_mb * MB - held
+
+    def _fit(self, prefix: Prefix | None, room: float, main: float | None = None) -> _Fit:
+        """Within bytes of `room`; `main` has those of main memory, where training takes others."""
+        config, trained, means = self.config, self.plan.trained, Means(prefix)
+        batch_size, terms = min(config.train.batch_size, len(self.images)), Terms(config.alignment, config.train.proximal)
+        code = fitting.code_bytes(config, self.tensors, trained, terms, means) if main is None else 0.0
+        need = fitting.measure(config, self.tensors, trained, terms, batch_size, means, self._drawn, code)
+        try:
+            size = fitting.micro_batch(config, need, batch_size, self._device, room)
+        except Unfit as error:
+            way = "free memory" if self.budget_mb is None else "raise --memory-budget"
+            raise Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size") from None
+        left = room - need.of(size) if main is None else main
+        return _Fit(size, need.of(size), need.features if self._in_memory and need.features <= left else 0.0)
+
+    def _found(self, fitted: _Fit, prefix: Prefix | None, reason: str, needs: float) -> Found:
         """`needs`: bytes of this process, but for features."""
-        if in_memory and not fitted.features_bytes:
+        if self._in_memory and not fitted.features_bytes:
             reason += "; features in a file, for memory has no room for them"
         return Found(Means(prefix, fitted.micro_batch), reason, (needs + fitted.features_bytes) / MB, fitted.features_bytes)
 
-    def with_torch(reason: str) -> Found:
-        held, room = _memory(budget_mb)
-        fitted = fit(None, room)
-        if config.train.micro_batch is not None and config.model.backbone in CONVOLUTIONAL:
-            reason += "; batches whole, for this backbone has statistics of the batch"
-        return found(fitted, None, reason, held + fitted.takes)
-
-    if device.type != "cpu":
-        held, room = _memory(budget_mb)
-        fitted = fit(None, torch.cuda.mem_get_info(device)[0], room)
-        return found(fitted, None, "a GPU, on which torch runs all layers", held)
-    if not plan.frozen_layers:
-        return with_torch("no layer is frozen")
-    if config.train.prefix == "torch":
-        return with_torch("as configured")
-    held, room = _memory(budget_mb)
-    try:
-        fitted = fit(None, room - ONNX_BYTES)
-    except Unfit:
-        return with_torch("too little memory for ONNX Runtime")
-    least = held + ONNX_BYTES + fitted.takes
-    trial = _tokens(config, tensors, images, fitted.micro_batch)
-    chosen = make_prefix(load_encoder(config.model, tensors), len(plan.frozen_layers), config.train.prefix, graphs, trial)
-    del trial
-    engine, reason = chosen.prefix.engine, chosen.reason
-    if engine != "torch":
-        weights = 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in plan.frozen_layers)
-        held, room = _memory(budget_mb)
-        with contextlib.suppress(Unfit):
-            fitted = fit(chosen.prefix, room + weights)
-            return found(fitted, chosen.prefix, reason, max(least, held - weights + fitted.takes))
-        reason = f"{engine} leaves too little memory"
-    del chosen
-    return with_torch(reason)
+    @torch.no_grad()
+    def _tokens(self, count: int) -> Tensor:
+        """What the stem gives for some images."""
+        some = torch.from_numpy(np.array(self.images[:count]))
+        return load_encoder(self.config.model, self.tensors).stem(some / 255)
 
 
 @dataclass(frozen=True)
@@ -129,17 +176,3 @@ class _Fit:
     micro_batch: int
     takes: float  # bytes of training, without features
     features_bytes: float  # of memory; 0: they go to a file, or there are none
-
-
-def _memory(budget_mb: float | None) -> tuple[float, float]:
-    """Bytes that this process has, and that it may take beside them."""
-    give_back()
-    held = resident_mb() * MB
-    return held, own_share_bytes() if budget_mb is None else budget_mb * MB - held
-
-
-@torch.no_grad()
-def _tokens(config: RunConfig, tensors: Mapping[str, Tensor], images: Images, count: int) -> Tensor:
-    """What the stem gives for some images."""
-    some = torch.from_numpy(np.array(images[:count]))
-    return load_encoder(config.model, tensors).stem(some / 255)

@@ -47,7 +47,7 @@ from lwfed.edge_agent.means import Found, find_means
 from lwfed.edge_agent.previous import Previous, Turn, forget
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import StateError, Unfit
-from lwfed.models.allocator import give_back, let_code_go
+from lwfed.models.allocator import give_back, let_code_go, read_code_in_pages
 from lwfed.models.features import Folder, Memory
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
@@ -259,7 +259,7 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
-    let_code_go()
+    read_code_in_pages()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
 

@@ -12,23 +12,25 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 from torch import Tensor
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.errors import Unfit
+from lwfed.models.allocator import let_code_go
 from lwfed.models.features import Layout
 from lwfed.models.ssl import METHODS
-from lwfed.models.step import AT_ONCE, Batch, Means, Terms, draw_batch, kept_for_backward, prepare, views_at_once
+from lwfed.models.step import AT_ONCE, Batch, Branches, Means, Terms, draw_batch, kept_for_backward, prepare, train_step, views_at_once
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
-CODE_BYTES = 48e6  # of torch, which only training touches, and what allocators hold: all that a minute model takes
-CODE_SPREAD = 16e6  # more of it where the system maps more of a file at a time than it is asked for
+HEAP_BYTES = 24e6  # what allocators hold beside tensors
+CODE_BYTES = 48e6  # of torch, which only training maps; where it has not been measured
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,14 @@ def measure(
     batch_size: int,
     means: Means = AT_ONCE,
     drawn: int = 0,
+    code: float = CODE_BYTES,
 ) -> Need:
     """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`.
 
-    `drawn` pairs of views and patches are drawn ahead, to be used again.
+    `drawn` pairs of views and patches are drawn ahead, to be used again; libraries map bytes of `code` beside what they have now.
     """
-    branches = prepare(config, tensors, trained, terms, means=means)
-    model = config.model
-    images = torch.zeros(2, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
-    batch = draw_batch(config, 0, 0, images, branches.prefix_layers)
+    branches, batch = _trial(config, tensors, trained, terms, means)
+    images = batch.images
     kept = kept_for_backward(branches, batch, config)
     weights = 4 * sum(tensor.numel() for tensor in branches.trained)
     token_bytes = ((branches.prefix and branches.prefix.kept_as) or torch.float32).itemsize
@@ -71,8 +72,8 @@ def measure(
     numbers = 0 if kept.tokens is None else math.prod(kept.tokens)
     features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).bytes
     return Need(
-        fixed=CODE_BYTES
-        + CODE_SPREAD
+        fixed=HEAP_BYTES
+        + code
         + copies * weights
         + batch_size * (images[0].nbytes + views * (numbers * token_bytes + kept.heads))
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
@@ -81,6 +82,32 @@ def measure(
         batch_size=batch_size,
         features=min(features, config.train.features_mb * 1e6),
     )
+
+
+def code_bytes(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means = AT_ONCE) -> float:
+    """Of libraries, those that a step maps of what this process could do without: measured by one of two images.
+
+    How much the system maps at a time depends on how its cache holds the files: of ones just installed, several times as
+    much as after a restart.
+    """
+    branches, batch = _trial(config, tensors, trained, terms, means)
+    let_code_go()
+    if not (before := _mapped_bytes()):
+        return CODE_BYTES
+    train_step(branches, batch, 0.0, config, terms)
+    return max(0, _mapped_bytes() - before)
+
+
+def _mapped_bytes() -> int:
+    """That this process has in memory of files; 0 where the system does not say."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
+
+
+def _trial(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means) -> tuple[Branches, Batch]:
+    branches = prepare(config, tensors, trained, terms, means=means)
+    model = config.model
+    images = torch.zeros(2, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
+    return branches, draw_batch(config, 0, 0, images, branches.prefix_layers)
 
 
 def _record_bytes(batch: Batch) -> int:

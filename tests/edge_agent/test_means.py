@@ -222,7 +222,7 @@ def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path
     need = fitting.Need(fixed=1e6, per_image=1e5, features=5e6)
     monkeypatch.setattr(fitting, "measure", lambda *_: need)
     for room, features in ((need.of(4) + 5e6, 5e6), (need.of(4) + 4.9e6, 0)):
-        monkeypatch.setattr("lwfed.edge_agent.means._memory", lambda _, room=room: (1e8, room))
+        monkeypatch.setattr("lwfed.edge_agent.means._Search._memory", lambda _, room=room: (1e8, room))
         found = means(made, 3, tmp_path)
         assert (found.micro_batch, found.features_bytes) == (4, features)
         assert found.needs_mb == pytest.approx((1e8 + need.of(4) + features) / 1e6)
