@@ -79,6 +79,8 @@ class Session:
         self.hung_up = False  # it did not answer CONNECT
         self.welcome = False  # it did, and lets us in
         self.up_since: float | None = None
+        self.carried = 0  # messages that came, or that the broker has confirmed
+        self.thrown_out = False  # it said that it ends the connection
         self.settings = settings
         self._owner = owner
         self._reason: TransportError | None = None
@@ -233,9 +235,11 @@ class Session:
         if reason.is_failure:
             self.drop(Refused(f"{self.settings.address} does not let us publish ({reason}): check the permissions of our user"))
         else:
+            self.carried += 1
             self._owner.on_sent()
 
     def _on_message(self, _c: Any, _u: Any, message: paho.MQTTMessage) -> None:
+        self.carried += 1
         self._owner.on_received(Received(message.topic, bytes(message.payload), bool(message.retain)))
 
     def _on_disconnect(self, _c: Any, _u: Any, flags: paho.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
@@ -243,4 +247,5 @@ class Session:
         if self._reason is None and not self._answered:
             self.hung_up = True
             self.drop(hangs_up(address))
+        self.thrown_out = flags.is_disconnect_packet_from_server
         self.drop(explain_disconnect(reason, flags.is_disconnect_packet_from_server, address, self.settings.client_id))

@@ -1,0 +1,53 @@
+"""How long a device waits between two connections."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lwfed.transport.mqtt import FIRST_DELAY_S, LONGEST_DELAY_S, STABLE_S, USEFUL, _Pauses
+
+JITTER = (0.75, 1.25)
+
+
+def session(seconds=1.0, carried=0, thrown_out=False):
+    return SimpleNamespace(up_since=time.monotonic() - seconds, carried=carried, thrown_out=thrown_out)
+
+
+def delays(sessions):
+    """Seconds after each, without the jitter that a bound allows."""
+    pauses, found = _Pauses(), []
+    for one in sessions:
+        pauses.note(one)
+        found.append(pauses.following())
+    return found, pauses
+
+
+def within(seconds, doubled):
+    expected = min(FIRST_DELAY_S * 2**doubled, LONGEST_DELAY_S)
+    return JITTER[0] * expected <= seconds <= JITTER[1] * expected
+
+
+@pytest.mark.parametrize("useless", [session(), session(carried=USEFUL - 1), session(carried=10 * USEFUL, thrown_out=True)])
+def test_sessions_that_bring_nothing_double_the_pause(useless):
+    found, pauses = delays([useless] * 9)
+    assert all(within(seconds, doubled) for doubled, seconds in enumerate(found))
+    assert pauses.short_sessions == 9
+
+
+@pytest.mark.parametrize("good", [session(STABLE_S), session(carried=USEFUL)])
+def test_one_that_lasted_or_carried_something_starts_anew(good):
+    found, _ = delays([session(), session(), good, session()])
+    assert [within(*one) for one in zip(found, (0, 1, 0, 1), strict=True)] == [True] * 4
+
+
+def test_a_link_that_breaks_often_is_still_a_suspicion_of_two_agents_with_one_name():
+    assert delays([session(carried=USEFUL)] * 3)[1].short_sessions == 3
+    assert delays([session(STABLE_S)] * 3)[1].short_sessions == 0
+
+
+def test_attempts_that_fail_double_the_pause():
+    failed = SimpleNamespace(up_since=None, carried=0, thrown_out=False)
+    found, pauses = delays([failed] * 4)
+    assert all(within(seconds, doubled) for doubled, seconds in enumerate(found))
+    assert pauses.short_sessions == 0
