@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,14 +113,17 @@ def signing_request(token: Token, folder: Path) -> str:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.utils import CryptographyDeprecationWarning
 
     path = folder / f"request-{token.header.id}.pem"
     if path.exists():
         return path.read_text()
     try:
-        authority = x509.load_der_x509_certificate(token.authority)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CryptographyDeprecationWarning)  # of what later versions refuse, as we do now
+            authority = x509.load_der_x509_certificate(token.authority)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (ValueError, x509.InvalidVersion):
+    except (ValueError, x509.InvalidVersion, CryptographyDeprecationWarning):
         raise ConfigError(f"this token holds no certificate: {RENEW}") from None
     except OSError as error:
         raise StateError(f"cannot make {folder}: {error.strerror or error}") from None

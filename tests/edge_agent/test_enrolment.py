@@ -69,7 +69,9 @@ def test_a_token_without_a_certificate_is_refused_before_a_key_is_made(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_certificate_of_another_version_is_none(tmp_path):
-    authority = Authority(tmp_path).der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x07", 1)
+@pytest.mark.parametrize(("offset", "value"), [(4, 7), (7, 0x80)], ids=["version", "negative serial number"])
+def test_a_certificate_that_breaks_the_rules_is_none(tmp_path, offset, value):
+    authority = bytearray(Authority(tmp_path).der)
+    authority[authority.index(b"\xa0\x03\x02\x01\x02\x02") + offset] = value
     with pytest.raises(ConfigError, match="holds no certificate"):
-        signing_request(Token(TOKEN.header, authority), tmp_path / "identity")
+        signing_request(Token(TOKEN.header, bytes(authority)), tmp_path / "identity")
