@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from math import prod
 
 import torch
 
@@ -30,11 +29,6 @@ def part_shapes(config: RunConfig, part: str) -> dict[str, Shape]:
 def shapes(config: RunConfig, parts: Iterable[str]) -> dict[str, Shape]:
     """The tensors of several parts, in the order given."""
     return {name: shape for part in parts for name, shape in part_shapes(config, part).items()}
-
-
-def size_bytes(config: RunConfig, parts: Iterable[str]) -> int:
-    """Bytes of the float32 tensors of `parts`, without names and headers."""
-    return 4 * sum(prod(shape) for shape in shapes(config, parts).values())
 
 
 @lru_cache(maxsize=8)

@@ -296,7 +296,9 @@ def begun(tmp_path, address, tiny):
 def course(tmp_path, tiny):
     def course(folder, address, name="mine"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        Course(tiny(f"run.name={name}"), tmp_path / folder, durable=False, database=address).store.close()
+        made = Course(tiny(f"run.name={name}"), tmp_path / folder, durable=False, database=address)
+        made.store.close()
+        return made.state
 
     return course
 
@@ -320,7 +322,8 @@ def test_a_run_goes_on_in_its_own_folder_only(begun, course, address, postgres):
 
 def test_a_run_may_be_moved_together_with_its_folder(begun, course, address):
     begun.rename(begun.with_name("moved"))
-    course("moved", address)
+    state = course("moved", address)
+    assert (state.phase, list(state.parts)) == ("training", ["stem"])
 
 
 def test_a_note_in_the_folder_that_cannot_be_read_is_explained(begun, course, address):

@@ -6,6 +6,7 @@ from lwfed.cloud_server import litter
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import invite
 from lwfed.cloud_server.gate import Gate, Place
+from lwfed.cloud_server.limits import MESSAGES_AT_ONCE
 from lwfed.cloud_server.registry import Registry
 
 from .fleets import of
@@ -64,6 +65,15 @@ def test_what_is_too_much_to_be_remembered_is_found_once_more(fleet, monkeypatch
     before = set(fleet.broker.retained)
     for index in range(100):
         fleet.devices[0].transport.publish(f"lwfed/default/d/a/up/x/y/{index}", b"junk", retain=True)
+    fleet.broker.pump()
+    fleet.quiet()
+    assert set(fleet.broker.retained) == before
+
+
+def test_more_than_a_device_may_say_is_cleared_all_the_same(fleet):
+    before = set(fleet.broker.retained)
+    for index in range(2 * MESSAGES_AT_ONCE):
+        fleet.devices[0].transport.publish(f"lwfed/default/d/a/up/hello{index}", b"junk", retain=True)
     fleet.broker.pump()
     fleet.quiet()
     assert set(fleet.broker.retained) == before
