@@ -1,7 +1,7 @@
 """What one sender may cost everybody else: a bucket of tokens for each, and a door before the server's queue.
 
-Limits lie far above what an honest device says. A round takes it less than ten messages, a reconnection five, and what it
-repeats for want of an answer comes later and later.
+Limits lie far above what an honest device says. A round takes it less than ten messages, a reconnection five, a download at most
+four a second, and what it repeats for want of an answer comes later and later.
 """
 
 from __future__ import annotations

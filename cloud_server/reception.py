@@ -19,7 +19,7 @@ from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Command
 from lwfed.wire.inbox import Inbox, ReceivedUpdate
-from lwfed.wire.messages import UP, Beat, Fail, Fin, Hello, Message, Need, Offer, RefuseCode, State, decode
+from lwfed.wire.messages import UP, Beat, Fail, Fin, Got, Hello, Message, Need, Offer, RefuseCode, State, decode
 from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
 
 Apply = Callable[[Event, float, Write | None], None]
@@ -80,6 +80,8 @@ class Reception:
         match message:
             case Need():
                 self.broadcast.need(device, message, now)
+            case Got():
+                self.broadcast.got(device, message.chunks, now)
             case Beat() if self._is_on(message):
                 self._fleet.works(member.participant, now)
                 self._news.progress(member.participant, message, now)

@@ -5,8 +5,10 @@
 Nobody acknowledges chunks. The only sign of loss is a device that asks again for chunks that went out after its last
 question; then its broker's queue or its link is overrun, and its own pace is halved, to recover slowly. A chunk goes out at
 the pace of the fastest device that lacks it, and what only slowed ones lack behind all else. So one that asks again and again
-costs the others little, and a broker that loses what it sends to everybody is sent less. All together get no more than the
-broker's own link carries.
+costs the others little, and a broker that loses what it sends to everybody is sent less.
+
+A broker takes whatever it is given, and keeps it for those who are slower. So devices say how many chunks have come, and no more
+goes out while it holds too much for all of them together. Who is silent does not count: it may be gone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from lwfed.wire.topics import Topics
 GATHER_S = 0.3
 FASTEST = 400.0  # chunks a second: 48 MB/s at 120 KiB
 SLOWEST = 4.0
-FANNED_OUT = 100e6  # bytes a second that the broker is to send to all who lack a blob together: what a gigabit link carries
+HELD_BYTES = 512e6  # that the broker may keep for all who lack chunks
+HELD_EACH = 20  # chunks of that for one of them: what follows waits in one copy for all (`max_inflight_messages` of mosquitto)
+LEAST_EACH = 4  # a device reports half as many, and must never be waited for with nothing on its way
+SILENT_S = 10.0
 BURST = 8.0  # chunks that may go out at once after a pause
 RECOVERY = 0.1  # the pace grows by a tenth in each second of sending at it
 FORGET_S = 30.0  # a question repeated later than this after the last chunk says nothing about the pace
@@ -37,16 +42,21 @@ class _Asker:
     pace: float = FASTEST  # chunks a second
     ready_s: float = float("-inf")  # when its pace allows the next one
     last_s: float = 0.0  # its last question, or chunk
+    away: int = 0  # chunks that went out to it, of which it has not said that they came
+    heard_s: float = 0.0  # when it last said so, or all had come
 
     def is_past(self, now: float) -> bool:
         return not self.wants and now - self.last_s > FORGET_S
 
     def slow_down(self) -> None:
+        self.away = 0  # lost, or it would not ask again
         self.pace = max(self.pace / 2, SLOWEST)
 
     def sent(self, id: str, index: int, now: float) -> None:
         """A chunk of a blob that it wants has gone out, on its account or not."""
         self.last_s = now
+        self.heard_s = self.heard_s if self.away else now
+        self.away += 1
         bits = self.wants.pop(id)
         if bits >> index & 1 and now >= self.ready_s:
             self.pace = min(self.pace + RECOVERY, FASTEST)  # 1 / pace seconds later
@@ -80,11 +90,17 @@ class Broadcast:
         if self._start is None and self._wanting():
             self._start = now + GATHER_S
 
+    def got(self, device: str, chunks: int, now: float) -> None:
+        """So many have come to `device` since it last said so."""
+        if asker := self._askers.get(device):
+            asker.away, asker.heard_s = max(0, asker.away - chunks), now
+
     def poll(self, now: float, room: int) -> list[Command]:
-        """At most `room` messages: manifests at once, then as many chunks as the pace allows."""
+        """At most `room` messages: manifests at once, then as many chunks as the pace and what the broker holds allow."""
         commands = self._answers(room)
         if self._start is not None and now >= self._start:
-            while now >= self._opens_at() and len(commands) < room and (following := self._following(now)):
+            self._note_silent(now)
+            while not self._is_full() and now >= self._opens_at() and len(commands) < room and (following := self._following(now)):
                 commands.append(self._send(*following, now))
             if not self._wanting():
                 self._start = None
@@ -97,12 +113,25 @@ class Broadcast:
             return None
         if self._start is None or self._manifests:
             return now
-        ready = min((asker.ready_s if asker.pace < FASTEST else now for asker in self._wanting()), default=now)
+        wanting = self._wanting()
+        if self._is_full():
+            return max(now, min(asker.heard_s for asker in wanting if asker.away) + SILENT_S)
+        ready = min((asker.ready_s if asker.pace < FASTEST else now for asker in wanting), default=now)
         return max(now, self._start, self._opens_at(), ready)
 
     def _opens_at(self) -> float:
         """When the pace of all together allows the next chunk."""
         return self._free_at - (BURST - 1) / FASTEST
+
+    def _is_full(self) -> bool:
+        wanting = self._wanting()
+        held = sum(min(asker.away, HELD_EACH) for asker in wanting)
+        return bool(held) and held >= max(HELD_BYTES / self._chunk_bytes, LEAST_EACH * len(wanting))
+
+    def _note_silent(self, now: float) -> None:
+        for asker in self._wanting():
+            if now >= asker.heard_s + SILENT_S:
+                asker.away = 0
 
     def _note(self, device: str, want: Want, now: float) -> bool:
         """Queue the wanted chunks, or the manifest; whether chunks are among them that were lost."""
@@ -167,7 +196,7 @@ class Broadcast:
         for asker in subscribed:
             asker.sent(id, index, now)
         chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
-        self._free_at = max(self._free_at, now) + max(1 / FASTEST, len(subscribed) * len(chunk) / FANNED_OUT)
+        self._free_at = max(self._free_at, now) + 1 / FASTEST
         return Send(self._topics.blob_chunk(id, index), chunk)
 
     def _forget_old(self, now: float) -> None:

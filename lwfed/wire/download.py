@@ -7,6 +7,7 @@ Chunks are published once for everybody who asked, in the server's order and pac
 only ever says what it still lacks. Silence is no sign of loss: on a slow link a chunk takes seconds, with others behind it
 in the broker's queue, and all would come twice. So after a silence the device asks for the manifest, whose answer comes
 behind them, and then for what is missing still. Chunks may come in any order, twice, damaged, or without being wanted.
+While more are to come it says how many have, so that the broker is not given more than it gets rid of.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Literal
 from lwfed.blobs import Arrival, Holdings
 from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send, Subscribe, Unsubscribe
-from lwfed.wire.messages import BlobRef, Manifest, Need, Want, encode, ranges
+from lwfed.wire.messages import BlobRef, Got, Manifest, Need, Want, encode, ranges
 from lwfed.wire.retry import Retry
 from lwfed.wire.topics import Topics
 
 SILENCE_S = 2.0
 GATHER_S = 0.2  # manifests answer one question but arrive one by one: ask for the chunks of all of them at once
+GOT = 2  # chunks that are reported together, or fewer after a while
+GOT_EVERY_S, GOT_WITHIN_S = 0.25, 3.0
 MAX_NEED_BLOBS = 64
 MAX_NEED_CHARS = 60_000  # of ranges, so that a Need stays below MAX_MESSAGE_BYTES
 MAX_BAD_IN_A_ROW = 3  # then the manifest itself is doubted: a restarted server may cut blobs differently
@@ -43,7 +46,7 @@ class Downloads:
 
     def __init__(self, topics: Topics, device: str, store: Holdings, seed: int) -> None:
         self.bad_chunks = 0  # damaged on their way, since `want`
-        self._topic = topics.from_device(device, "need")
+        self._topic, self._got_topic = topics.from_device(device, "need"), topics.from_device(device, "got")
         self._filter = topics.blob_chunks
         self._store = store
         self._wanted: dict[str, BlobRef] = {}
@@ -52,6 +55,9 @@ class Downloads:
         self._heard = False
         self._fresh = False  # a manifest came since the last question
         self._retry = Retry(Random(seed), SILENCE_S)
+        self._got = 0  # chunks that have come and were not reported
+        self._reported_s = float("-inf")
+        self._report_due: float | None = None  # None: nothing to report
 
     @property
     def complete(self) -> bool:
@@ -84,6 +90,7 @@ class Downloads:
             self._fresh = True
 
     def on_chunk(self, blob: str, index: int, data: bytes) -> None:
+        self._got += 1
         found = self._open.get(blob)
         if found is None or found.part is None:
             return
@@ -101,7 +108,7 @@ class Downloads:
 
     def reset(self) -> None:
         """The connection or the server is back: nothing that was asked before will be answered."""
-        self._heard = False
+        self._heard, self._got = False, 0
         for blob in self._open.values():
             blob.asked = "nothing"
         if self._open:
@@ -116,10 +123,11 @@ class Downloads:
                 commands.append(Reconnect("the server does not answer requests for the model"))
             commands.append(Send(self._topic, encode(self._need())))
             self._retry.asked(now)
-        return commands
+        return commands + self._report(now)
 
     def next_wakeup(self, now: float) -> float | None:
-        return self._retry.due if self._retry.due is None else max(self._retry.due, now)
+        times = [when for when in (self._retry.due, self._report_due) if when is not None]
+        return max(min(times), now) if times else None
 
     def progress(self) -> tuple[int, int]:
         """Bytes held and bytes wanted."""
@@ -155,6 +163,20 @@ class Downloads:
                 all_known = all(blob.part is not None and blob.asked != "manifest" for blob in self._open.values())
                 self._retry.at(now if all_known else now + GATHER_S)
         self._heard = self._fresh = False
+
+    def _report(self, now: float) -> list[Command]:
+        """How many chunks have come: soon after some, later after fewer, and not when nothing more is to come."""
+        if not self._open or not self._got:
+            self._got, self._report_due = 0, None
+            return []
+        self._report_due = now + GOT_WITHIN_S if self._report_due is None else self._report_due
+        if self._got >= GOT:
+            self._report_due = min(self._report_due, max(now, self._reported_s + GOT_EVERY_S))
+        if now < self._report_due:
+            return []
+        report = Send(self._got_topic, encode(Got(chunks=self._got)))
+        self._got, self._reported_s, self._report_due = 0, now, None
+        return [report]
 
     def _need(self) -> Need:
         """Of the next step of blobs that can go on; where none can, so after a silence, of all."""

@@ -89,6 +89,12 @@ class Need(Message):
     blobs: Annotated[tuple[Want, ...], Field(max_length=256)]
 
 
+class Got(Message):
+    """Device: so many chunks of blobs have come since it last said so, wanted or not."""
+
+    chunks: Ordinal
+
+
 # The server to everybody
 
 
@@ -337,6 +343,7 @@ UP: dict[str, type[Message]] = {
     "hello": Hello,
     "beat": Beat,
     "need": Need,
+    "got": Got,
     "offer": Offer,
     "fin": Fin,
     "fail": Fail,

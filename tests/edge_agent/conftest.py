@@ -85,6 +85,8 @@ class Server:
                         self.greeted.append(device)
                     case messages.Need():
                         self.broadcast.need(device, message, now)
+                    case messages.Got():
+                        self.broadcast.got(device, message.chunks, now)
                     case messages.Offer():
                         if self.refusal:
                             self._do(self.inbox.refuse(device, message.contribution, self.refusal, "so it is"))

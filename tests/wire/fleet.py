@@ -13,7 +13,7 @@ from lwfed.wire import topics as t
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.download import Downloads
 from lwfed.wire.inbox import Inbox
-from lwfed.wire.messages import DOWN, UP, BlobRef, Done, Fin, Grant, Manifest, Miss, Need, Offer, Refuse, Traffic, Wait, decode
+from lwfed.wire.messages import DOWN, UP, BlobRef, Done, Fin, Got, Grant, Manifest, Miss, Need, Offer, Refuse, Traffic, Wait, decode
 from lwfed.wire.upload import Upload, contribution_id
 
 from .samples import REPORT
@@ -94,6 +94,8 @@ class Server(Node):
                 match message:
                     case Need():
                         self.broadcast.need(device, message, now)
+                    case Got():
+                        self.broadcast.got(device, message.chunks, now)
                     case Offer():
                         answers = self.inbox.offer(device, message, now)
                     case Fin():

@@ -47,6 +47,7 @@ SAMPLES: dict[str, m.Message] = {
         boot=9, lwfed="0.1.0", python="3.11.7", torch=None, machine="aarch64", cores=4, memory_mb=1848.5, images=500, source="folder"
     ),
     "beat": m.Beat(run="cifar10", stage=2, round=5, epoch=1, epochs=3, step=7, steps=42, loss=-0.125, rss_mb=301.25),
+    "got": m.Got(chunks=4),
     "need": m.Need(blobs=(m.Want(id=ID, missing=None), m.Want(id="cd" * 32, missing="0-2,7"))),
     "offer": m.Offer(contribution=CONTRIBUTION, run="cifar10", stage=2, round=5, participant=3, manifest=MANIFEST, report=REPORT),
     "fin": m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=1_000_000, up=250_000)),

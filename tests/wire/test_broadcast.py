@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from lwfed.blobs import BlobStore
-from lwfed.wire.broadcast import BURST, FANNED_OUT, FASTEST, GATHER_S, Broadcast
+from lwfed.wire.broadcast import BURST, FASTEST, GATHER_S, HELD_EACH, SILENT_S, Broadcast
 from lwfed.wire.commands import Send
 from lwfed.wire.messages import Manifest, Need, Want, decode
 from lwfed.wire.topics import BlobChunk, Topics
@@ -97,12 +97,56 @@ def test_the_pace_bounds_chunks_a_second(broadcast, blob):
     assert now == pytest.approx(0.3 + (100 - BURST) / FASTEST, rel=0.05)
 
 
-def test_more_devices_than_the_broker_can_send_to_at_that_pace_slow_it_down(broadcast, blob):
-    for number in range(1000):
-        broadcast.need(f"d{number}", need(blob, "0-99"), 0.0)
+@pytest.fixture
+def ten(broadcast, blob, monkeypatch):
+    """Of ten devices, who lack all chunks, the broker may hold a hundred."""
+    monkeypatch.setattr("lwfed.wire.broadcast.HELD_BYTES", 100 * 1024)
+    devices = [f"d{number}" for number in range(10)]
+    for device in devices:
+        broadcast.need(device, need(blob, "0-99"), 0.0)
+    assert sent(broadcast.poll(0.3, 1000)) == list(range(8))
+    assert sent(broadcast.poll(0.4, 1000)) == [8, 9]
+    return devices
+
+
+def test_what_the_broker_holds_for_all_together_is_bounded(broadcast, ten):
+    assert sent(broadcast.poll(1.0, 1000)) == []
+    for device in ten:
+        broadcast.got(device, 3, 1.0)
+    assert sent(broadcast.poll(1.0, 1000)) == [10, 11, 12]
+    broadcast.got(ten[0], 10, 1.5)
+    assert sent(broadcast.poll(1.5, 1000)) == [13], "it is all of them together that count"
+    broadcast.got(ten[0], 10**6, 1.6)
+    assert sent(broadcast.poll(1.6, 1000)) == [14], "no report takes away more than went out"
+
+
+def test_who_is_silent_is_not_waited_for(broadcast, ten):
+    assert broadcast.next_wakeup(1.0) == 0.3 + SILENT_S
+    assert sent(broadcast.poll(10.2, 1000)) == []
+    assert len(sent(broadcast.poll(10.3, 1000))) == BURST
+    chunks, now = drain(broadcast, 10.3)
+    assert (chunks[-1], now) == (99, pytest.approx(0.3 + 9 * SILENT_S, abs=0.1))
+
+
+def test_a_single_slow_device_is_sent_everything(broadcast, store, monkeypatch):
+    """The broker has most of it in one copy for all."""
+    monkeypatch.setattr("lwfed.wire.broadcast.HELD_BYTES", (HELD_EACH + 1) * 1024)
+    blob = store.put(Random(1).randbytes(100 * 1024)).id
+    broadcast.need("d1", need(blob, "0-99"), 0.0)
     chunks, now = drain(broadcast, 0.0)
     assert chunks == list(range(100))
-    assert now == pytest.approx(0.3 + 100 * 1000 * 1024 / FANNED_OUT, rel=0.05)
+    assert now < 1
+
+
+def test_chunks_that_were_lost_are_not_on_their_way_any_more(broadcast, blob, ten):
+    for device in ten:
+        broadcast.need(device, need(blob, "0-99"), 2.0)
+    assert sent(broadcast.poll(2.0, 1000))
+
+
+def test_a_report_of_a_device_that_never_asked_is_ignored(broadcast):
+    broadcast.got("d1", 5, 0.0)
+    assert broadcast.next_wakeup(0.0) is None
 
 
 def seconds_for(broadcast: Broadcast, now: float) -> float:

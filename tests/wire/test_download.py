@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lwfed.blobs import BlobStore
 from lwfed.wire.commands import Reconnect, Send, Subscribe, Unsubscribe
-from lwfed.wire.download import Downloads
-from lwfed.wire.messages import MAX_MESSAGE_BYTES, BlobRef, Manifest, Need, decode
+from lwfed.wire.download import GOT, GOT_EVERY_S, GOT_WITHIN_S, Downloads
+from lwfed.wire.messages import MAX_MESSAGE_BYTES, BlobRef, Got, Manifest, Need, decode
 from lwfed.wire.retry import SUSPECT_S
 from lwfed.wire.topics import Topics
 
@@ -39,8 +39,12 @@ def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
 
 
+def reported(commands) -> list[int]:
+    return [decode(Got, one.payload).chunks for one in commands if isinstance(one, Send) and one.topic == TOPICS.from_device("d1", "got")]
+
+
 def needs(commands) -> list[tuple[str | None, ...]]:
-    sent = [decode(Need, command.payload) for command in commands if isinstance(command, Send)]
+    sent = [decode(Need, one.payload) for one in commands if isinstance(one, Send) and one.topic == TOPICS.from_device("d1", "need")]
     return [tuple(want.missing for want in need.blobs) for need in sent]
 
 
@@ -217,6 +221,53 @@ def test_a_manifest_that_never_comes_does_not_hold_up_the_others(bench):
     wakeup = bench.downloads.next_wakeup(0.1)
     assert wakeup == pytest.approx(0.3)
     assert needs(bench.downloads.poll(wakeup)) == [("0-3", None)]
+
+
+@pytest.fixture
+def long(bench):
+    """A device in the midst of a hundred chunks, and what brings it the next one."""
+    ref = bench.server.put(Random(1).randbytes(100 * 1024))
+    bench.manifest = bench.server.manifest(ref.id, 1024)
+    bench.downloads.want([ref])
+    bench.downloads.on_manifest(bench.manifest)
+    bench.downloads.poll(0.0)
+    numbers = iter(range(100))
+    return lambda count: [bench.chunk(next(numbers)) for _ in range(count)]
+
+
+def test_chunks_that_have_come_are_reported_a_few_together(bench, long):
+    downloads = bench.downloads
+    long(GOT - 1)
+    assert reported(downloads.poll(1.0)) == []
+    long(1)
+    assert reported(downloads.poll(1.1)) == [GOT]
+    long(50)
+    assert reported(downloads.poll(1.2)) == [], "not in every moment"
+    assert downloads.next_wakeup(1.2) == 1.1 + GOT_EVERY_S
+    assert reported(downloads.poll(1.1 + GOT_EVERY_S)) == [50]
+    assert reported(downloads.poll(9.0)) == []
+
+
+def test_a_single_chunk_is_reported_after_a_while(bench, long):
+    downloads = bench.downloads
+    long(1)
+    assert reported(downloads.poll(1.0)) == []
+    assert reported(downloads.poll(0.9 + GOT_WITHIN_S)) == []
+    assert reported(downloads.poll(1.0 + GOT_WITHIN_S)) == [1]
+    downloads.on_chunk("ab" * 32, 0, b"what another one wanted")
+    downloads.on_chunk(bench.manifest.blob.id, 0, b"damaged")
+    assert reported(downloads.poll(9.0)) == [2], "the broker had them all the same"
+
+
+def test_nothing_is_reported_when_nothing_more_is_to_come_or_of_another_connection(bench, long):
+    downloads = bench.downloads
+    long(50)
+    downloads.reset()
+    assert reported(downloads.poll(1.0)) == []
+    long(50)
+    assert downloads.complete
+    assert reported(downloads.poll(2.0)) == []
+    assert downloads.next_wakeup(2.0) is None
 
 
 def test_what_nobody_wanted_is_ignored(bench):

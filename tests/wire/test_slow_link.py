@@ -12,7 +12,7 @@ from lwfed.blobs import BlobStore
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.commands import Reconnect, Send
 from lwfed.wire.download import Downloads
-from lwfed.wire.messages import Manifest, Need, decode
+from lwfed.wire.messages import Got, Manifest, Need, decode
 from lwfed.wire.topics import BlobChunk, Topics
 
 TOPICS = Topics("f")
@@ -41,7 +41,9 @@ class Line:
         while True:
             for command in self.downloads.poll(self.now):
                 self.reconnections += isinstance(command, Reconnect)
-                if isinstance(command, Send):
+                if isinstance(command, Send) and command.topic == TOPICS.from_device("d1", "got"):
+                    self.broadcast.got("d1", decode(Got, command.payload).chunks, self.now)
+                elif isinstance(command, Send):
                     self.questions += 1
                     self.broadcast.need("d1", decode(Need, command.payload), self.now)
             self._down(self.broadcast.poll(self.now, room=20))
