@@ -98,8 +98,11 @@ class Inbox:
         return granted
 
     def chunk(self, topic: UpdateChunk, data: bytes, now: float) -> list[Command]:
-        """Keep a chunk of a granted update; anything else is dropped, and asked for again after `fin`."""
-        transfer = self._granted.get(topic.contribution)
+        """Keep a chunk of a granted update, also one that was on its way when the slot was lost: over the slowest link something is gained.
+
+        Anything else is dropped, and asked for again after `fin`.
+        """
+        transfer = self._granted.get(topic.contribution) or self._left.get(topic.contribution)
         if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
             return self._stop_stray(topic, now)
         if transfer.part is not None:
@@ -108,7 +111,7 @@ class Inbox:
                     transfer.moved_s = now
             except InvalidPayload:
                 self.bad_chunks += 1
-        return []
+        return [] if topic.contribution in self._granted else self._stop_stray(topic, now)
 
     def fin(self, device: str, fin: Fin, now: float) -> tuple[list[Command], ReceivedUpdate | None]:
         """The device has sent everything: ask for what is missing, or hand the update to the shell."""

@@ -324,6 +324,18 @@ def test_a_device_that_loses_its_slot_leaves_one_part_which_it_may_resume(inbox,
     assert list(parts.iterdir()) == []
 
 
+def test_chunks_that_were_on_their_way_when_a_slot_was_lost_are_kept(inbox, store):
+    """On a link that is slower than a chunk in ten seconds nothing else would ever arrive."""
+    offer = make_offer(store)
+    for device, one in (("d1", offer), *((name, make_offer(store, name, content=name.encode() * 1000)) for name in ("d2", "d3"))):
+        inbox.offer(device, one, 0.0)
+    inbox.poll(10.0)
+    assert said(chunk(inbox, offer, 0, now=12.0), DOWN) == [Wait(contribution=offer.contribution, retry_s=0)]
+    assert chunk(inbox, offer, 1, now=12.5) == []
+    answers = said(inbox.offer("d1", offer, 13.0) + inbox.poll(30.0), DOWN)
+    assert [one.missing for one in answers if isinstance(one, Grant) and one.contribution == offer.contribution] == ["2-5"]
+
+
 def test_an_update_that_is_cut_otherwise_leaves_no_part_behind(inbox, store, tmp_path):
     offer = make_offer(store)
     inbox.offer("d1", offer, 0.0)
