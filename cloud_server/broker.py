@@ -39,6 +39,8 @@ CONFIGURATION = """\
 max_packet_size {packet_bytes}
 # Messages beyond this are dropped although their publisher got an acknowledgement; 0 would be without bound.
 max_queued_messages 2000
+# Of these so many are on their way to a client, each in a copy of its own.
+max_inflight_messages 20
 # Nothing is kept on disk: both sides say again what a broker forgets.
 # No memory_limit: 2.0 miscounts what its plugin frees and then lets nobody in.
 log_dest stderr

@@ -1,7 +1,7 @@
 """MQTT 5, or 3.1.1 where a broker knows nothing newer, with reconnection for as long as it is open.
 
-One thread makes one `Session` after another; between two it waits 0.5 s to 60 s, doubling, with jitter; a link that breaks
-often, and carries something in between, is taken up again after 0.5 s each time. The first session is a
+One thread makes one `Session` after another; between two it waits 0.5 s to 60 s, doubling, with jitter, but 2 s at most where
+the link breaks often and carries something in between. The first session is a
 probe in MQTT 5 without our will, because a will in MQTT 5 leaves some older brokers waiting for the rest of the packet
 for ever. A broker that refuses the version, or does not answer, is asked again at once in 3.1.1, which is remembered.
 Sessions are clean: what was under way when a connection broke is lost, and the machines above repeat what matters.
@@ -27,7 +27,8 @@ from lwfed.transport.packets import publish_bytes
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
 STABLE_S = 10.0  # a session this long starts the delays anew; shorter ones would hammer a broker that throws us out
-USEFUL = 8  # messages: so does one that carried as many, unless the broker ended it; what greets us alone is fewer
+USEFUL = 8  # messages that were carried: after so many the link is worth another attempt soon
+USEFUL_DELAY_S = 2.0  # at most then, which is at least a hundred kB in between
 SUSPICIOUS = 3  # so many short sessions in a row
 CLOSE_S = 5.0
 
@@ -223,8 +224,10 @@ class _Pauses:
             return
         stable = time.monotonic() - session.up_since >= STABLE_S
         self.short_sessions = 0 if stable else self.short_sessions + 1
-        if stable or (session.carried >= USEFUL and not session.thrown_out):
+        if stable:
             self._delay_s = FIRST_DELAY_S
+        elif session.carried >= USEFUL:
+            self._delay_s = min(self._delay_s, USEFUL_DELAY_S)
 
     def following(self) -> float:
         delay_s = self._delay_s * self._random.uniform(0.75, 1.25)

@@ -79,8 +79,7 @@ class Session:
         self.hung_up = False  # it did not answer CONNECT
         self.welcome = False  # it did, and lets us in
         self.up_since: float | None = None
-        self.carried = 0  # messages that came, or that the broker has confirmed
-        self.thrown_out = False  # it said that it ends the connection
+        self.carried = 0  # messages that came, but for retained ones, or that the broker has confirmed
         self.settings = settings
         self._owner = owner
         self._reason: TransportError | None = None
@@ -239,7 +238,7 @@ class Session:
             self._owner.on_sent()
 
     def _on_message(self, _c: Any, _u: Any, message: paho.MQTTMessage) -> None:
-        self.carried += 1
+        self.carried += not message.retain
         self._owner.on_received(Received(message.topic, bytes(message.payload), bool(message.retain)))
 
     def _on_disconnect(self, _c: Any, _u: Any, flags: paho.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
@@ -247,5 +246,4 @@ class Session:
         if self._reason is None and not self._answered:
             self.hung_up = True
             self.drop(hangs_up(address))
-        self.thrown_out = flags.is_disconnect_packet_from_server
         self.drop(explain_disconnect(reason, flags.is_disconnect_packet_from_server, address, self.settings.client_id))

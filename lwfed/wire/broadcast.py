@@ -8,11 +8,14 @@ the pace of the fastest device that lacks it, and what only slowed ones lack beh
 costs the others little, and a broker that loses what it sends to everybody is sent less.
 
 A broker takes whatever it is given, and keeps it for those who are slower. So devices say how many chunks have come, and no more
-goes out while it holds too much for all of them together. Who is silent does not count: it may be gone.
+goes out while it holds much for all of them together; but a quarter that keeps up does not wait for the others. Who is silent
+does not count until it speaks again: it may be gone, or know nothing of this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lwfed.blobs import BlobStore
@@ -24,10 +27,12 @@ from lwfed.wire.topics import Topics
 GATHER_S = 0.3
 FASTEST = 400.0  # chunks a second: 48 MB/s at 120 KiB
 SLOWEST = 4.0
-HELD_BYTES = 512e6  # that the broker may keep for all who lack chunks
+HELD_BYTES = 512e6  # that the broker is to keep for all who lack chunks
 HELD_EACH = 20  # chunks of that for one of them: what follows waits in one copy for all (`max_inflight_messages` of mosquitto)
-LEAST_EACH = 4  # a device reports half as many, and must never be waited for with nothing on its way
+FEW = 4  # chunks on their way: who has fewer keeps up, and reports half as many together
+KEEPING_UP = 0.25  # of all: so many do not wait
 SILENT_S = 10.0
+LOOK_S = 2.0  # how often is looked for silent ones
 BURST = 8.0  # chunks that may go out at once after a pause
 RECOVERY = 0.1  # the pace grows by a tenth in each second of sending at it
 FORGET_S = 30.0  # a question repeated later than this after the last chunk says nothing about the pace
@@ -42,14 +47,14 @@ class _Asker:
     pace: float = FASTEST  # chunks a second
     ready_s: float = float("-inf")  # when its pace allows the next one
     last_s: float = 0.0  # its last question, or chunk
-    away: int = 0  # chunks that went out to it, of which it has not said that they came
-    heard_s: float = 0.0  # when it last said so, or all had come
+    away: int = 0  # chunks that went out to it since it last asked for some, of which it has not said that they came
+    heard_s: float = 0.0  # when it last said so, or none was away
+    silent: bool = False
 
     def is_past(self, now: float) -> bool:
         return not self.wants and now - self.last_s > FORGET_S
 
     def slow_down(self) -> None:
-        self.away = 0  # lost, or it would not ask again
         self.pace = max(self.pace / 2, SLOWEST)
 
     def sent(self, id: str, index: int, now: float) -> None:
@@ -63,6 +68,26 @@ class _Asker:
             self.ready_s = now + 1 / self.pace
         if left := bits & ~(1 << index):
             self.wants[id] = left
+
+
+@dataclass
+class _Sums:
+    """Over all who want chunks; kept, since every report asks for them."""
+
+    wanting: int = 0
+    fast: int = 0
+    speaking: int = 0  # those who are not silent
+    held: int = 0  # chunks of which the broker has copies for them
+    keeping_up: int = 0
+
+    def add(self, asker: _Asker, sign: int) -> None:
+        if asker.wants:
+            self.wanting += sign
+            self.fast += sign * (asker.pace == FASTEST)
+        if asker.wants and not asker.silent:
+            self.speaking += sign
+            self.held += sign * min(asker.away, HELD_EACH)
+            self.keeping_up += sign * (asker.away < FEW)
 
 
 class Broadcast:
@@ -79,6 +104,8 @@ class Broadcast:
         self._start: float | None = None  # when gathering ends; None: no chunk to send
         self._free_at = float("-inf")  # when the broker has caught up with what was sent
         self._blocked = False  # the last poll ended for want of room
+        self._sums = _Sums()
+        self._look_at = float("-inf")  # when to look for silent ones again, if the broker holds much
 
     def need(self, device: str, need: Need, now: float) -> None:
         """Note what `device` lacks; unknown blobs are not answered at all."""
@@ -86,14 +113,16 @@ class Broadcast:
             self._forget_old(now)
         lost = [self._note(device, want, now) for want in need.blobs if self._store.has(want.id)]
         if any(lost):
-            self._askers[device].slow_down()
-        if self._start is None and self._wanting():
+            with self._changing(self._askers[device]) as asker:
+                asker.slow_down()
+        if self._start is None and self._sums.wanting:
             self._start = now + GATHER_S
 
     def got(self, device: str, chunks: int, now: float) -> None:
         """So many have come to `device` since it last said so."""
-        if asker := self._askers.get(device):
-            asker.away, asker.heard_s = max(0, asker.away - chunks), now
+        if known := self._askers.get(device):
+            with self._changing(known) as asker:
+                asker.away, asker.heard_s, asker.silent = max(0, asker.away - chunks), now, False
 
     def poll(self, now: float, room: int) -> list[Command]:
         """At most `room` messages: manifests at once, then as many chunks as the pace and what the broker holds allow."""
@@ -102,7 +131,7 @@ class Broadcast:
             self._note_silent(now)
             while not self._is_full() and now >= self._opens_at() and len(commands) < room and (following := self._following(now)):
                 commands.append(self._send(*following, now))
-            if not self._wanting():
+            if not self._sums.wanting:
                 self._start = None
         self._blocked = len(commands) >= room and (bool(self._manifests) or self._start is not None)
         return commands
@@ -113,10 +142,9 @@ class Broadcast:
             return None
         if self._start is None or self._manifests:
             return now
-        wanting = self._wanting()
         if self._is_full():
-            return max(now, min(asker.heard_s for asker in wanting if asker.away) + SILENT_S)
-        ready = min((asker.ready_s if asker.pace < FASTEST else now for asker in wanting), default=now)
+            return max(now, self._start, self._look_at)
+        ready = now if self._sums.fast else min((asker.ready_s for asker in self._wanting()), default=now)
         return max(now, self._start, self._opens_at(), ready)
 
     def _opens_at(self) -> float:
@@ -124,14 +152,23 @@ class Broadcast:
         return self._free_at - (BURST - 1) / FASTEST
 
     def _is_full(self) -> bool:
-        wanting = self._wanting()
-        held = sum(min(asker.away, HELD_EACH) for asker in wanting)
-        return bool(held) and held >= max(HELD_BYTES / self._chunk_bytes, LEAST_EACH * len(wanting))
+        """The broker holds much, and few keep up."""
+        sums = self._sums
+        return sums.held >= HELD_BYTES / self._chunk_bytes and sums.keeping_up < KEEPING_UP * sums.speaking
 
     def _note_silent(self, now: float) -> None:
-        for asker in self._wanting():
-            if now >= asker.heard_s + SILENT_S:
-                asker.away = 0
+        if self._is_full() and now >= self._look_at:
+            self._look_at = now + LOOK_S
+            for known in self._wanting():
+                if known.away and now - known.heard_s >= SILENT_S:
+                    with self._changing(known) as asker:
+                        asker.silent = True
+
+    @contextmanager
+    def _changing(self, asker: _Asker) -> Iterator[_Asker]:
+        self._sums.add(asker, -1)
+        yield asker
+        self._sums.add(asker, 1)
 
     def _note(self, device: str, want: Want, now: float) -> bool:
         """Queue the wanted chunks, or the manifest; whether chunks are among them that were lost."""
@@ -143,10 +180,12 @@ class Broadcast:
         if asker is None or asker.is_past(now):
             asker = self._askers[device] = _Asker()
         sent, before = self._sent.setdefault(want.id, {}), asker.asked.get(want.id)
-        asker.asked[want.id], asker.last_s = self.sent_chunks, now
-        asker.wants.pop(want.id, None)
-        if wanted:
-            asker.wants[want.id] = sum(1 << index for index in wanted)
+        with self._changing(asker):
+            asker.asked[want.id], asker.last_s = self.sent_chunks, now
+            asker.away = 0  # counted too little they do no harm; too much, and what no report will ever tell of is waited for
+            asker.wants.pop(want.id, None)
+            if wanted:
+                asker.wants[want.id] = sum(1 << index for index in wanted)
         return before is not None and any(sent.get(index, 0) > before for index in wanted)
 
     def _wanted(self, want: Want) -> list[int] | None:
@@ -176,8 +215,9 @@ class Broadcast:
         return None
 
     def _withdraw(self, id: str) -> None:
-        for asker in self._askers.values():
-            asker.wants.pop(id, None)
+        for known in self._askers.values():
+            with self._changing(known) as asker:
+                asker.wants.pop(id, None)
 
     def _answers(self, room: int) -> list[Command]:
         answers: list[Command] = []
@@ -192,9 +232,10 @@ class Broadcast:
     def _send(self, id: str, index: int, now: float) -> Send:
         self.sent_chunks += 1
         self._sent[id][index] = self.sent_chunks
-        subscribed = [asker for asker in self._askers.values() if id in asker.wants]
-        for asker in subscribed:
-            asker.sent(id, index, now)
+        for known in self._wanting():
+            if id in known.wants:
+                with self._changing(known) as asker:
+                    asker.sent(id, index, now)
         chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
         self._free_at = max(self._free_at, now) + 1 / FASTEST
         return Send(self._topics.blob_chunk(id, index), chunk)

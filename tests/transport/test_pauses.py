@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from lwfed.transport.mqtt import FIRST_DELAY_S, LONGEST_DELAY_S, STABLE_S, USEFUL, _Pauses
+from lwfed.transport.mqtt import FIRST_DELAY_S, LONGEST_DELAY_S, STABLE_S, USEFUL, USEFUL_DELAY_S, _Pauses
 
 JITTER = (0.75, 1.25)
 
 
-def session(seconds=1.0, carried=0, thrown_out=False):
-    return SimpleNamespace(up_since=time.monotonic() - seconds, carried=carried, thrown_out=thrown_out)
+def session(seconds=1.0, carried=0):
+    return SimpleNamespace(up_since=time.monotonic() - seconds, carried=carried)
 
 
 def delays(sessions):
@@ -28,17 +28,23 @@ def within(seconds, doubled):
     return JITTER[0] * expected <= seconds <= JITTER[1] * expected
 
 
-@pytest.mark.parametrize("useless", [{}, {"carried": USEFUL - 1}, {"carried": 10 * USEFUL, "thrown_out": True}])
+@pytest.mark.parametrize("useless", [{}, {"carried": USEFUL - 1}])
 def test_sessions_that_bring_nothing_double_the_pause(useless):
     found, pauses = delays([useless] * 9)
     assert all(within(seconds, doubled) for doubled, seconds in enumerate(found))
     assert pauses.short_sessions == 9
 
 
-@pytest.mark.parametrize("good", [{"seconds": STABLE_S}, {"carried": USEFUL}])
-def test_one_that_lasted_or_carried_something_starts_anew(good):
-    found, _ = delays([{}, {}, good, {}])
+def test_one_that_lasted_starts_anew():
+    found, _ = delays([{}, {}, {"seconds": STABLE_S}, {}])
     assert [within(*one) for one in zip(found, (0, 1, 0, 1), strict=True)] == [True] * 4
+
+
+def test_a_link_that_carries_something_is_not_left_alone_for_long():
+    found, _ = delays([{"carried": USEFUL}] * 9)
+    assert within(found[0], 0)
+    assert within(found[1], 1)
+    assert all(JITTER[0] * USEFUL_DELAY_S <= seconds <= JITTER[1] * USEFUL_DELAY_S for seconds in found[2:])
 
 
 def test_a_link_that_breaks_often_is_still_a_suspicion_of_two_agents_with_one_name():

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from lwfed.blobs import BlobStore
-from lwfed.wire.broadcast import BURST, FASTEST, GATHER_S, HELD_EACH, SILENT_S, Broadcast
+from lwfed.wire.broadcast import BURST, FASTEST, GATHER_S, HELD_EACH, LOOK_S, SILENT_S, Broadcast
 from lwfed.wire.commands import Send
 from lwfed.wire.messages import Manifest, Need, Want, decode
 from lwfed.wire.topics import BlobChunk, Topics
@@ -120,12 +120,55 @@ def test_what_the_broker_holds_for_all_together_is_bounded(broadcast, ten):
     assert sent(broadcast.poll(1.6, 1000)) == [14], "no report takes away more than went out"
 
 
-def test_who_is_silent_is_not_waited_for(broadcast, ten):
-    assert broadcast.next_wakeup(1.0) == 0.3 + SILENT_S
+def test_who_is_silent_is_waited_for_once_until_it_speaks_again(broadcast, ten):
     assert sent(broadcast.poll(10.2, 1000)) == []
-    assert len(sent(broadcast.poll(10.3, 1000))) == BURST
-    chunks, now = drain(broadcast, 10.3)
-    assert (chunks[-1], now) == (99, pytest.approx(0.3 + 9 * SILENT_S, abs=0.1))
+    chunks, now = drain(broadcast, 10.2)
+    assert chunks == list(range(10, 100))
+    assert now < 0.3 + SILENT_S + 2 * LOOK_S
+
+
+def test_one_that_speaks_again_counts_again(broadcast, ten):
+    broadcast.poll(10.2, 1000)
+    assert sent(broadcast.poll(12.3, 3)) == [10, 11, 12]
+    for device in ten:
+        broadcast.got(device, 1, 12.3)
+    assert sent(broadcast.poll(12.4, 1000)) == []
+
+
+def test_several_downloads_in_a_row_are_each_as_fast(broadcast, store, monkeypatch):
+    """What came last of the one before was never reported: nothing more was to come."""
+    monkeypatch.setattr("lwfed.wire.broadcast.HELD_BYTES", 0)
+    for number in range(20):
+        blob = store.put(Random(number).randbytes(3 * 1024)).id
+        for device in range(10):
+            broadcast.need(f"d{device}", need(blob, "0-2"), float(number))
+        assert sent(broadcast.poll(number + GATHER_S, 1000)) == [0, 1, 2]
+
+
+def test_slow_devices_hold_up_none_that_keep_up(broadcast, blob, monkeypatch):
+    """The broker holds of each what it ever holds, and the rest in one copy."""
+    monkeypatch.setattr("lwfed.wire.broadcast.HELD_BYTES", 0)
+    for number in range(10):
+        broadcast.need(f"d{number}", need(blob, "0-99"), 0.0)
+    chunks, now = [], 0.3
+    while len(chunks) < 100:
+        new = sent(broadcast.poll(now, 1000))
+        assert new, "something can always go out"
+        chunks += new
+        for number in range(3):
+            broadcast.got(f"d{number}", len(new), now)
+        now += 0.1
+    assert now < 5
+
+
+def test_while_the_broker_holds_much_nobody_is_called_all_the_time(broadcast, store, ten):
+    blob = store.put(b"another").id
+    broadcast.need("d0", need(blob, "0"), 5.0)
+    now, looks = 5.0, 0
+    while now < 10:
+        broadcast.poll(now, 1000)
+        now, looks = broadcast.next_wakeup(now), looks + 1
+    assert looks <= 5
 
 
 def test_a_single_slow_device_is_sent_everything(broadcast, store, monkeypatch):
