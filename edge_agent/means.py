@@ -148,10 +148,17 @@ class _Search:
         """Within bytes of `room`; `main` has those of main memory, where training takes others."""
         config, trained, means = self.config, self.plan.trained, Means(prefix)
         batch_size, terms = min(config.train.batch_size, len(self.images)), Terms(config.alignment, config.train.proximal)
-        code = fitting.code_bytes(config, self.tensors, trained, terms, means) if main is None else 0.0
-        need = fitting.measure(config, self.tensors, trained, terms, batch_size, means, self._drawn, code)
+
+        def choose(need: fitting.Need) -> tuple[fitting.Need, int]:
+            return need, fitting.micro_batch(config, need, batch_size, self._device, room)
+
         try:
-            size = fitting.micro_batch(config, need, batch_size, self._device, room)
+            if (least := fitting.weights_bytes(self.tensors, trained)) > room:
+                raise fitting.unfit(least, room)
+            bare = fitting.measure(config, self.tensors, trained, terms, batch_size, means, self._drawn)
+            need, size = choose(bare.plus(fitting.CODE_BYTES))  # before a trial, for which there has to be room too
+            if main is None:
+                need, size = choose(bare.plus(fitting.code_bytes(config, self.tensors, trained, terms, means)))
         except Unfit as error:
             way = "free memory" if self.budget_mb is None else "raise --memory-budget"
             raise Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size") from None

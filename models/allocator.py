@@ -39,11 +39,11 @@ def read_code_in_pages(smaps: Path = Path("/proc/self/smaps")) -> bool:
     """Have the system's cache drop the libraries of this process where it holds them in large pieces; tells whether it does.
 
     Such as were written in one go, when they were installed: whoever needs a page of a piece has all of it mapped, which makes
-    three to four times as much. What is needed is read from the disk again, by the page.
+    three to four times as much. What is needed is read from the disk again, by the page. What another process has mapped stays as it is.
     """
     let_code_go(smaps)
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        code = [mapping for mapping in _mappings(smaps) if mapping.as_in_file and "x" in mapping.access]
+        code = [mapping for mapping in _mappings(smaps) if mapping.as_in_file and mapping.access.startswith("r-x")]
         largest = max(code, key=lambda mapping: mapping.size, default=None)
         if largest is None or _probed(largest, smaps) <= PROBES * SMALL:
             return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from lwfed.models.allocator import let_code_go
 from lwfed.models.features import Layout
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import AT_ONCE, Batch, Branches, Means, Terms, draw_batch, kept_for_backward, prepare, train_step, views_at_once
+from lwfed.plan import part_of
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
@@ -31,6 +32,7 @@ SPARE = 1.1  # allocators leave gaps
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
 HEAP_BYTES = 24e6  # what allocators hold beside tensors
 CODE_BYTES = 48e6  # of torch, which only training maps; where it has not been measured
+TRIAL_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Need:
     view: float = 0.0  # one of one image, in float32
     batch_size: int = 0
     features: float = 0.0  # of all views that are used again, where memory keeps them
+
+    def plus(self, extra: float) -> Need:
+        return replace(self, fixed=self.fixed + extra)
 
     def of(self, micro_batch: int) -> float:
         block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
@@ -56,13 +61,12 @@ def measure(
     batch_size: int,
     means: Means = AT_ONCE,
     drawn: int = 0,
-    code: float = CODE_BYTES,
 ) -> Need:
-    """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`.
+    """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`, libraries' code left out.
 
-    `drawn` pairs of views and patches are drawn ahead, to be used again; libraries map bytes of `code` beside what they have now.
+    `drawn` pairs of views and patches are drawn ahead, to be used again.
     """
-    branches, batch = _trial(config, tensors, trained, terms, means)
+    branches, batch = _trial(config, tensors, trained, terms, means, 2)
     images = batch.images
     kept = kept_for_backward(branches, batch, config)
     weights = 4 * sum(tensor.numel() for tensor in branches.trained)
@@ -73,7 +77,6 @@ def measure(
     features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).bytes
     return Need(
         fixed=HEAP_BYTES
-        + code
         + copies * weights
         + batch_size * (images[0].nbytes + views * (numbers * token_bytes + kept.heads))
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
@@ -84,16 +87,23 @@ def measure(
     )
 
 
+def weights_bytes(tensors: Mapping[str, Tensor], trained: Iterable[str]) -> float:
+    """What training takes at least: weights, gradients and two moments of `trained`. Nothing is computed for it."""
+    parts = set(trained)
+    return 4 * 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in parts)
+
+
 def code_bytes(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means = AT_ONCE) -> float:
-    """Of libraries, those that a step maps of what this process could do without: measured by one of two images.
+    """Of libraries, what training maps of them that this process could do without: measured by a step with a few images, in pieces.
 
     How much the system maps at a time depends on how its cache holds the files: of ones just installed, several times as
     much as after a restart.
     """
-    branches, batch = _trial(config, tensors, trained, terms, means)
     let_code_go()
     if not (before := _mapped_bytes()):
         return CODE_BYTES
+    pieces = None if config.model.backbone in CONVOLUTIONAL else TRIAL_IMAGES // 2
+    branches, batch = _trial(config, tensors, trained, terms, replace(means, micro_batch=pieces), TRIAL_IMAGES)
     train_step(branches, batch, 0.0, config, terms)
     return max(0, _mapped_bytes() - before)
 
@@ -103,10 +113,12 @@ def _mapped_bytes() -> int:
     return getattr(psutil.Process().memory_info(), "shared", 0)
 
 
-def _trial(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means) -> tuple[Branches, Batch]:
+def _trial(
+    config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means, count: int
+) -> tuple[Branches, Batch]:
     branches = prepare(config, tensors, trained, terms, means=means)
     model = config.model
-    images = torch.zeros(2, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
+    images = torch.zeros(count, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
     return branches, draw_batch(config, 0, 0, images, branches.prefix_layers)
 
 
@@ -126,7 +138,12 @@ def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.de
     for fitting in range(size, least - 1, -1):
         if need.of(fitting) <= room:
             return fitting
-    raise Unfit(f"training in this stage takes {need.of(least) / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
+    raise unfit(need.of(least), room)
+
+
+def unfit(takes: float, room: float) -> Unfit:
+    """Bytes that training takes, and those there are."""
+    return Unfit(f"training in this stage takes {takes / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
 
 
 def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes: float = PIECE_BYTES) -> int:

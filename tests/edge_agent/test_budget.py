@@ -55,9 +55,11 @@ def train(order, budget_mb):
 
 
 def test_training_in_little_more_than_it_needs_keeps_to_the_budget(order):
-    refused, _ = train(order, 60)
-    needs, room = re.search(r"takes (\d+) MB more, and there is room for (\d+) MB", refused.message).groups()
-    done, budget_mb = train(order, 60 + int(needs) - int(room) + 4)
+    beside_mb, (done, budget_mb) = 60, train(order, 60)
+    while isinstance(done, events.WorkerError):  # twice at most: more is measured where there is room for a trial
+        needs, room = re.search(r"takes (\d+) MB more, and there is room for (\d+) MB", done.message).groups()
+        beside_mb += int(needs) - int(room) + 4
+        done, budget_mb = train(order, beside_mb)
     assert isinstance(done, events.WorkerDone), done
     if done.memory.peak_source != "VmHWM":
         pytest.skip("this system has no clear_refs")

@@ -221,6 +221,8 @@ def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path
     made = config(*REUSED, "train.features_in=memory", "train.micro_batch=4")
     need = fitting.Need(fixed=1e6, per_image=1e5, features=5e6)
     monkeypatch.setattr(fitting, "measure", lambda *_: need)
+    monkeypatch.setattr(fitting, "CODE_BYTES", 0.0)
+    monkeypatch.setattr(fitting, "code_bytes", lambda *_: 0.0)
     for room, features in ((need.of(4) + 5e6, 5e6), (need.of(4) + 4.9e6, 0)):
         monkeypatch.setattr("lwfed.edge_agent.means._Search._memory", lambda _, room=room: (1e8, room))
         found = means(made, 3, tmp_path)
@@ -282,3 +284,10 @@ def test_what_has_no_room_any_more_is_computed_with_fewer_images_at_a_time(tmp_p
     assert "not as before, for stage 2: there is room for 9 MB" in device.reasons[0]
     with pytest.raises(Unfit, match="room for 9 MB"):
         Device(tmp_path, config("train.prefix=torch", "train.micro_batch=3"), 2).train(1, fixed)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
+    for name in ("measure", "code_bytes"):
+        monkeypatch.setattr(fitting, name, None)
+    with pytest.raises(Unfit, match=r"stage 3: training .* takes \d+ MB more, and there is room for 0 MB; raise --memory-budget"):
+        means(config(), 3, tmp_path, budget_mb=1.0)

@@ -90,6 +90,7 @@ def test_libraries_in_large_pieces_are_dropped_from_the_cache_of_files(tmp_path,
     assert dropped == ([(str(library), 0, 0, os.POSIX_FADV_DONTNEED)] if large else [])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_probe_tells_what_a_look_at_some_pages_of_a_file_brings(tmp_path):
     pages = 64 * PROBES
     (tmp_path / "file").write_bytes(os.urandom(pages * mmap.PAGESIZE))

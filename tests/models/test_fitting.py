@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -104,3 +107,35 @@ def test_where_memory_is_ample_products_are_not_made_too_small_to_be_fast(tiny):
 
 def test_batch_statistics_need_the_whole_batch():
     assert micro_batch(load_config("resnet18"), Need(1e6, 1e9), 64, CPU) == 64
+
+
+PROGRAM = """
+import sys
+import psutil
+import torch
+from lwfed.config import load_config
+from lwfed.models import allocator, fitting
+from lwfed.models.initial import init_parts
+from lwfed.models.local import device_task, train_local
+from lwfed.models.step import Means, Terms
+from lwfed.plan import Place
+
+torch.set_num_threads(1)
+config = load_config(sys.argv[1], ["train.batch_size=32", "train.micro_batch=4", "train.epochs=1"])
+plan = config.plan(2)
+tensors = init_parts(config, plan.present)
+found = fitting.code_bytes(config, tensors, plan.trained, Terms(config.alignment))
+allocator.let_code_go()
+before = psutil.Process().memory_info().shared
+images = torch.randint(0, 256, (64, config.model.channels, config.model.image_size, config.model.image_size), dtype=torch.uint8)
+train_local(config, device_task(config, plan, 0, Place(0, 1, 0, 1)), tensors, images.numpy(), means=Means(micro_batch=4))
+print(found, psutil.Process().memory_info().shared - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what of files is in memory")
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+def test_the_code_that_training_maps_is_foreseen(preset):
+    out = subprocess.run([sys.executable, "-c", PROGRAM, preset], capture_output=True, text=True, check=True, timeout=100).stdout
+    foreseen, mapped = map(float, out.split())
+    assert 10e6 < mapped <= SPARE * foreseen < 1.5 * mapped
