@@ -37,7 +37,7 @@ def test_slow_late_and_stalling_links_change_no_bit(start, tmp_path, undisturbed
 
 @pytest.fixture
 def namespace():
-    """A network of its own, in which the loopback has 50 kB/s and drops what does not fit: a command that runs others in it."""
+    """A network of its own, in which the loopback has 100 kB/s and drops what does not fit: a command that runs others in it."""
     keeper = subprocess.Popen(["unshare", "--user", "--map-root-user", "--net", "sh", "-c", "echo up; exec cat"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     with keeper:

@@ -16,8 +16,8 @@ from lwfed.tools.faults.command import run_some
 from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Weather, draw
 from lwfed.wire.upload import Upload
 
-SCHEDULES = 40
-MANY = 1000
+SCHEDULES = 100
+MANY = 2000
 
 
 def violated(seeds):
@@ -159,7 +159,7 @@ def cuts_power(seed):
 def test_broken_machines_are_noticed_and_their_seeds_play_again(monkeypatch, break_it):
     break_it(monkeypatch)
     found = {}
-    for seed in filter(cuts_power, range(4 * SCHEDULES)):
+    for seed in filter(cuts_power, range(160)):
         if found := violated([seed]):
             break
     assert any(BROKEN[break_it] in text for texts in found.values() for text in texts)

@@ -88,6 +88,7 @@ def test_a_broker_that_dies_in_the_middle(tmp_path):
 
     world.run(lambda: all(device.finished for device in members), trouble)
     check(server, members, contents)
+    assert server.broadcast.sent_chunks <= 1.1 * sum(-(-len(content) // CHUNK_BYTES) for content in contents)
 
 
 @pytest.mark.parametrize("who", ["server", "device"])
@@ -125,7 +126,7 @@ def test_a_download_resumes_where_it_was_after_a_restart_of_the_device(tmp_path)
     device.restart()
     world.run(lambda: device.finished)
     check(server, [device], [content])
-    assert server.broadcast.sent_chunks <= 40 + 20
+    assert server.broadcast.sent_chunks <= 40 + 4, "what was on its way to the device that was killed"
 
 
 def test_a_server_that_cuts_blobs_differently_after_its_restart(tmp_path, monkeypatch):
