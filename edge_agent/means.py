@@ -160,7 +160,7 @@ class _Search:
             if main is None:
                 need, size = choose(bare.plus(fitting.code_bytes(config, self.tensors, trained, terms, means)))
         except Unfit as error:
-            way = "free memory" if self.budget_mb is None else "raise --memory-budget"
+            way = "free memory" if self.budget_mb is None else "raise the memory budget"
             raise Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size") from None
         left = room - need.of(size) if main is None else main
         return _Fit(size, need.of(size), need.features if self._in_memory and need.features <= left else 0.0)

@@ -19,6 +19,7 @@ from lwfed.wire.messages import MAX_CURVE, Memory, Reading
 
 MB = 1e6
 HIGH_WATER = "VmHWM"
+TMPFS = {"tmpfs", "ramfs"}  # file systems in memory
 SHARE = 0.8  # of what is available, where no budget is given
 
 
@@ -166,3 +167,9 @@ def _left_bytes(group: Path, hierarchy: Hierarchy) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError):
         left += int(dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[hierarchy.reclaimable])
     return left
+
+
+def filesystem(folder: Path) -> str:
+    """Kind of the file system that holds `folder`: ext4, tmpfs, ...; empty where that cannot be told."""
+    holders = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+    return max(holders, key=lambda part: len(part.mountpoint)).fstype if holders else ""

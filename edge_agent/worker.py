@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ from lwfed.edge_agent import differences, trainer
 from lwfed.edge_agent.events import READING, VIEWS
 from lwfed.edge_agent.means import Found, find_means
 from lwfed.edge_agent.previous import Previous, Turn, forget
-from lwfed.edge_agent.resources import HIGH_WATER, status_mb
+from lwfed.edge_agent.resources import HIGH_WATER, MB, TMPFS, filesystem, own_share_bytes, resident_mb, status_mb
 from lwfed.errors import StateError, Unfit
 from lwfed.models.allocator import give_back, let_code_go, read_code_in_pages
 from lwfed.models.features import Folder, Memory
@@ -179,7 +180,8 @@ class Worker:
         if found.features_bytes:
             self._memory = self._memory or Memory(found.features_bytes)
         update = sum(len(_read(sources[part])) for part in config.plan(data["stage"]).uploaded)
-        place = self._memory or Folder(features(data), config.train.features_mb * 1e6, UPDATES * update)
+        room = min(config.train.features_mb * MB, _left_on(Path(data["kept"]), data["budget_mb"], found))
+        place = self._memory or Folder(features(data), room, UPDATES * update)
         return FeatureCache(place, digests, lambda why: say({"event": "recomputes", "why": why}))
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:
@@ -213,6 +215,14 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
     if files:
         say({"event": "patched", "files": files})
     return found
+
+
+def _left_on(folder: Path, budget_mb: float | None, found: Found) -> float:
+    """Bytes for files there: what training leaves of the budget, where files are memory."""
+    if filesystem(folder) not in TMPFS:
+        return math.inf
+    allowed = resident_mb() * MB + own_share_bytes() if budget_mb is None else budget_mb * MB
+    return max(0.0, allowed - found.needs_mb * MB)
 
 
 def _name(told: str | Json | None) -> str | None:

@@ -86,8 +86,8 @@ class Views:
         """Take the tokens from `cache`, where they are put first if they are not there. `images` names the images."""
         place, views, how = cache.place, self._name(images), self._how()
         names = [f"{views}-{how}-{prefix}" for prefix in cache.prefixes()]
-        with contextlib.suppress(OSError):
-            room, all_bytes = place.room(), self._rows * len(self._views) * self._layout.bytes
+        with self._told(cache):
+            room, all_bytes = place.room(), self._rows * self._row_bytes
             held = place.size(names[-1])
             if held is None or held < all_bytes <= room + held:  # cut short where there is room now
                 earlier = [(layers, names[layers]) for layers in self._reuse.rounded_after[:-1]]
@@ -99,6 +99,7 @@ class Views:
                     room, source = place.room(), None
                 below = self._kept_in(place, source, passed) if source else None
                 place.write(names[-1], self._blocks(passed, below, on_rows), room)
+                self._say_how_few(cache, place.size(names[-1]) or 0)
             place.forget(but=names[-1])
             self._kept = self._kept_in(place, names[-1], self._reuse.rounded_after[-1])
 
@@ -123,6 +124,27 @@ class Views:
         machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), self._branches.online.device.type]
         rest = _digest(json.dumps([train.batch_size, train.precision, train.threads, *machine]))
         return f"{prefix.engine}-{self._branches.micro_batch or train.batch_size}-{rest}"
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of one pair of views of one image."""
+        return len(self._views) * self._layout.bytes
+
+    @contextlib.contextmanager
+    def _told(self, cache: FeatureCache) -> Iterator[None]:
+        """A place that cannot be used costs time only."""
+        try:
+            yield
+        except OSError as error:
+            cache.tell(f"features of views that are used again cannot be kept ({error.strerror or error}): they are computed each time")
+
+    def _say_how_few(self, cache: FeatureCache, held: int) -> None:
+        if (kept := held // self._row_bytes) < self._rows:
+            wanted = f"{self._rows * self._row_bytes / 1e6:.0f} MB"
+            cache.tell(
+                f"features of views that are used again take {wanted}, for which there is no room: those of {self._rows - kept} of "
+                f"{self._rows} pairs are computed each time; free some disk space, or raise train.features_mb"
+            )
 
     def _say_why(self, cache: FeatureCache, views: str, how: str) -> None:
         """That tokens begin with pixels, where others have gone through some of these layers."""

@@ -157,7 +157,7 @@ def bench(context: click.Context, quick: bool, as_json: bool) -> None:
 
     from lwfed.tools.bench.command import run_bench
 
-    run_bench(quick, as_json)
+    context.exit(0 if run_bench(quick, as_json) else 1)
 
 
 @bench.command()

@@ -14,6 +14,7 @@ from lwfed.plan import Strategy
 
 Record = Mapping[str, Any]
 MARGIN = 1.1  # of the measured peak: longer runs leave more behind
+NO_FIT = "it does not fit: "
 
 # arXiv 2401.11647 v4, Table 2: MoCo v3, ViT-Tiny, batch 512, on a GPU, over the whole run.
 PAPER: Mapping[Strategy, Mapping[str, float]] = {
@@ -98,8 +99,9 @@ def recommend(records: Sequence[Record], budget_mb: float, config: RunConfig) ->
             best = best or fitting
         else:
             first = next(record for record in own if not record["fits"])
+            why = (first.get("reason") or f"it takes {largest(measured(own)):.0f} MB").removeprefix(NO_FIT)
             verb = "was not tried in" if first.get("skipped") else "does not fit into"
-            texts.append(f"{strategy} {verb} {room}: {first.get('reason') or f'it takes {largest(measured(own)):.0f} MB'}.")
+            texts.append(f"{strategy} {verb} {room}: {why}.")
     if best is None:
         return {"strategy": None, "texts": [*texts, *(_advice(config) if tried(records) else ["Nothing was tried."])]}
     times = {count: _time([record for record in best if record["threads"] == count]) for count in {record["threads"] for record in best}}

@@ -19,7 +19,7 @@ from lwfed.config import RunConfig, load_config
 from lwfed.console import counted
 from lwfed.edge_agent.agent import torch_version
 from lwfed.edge_agent.profiling import measure
-from lwfed.edge_agent.profiling.cases import PAPER, Case, judge, make_cases, measured, recommend, tried
+from lwfed.edge_agent.profiling.cases import NO_FIT, PAPER, Case, judge, make_cases, measured, recommend, tried
 from lwfed.edge_agent.profiling.condition import condition
 from lwfed.edge_agent.profiling.limits import NO_LIMIT, limited
 from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit
@@ -101,7 +101,7 @@ def measure_case(case: Case, told: Profile, on_step: Callable[[int, int], None])
         try:
             found = measure.agent(case.config, sample, case.stage, on_step, on_ready, limit, told.budget_mb, ENOUGH_S)
         except DidNotFit as problem:
-            return {**case.record(), **travels, "reason": f"it does not fit: {problem}"}
+            return {**case.record(), **travels, "reason": f"{NO_FIT}{problem}"}
     times = {"epoch_s": round(found.epoch_s(told.images, batch_size), 2)}
     return {**case.record(), **travels, **found.record(), **times, "before": asdict(before), "after": asdict(condition())}
 

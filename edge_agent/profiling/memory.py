@@ -13,9 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from lwfed.edge_agent.resources import HIGH_WATER, MB, share_mb, status_mb
-
-TMPFS = {"tmpfs", "ramfs"}
+from lwfed.edge_agent.resources import HIGH_WATER, MB, TMPFS, filesystem, share_mb, status_mb
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,3 @@ class Watch:
 def size_mb(folder: Path) -> float:
     """Of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / MB
-
-
-def filesystem(folder: Path) -> str:
-    """Kind of the file system that holds `folder`: ext4, tmpfs, ...; empty where that cannot be told."""
-    holders = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
-    return max(holders, key=lambda part: len(part.mountpoint)).fstype if holders else ""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.edge_agent import worker
-from lwfed.edge_agent.means import find_means
+from lwfed.edge_agent.means import Found, find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
 from lwfed.models import fitting
 from lwfed.models.features import Folder
 from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
+from lwfed.models.step import Means
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
@@ -86,7 +88,7 @@ def test_without_onnx_runtime_training_goes_on_with_torch(tmp_path, monkeypatch)
 
 
 def test_a_budget_below_the_process_itself_is_refused_with_a_way_out():
-    with pytest.raises(Unfit, match=r"stage 2: .*room for 0 MB; raise --memory-budget or lower train\.batch_size"):
+    with pytest.raises(Unfit, match=r"stage 2: .*room for 0 MB; raise the memory budget or lower train\.batch_size"):
         means(config(), 2, budget_mb=1)
 
 
@@ -289,5 +291,18 @@ def test_what_has_no_room_any_more_is_computed_with_fewer_images_at_a_time(tmp_p
 def test_what_cannot_fit_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
     for name in ("measure", "code_bytes"):
         monkeypatch.setattr(fitting, name, None)
-    with pytest.raises(Unfit, match=r"stage 3: training .* takes \d+ MB more, and there is room for 0 MB; raise --memory-budget"):
+    with pytest.raises(Unfit, match=r"stage 3: training .* takes \d+ MB more, and there is room for 0 MB; raise the memory budget"):
         means(config(), 3, tmp_path, budget_mb=1.0)
+
+
+@pytest.mark.parametrize(("kind", "budget_mb", "room"), [("ext4", 310.0, math.inf), ("tmpfs", 310.0, 1e7), ("tmpfs", 200.0, 0.0)])
+def test_files_that_are_memory_get_what_training_leaves_of_the_budget(tmp_path, monkeypatch, kind, budget_mb, room):
+    monkeypatch.setattr(worker, "filesystem", lambda _: kind)
+    assert worker._left_on(tmp_path, budget_mb, Found(Means(), "", needs_mb=300.0)) == room
+
+
+def test_without_a_budget_files_in_memory_get_a_share_of_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "filesystem", lambda _: "tmpfs")
+    monkeypatch.setattr(worker, "own_share_bytes", lambda: 5e6)
+    monkeypatch.setattr(worker, "resident_mb", lambda: 300.0)
+    assert worker._left_on(tmp_path, None, Found(Means(), "", needs_mb=302.0)) == 3e6

@@ -19,7 +19,8 @@ from lwfed.edge_agent.previous import Turn
 from lwfed.edge_agent.profiling import limits, measure, memory, sample
 from lwfed.edge_agent.profiling.limits import limited
 from lwfed.edge_agent.profiling.measure import DidNotFit
-from lwfed.edge_agent.profiling.memory import Watch, filesystem, size_mb
+from lwfed.edge_agent.profiling.memory import Watch, size_mb
+from lwfed.edge_agent.resources import filesystem
 from lwfed.errors import StateError, WorkerFailed
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import tensors

@@ -225,6 +225,8 @@ def test_what_has_no_room_is_computed_each_time(device, room):
     one.train(3, room=room)
     assert one.files[0].stat().st_size == room // RECORD * RECORD
     assert one.work > 2 * (room // RECORD) * 2 + 2
+    (text,) = one.told
+    assert f"those of {40 - room // RECORD} of 40 pairs are computed each time; free some disk space" in text
     limited = one.train(3, room=room)
     assert limited == one.train(3)
     assert one.files[0].stat().st_size == 40 * RECORD  # there is room now

@@ -71,6 +71,10 @@ def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
     text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"]}))
     assert text.index("2.00x  less peak memory") < text.index("libraries") < text.index("left out: it takes about 12000 MB")
     assert "against published_accumulated, over 2 stages" in text
+    assert "frozen layers" not in text
+    planned = {"prefix": "torch", "micro_batch": 8, "reason": "onnxruntime is not installed"}
+    told = lines({"title": "", "ratios": None, "rows": [row("ours", {**stage(12), "planned": planned})], "views": VIEWS, "notes": []})
+    assert "  stage 12: frozen layers by torch, 8 images at a time (onnxruntime is not installed)" in told
     nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": []}))
     assert "No ratios" in nothing
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lwfed.console import counted
+
 Record = Mapping[str, Any]
 TITLE = 42  # columns
 WORDS = {"peak_memory": "less peak memory", "time": "less time a step", "bytes": "fewer bytes a round", "flops": "fewer true FLOPs"}
@@ -76,6 +78,7 @@ def lines(report: Record) -> Iterator[str]:
             yield _line(row["title"], totals(row["stages"]), len(row["stages"]))
             if len(row["stages"]) > 1:
                 yield _line(f"  its stage {row['stages'][-1]['stage']}", totals(row["stages"][-1:]), 1)
+            yield from _planned(row["stages"][-1])
         else:
             yield f"{row['title']:{TITLE}}  left out: {row['reason']}"
     yield ""
@@ -112,6 +115,13 @@ def _ratio_lines(report: Record) -> Iterator[str]:
 def _header() -> Iterator[str]:
     yield f"{'':{TITLE}}{'MB of memory':>{sum(len(name) + 2 for name in MEMORY)}}"
     yield f"{'':{TITLE}}" + "".join(f"{name:>{len(name) + 2}}" for name in (*MEMORY, *REST))
+
+
+def _planned(stage: Record) -> Iterator[str]:
+    """How the agent chose to run frozen layers, and why."""
+    if (planned := stage.get("planned")) and stage["stage"] > 1:
+        how = f"{planned['prefix']}, {counted(planned['micro_batch'], 'image')} at a time"
+        yield f"  stage {stage['stage']}: frozen layers by {how} ({planned['reason']})"
 
 
 def _line(title: str, row: Mapping[str, float], stages: int) -> str:
