@@ -76,23 +76,35 @@ class Upload:
         self._queue: list[int] = []  # chunks to send, the next one last
         self._pause_s: float | None = None  # a Wait that no poll has seen yet
         self._digest_refusals = 0
+        self._fins = 0  # not answered yet
+        self._old_misses = 0  # answers to come that know nothing of chunks sent since
         self._room = 0  # at the last poll
         self._retry = Retry(Random(seed), ANSWER_S)
         self._retry.now()
 
     def on_grant(self, grant: Grant) -> None:
-        if grant.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
+        """A second one answers an offer that was repeated, and knows nothing of what the first has set going."""
+        if grant.contribution == self._offer.contribution and (
+            self.state == "offering" or (self.state in ("sending", "finishing") and grant.worker != self._worker)
+        ):
             self.window = grant.window
             self._worker = grant.worker
             self._send_these(grant.missing)
 
     def on_miss(self, miss: Miss) -> None:
-        if miss.contribution == self._offer.contribution and self.state == "finishing":
+        if miss.contribution != self._offer.contribution:
+            return
+        self._fins = max(0, self._fins - 1)
+        if self._old_misses:
+            self._old_misses -= 1
+        elif self.state == "finishing":
+            self._old_misses = self._fins
             self._send_these(miss.missing)
 
     def on_wait(self, wait: Wait) -> None:
         if wait.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
             self.state = "offering"
+            self._fins = self._old_misses = 0
             self._pause_s = wait.retry_s
 
     def on_done(self, done: Done) -> None:
@@ -113,6 +125,7 @@ class Upload:
         """The connection or the server is back: offer again."""
         if self.state not in ("done", "refused"):
             self.state = "offering"
+            self._fins = self._old_misses = 0
             self._pause_s = None
             self._retry.now()
 
@@ -179,5 +192,6 @@ class Upload:
         else:
             fin = Fin(contribution=self._offer.contribution, traffic=traffic)
             commands.append(Send(self._topics.from_device(self._device, "fin"), encode(fin)))
+            self._fins += 1
         self._retry.asked(now)
         return commands

@@ -160,6 +160,34 @@ def test_while_chunks_are_leaving_an_answer_is_not_missed(upload):
     assert said(upload.poll(15.0, 4, TRAFFIC), UP) == [fin], "no more has left, and nobody has answered"
 
 
+def test_answers_to_repeated_questions_send_nothing_twice(upload):
+    """After a link has stalled, what was asked again meanwhile is answered as often."""
+    fin = Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)
+    miss = Miss(contribution=upload._offer.contribution, missing="2")
+    upload.poll(0.0, 4, TRAFFIC)
+    assert said(upload.poll(9.0, 4, TRAFFIC), UP) == [upload._offer]
+    for _ in range(2):
+        upload.on_grant(grant(upload, "0-3"))
+    assert said(upload.poll(9.1, 4, TRAFFIC), UP) == [0, 1, 2, 3]
+    upload.on_grant(grant(upload, "0-3"))
+    assert said(upload.poll(9.2, 4, TRAFFIC), UP) == [fin]
+    assert said(upload.poll(19.0, 4, TRAFFIC), UP) == [fin]
+    upload.on_miss(miss)
+    assert said(upload.poll(19.1, 4, TRAFFIC), UP) == [2]
+    assert said(upload.poll(19.2, 4, TRAFFIC), UP) == [fin]
+    upload.on_miss(miss)
+    assert said(upload.poll(19.3, 4, TRAFFIC), UP) == [], "an answer to the second of three"
+    upload.on_miss(miss)
+    assert said(upload.poll(19.4, 4, TRAFFIC), UP) == [2], "it was lost once more"
+
+
+def test_a_grant_of_another_receiver_counts_at_any_time(upload):
+    upload.on_grant(grant(upload, "0-3"))
+    upload.poll(0.0, 4, TRAFFIC)
+    upload.on_grant(Grant(contribution=upload._offer.contribution, worker="w1", missing="0", window=4))
+    assert upload.poll(0.1, 4, TRAFFIC)[0].topic == TOPICS.update_chunk("d1", "w1", upload._offer.contribution, 0)
+
+
 def test_a_link_that_takes_nothing_is_given_up(upload):
     upload.on_grant(grant(upload, "0-5"))
     assert upload.poll(0.0, 0, TRAFFIC) == []
