@@ -6,6 +6,7 @@ there; a last will that comes late, after the goodbye or of an earlier boot, say
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from lwfed.wire.messages import DeviceState, Hello, State, Task, encode
 from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of
+UNANSWERED = 8  # tasks in a row: two minutes without a word. A broker that was down with a device knows nothing of its end
 SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
 
 
@@ -52,6 +54,7 @@ class Fleet:
         self._asked: dict[int, float] = {}  # participant -> when its task was last sent
         self.reminded = False  # the last tasks included some that had been sent before
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
+        self._unanswered: Counter[str] = Counter()  # device -> tasks since it was last heard of
         self._owing: Sequence[int] = ()
         self._next: float | None = None  # no task of `_owing` is due before; None: to be found anew
         self._blocked = False  # tasks are due for which there was no room
@@ -94,6 +97,19 @@ class Fleet:
             self.works(member.participant, now)
         return member
 
+    def heard(self, device: str) -> None:
+        """It has said something, whatever it is."""
+        self._unanswered.pop(device, None)
+
+    def take_silent(self) -> list[Member]:
+        """Those that do not answer; they are lost now, until they say that they are there."""
+        silent = [self.members[device] for device, count in self._unanswered.items() if count >= UNANSWERED]
+        for member in silent:
+            member.state = "lost"
+            self.heard(member.id)
+            self._next = None
+        return silent
+
     def works(self, participant: int, now: float) -> None:
         """It works on its task of this round: no reminder is needed for a while."""
         self._heard[participant] = now
@@ -125,6 +141,7 @@ class Fleet:
                     break
                 self.reminded |= member.participant in self._asked
                 self._asked[member.participant] = now
+                self._unanswered[member.id] += 1
                 payload = encode(task.model_copy(update={"participant": member.participant}))
                 commands.append(Send(self._topics.to_device(member.id, "task"), payload))
         self._next = None

@@ -48,6 +48,7 @@ class Reception:
         if chunk.device not in self._fleet.members:
             self.complaints.count(chunk.device, "unknown")
             return []
+        self._fleet.heard(chunk.device)
         bad = self._inbox.bad_chunks
         commands = self._inbox.chunk(chunk, payload, now)
         if self._inbox.bad_chunks > bad:
@@ -68,6 +69,7 @@ class Reception:
         return self._dispatch(device, message, now)
 
     def _dispatch(self, device: str, message: Message, now: float) -> list[Command]:
+        self._fleet.heard(device)
         match message:
             case Hello():
                 return self._on_hello(device, message, now)
@@ -169,6 +171,12 @@ class Reception:
         state = self._course.state
         if member.participant in state.failed or member.participant in state.unfit:
             self._apply(Restarted(member.participant), now, None)
+
+    def miss_silent(self, now: float) -> None:
+        """Who answers no task is taken for lost: its last will may be, too."""
+        for member in self._fleet.take_silent():
+            self._note_presence(member, self._news.device(member, "does not answer; it may return", now))
+            self._apply(Absent(member.participant, for_good=False), now, None)
 
     def shut_out(self, device: str, now: float) -> None:
         """It was revoked: nothing more is expected of it. What it has contributed stays."""

@@ -274,6 +274,7 @@ class Server:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)
         self._note_excess()
+        self._reception.miss_silent(now)
         self._follow(now)
         if self._connected:
             self._watch_gate(now)

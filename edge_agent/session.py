@@ -209,7 +209,10 @@ class Session:
     def _on_order(self, message: messages.Message) -> list[Effect]:
         match message:
             case Task():
-                return self._work.assign(message)
+                effects = self._work.assign(message)
+                if not effects:  # said before: the server wants to know whether anybody is here
+                    self._state = None
+                return effects
             case Manifest():
                 self._work.downloads.on_manifest(message)
                 return []

@@ -252,6 +252,8 @@ class FakeDevice:
                 if message not in (self.task, self.done_task):
                     self.tasks.append((message.stage, message.round))
                     self.task, self.upload, self.ready_at = message, None, None
+                else:
+                    self.tell("state", self.state("training" if self.task else "ready"), retain=True)
             case messages.Manifest():
                 self.downloads.on_manifest(message)
             case _ if self.upload:

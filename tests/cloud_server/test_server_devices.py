@@ -125,6 +125,33 @@ def test_a_device_of_another_version_is_told_so(world, said):
     assert "protocol version 2" in of(said, "warning")[0]["text"]
 
 
+def test_a_device_whose_last_will_is_lost_too_is_missed_in_the_end(world, said):
+    """As with a broker that is down when the device ends: what it retains says for ever that the device is there."""
+    fleet = world("rounds.min_devices=2", "rounds.quorum=1.0", "rounds.deadline_s=600")
+    fleet.start()
+    for name in ("a", "b", "c"):
+        fleet.join(name)
+    fleet.settle(until=lambda: of(said, "round", status="closed", round=1))
+    fleet.broker.cut("c", reconnect=False, will=False)
+    fleet.settle(until=lambda: of(said, "device", status="does not answer; it may return"))
+    (lost,) = of(said, "device", status="does not answer; it may return")
+    assert lost["device"] == "c"
+    assert fleet.course.state.devices[2] == "away"
+    fleet.settle(until=lambda: of(said, "round", status="closed", round=2))
+    fleet.broker.restore("c")
+    fleet.finish()
+    assert of(said, "device", status="is back")[-1]["device"] == "c"
+
+
+def test_who_answers_is_missed_by_nobody_however_long_it_takes(world, said):
+    fleet = world("rounds.min_devices=2", "rounds.deadline_s=86400")
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name, takes=lambda stage, round: 1000.0)
+    fleet.finish()
+    assert not of(said, "device", status="does not answer; it may return")
+
+
 def test_an_agent_that_starts_again_is_no_second_one(world, said):
     fleet = undisturbed(world)
     device = fleet.devices[0]
