@@ -209,10 +209,9 @@ class Session:
     def _on_order(self, message: messages.Message) -> list[Effect]:
         match message:
             case Task():
-                effects = self._work.assign(message)
-                if not effects:  # said before: the server wants to know whether anybody is here
+                if self._work.is_on(message):  # the server wants to know whether anybody is here
                     self._state = None
-                return effects
+                return self._work.assign(message)
             case Manifest():
                 self._work.downloads.on_manifest(message)
                 return []

@@ -158,6 +158,10 @@ class Work:
         said = {"run": task.run, "stage": task.stage, "round": task.round, "participant": task.participant}
         return [*effects, Tell("task", f"{where(task)}: this device trains", said)]
 
+    def is_on(self, task: Task) -> bool:
+        """It has what it takes to work on it, or hands its update over."""
+        return (task == self._task and self._phase != "called") or self.handover.covers(task)
+
     def resume(self, epoch: int) -> None:
         """Connection or server are back; the server is in its start number `epoch`."""
         self.downloads.reset()

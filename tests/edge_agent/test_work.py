@@ -276,6 +276,30 @@ def test_a_task_said_twice_is_done_once(world):
     assert len([effect for effect in device.worker if isinstance(effect, Train)]) == 1
 
 
+def test_a_task_said_again_is_answered_where_it_is_worked_on_and_not_where_its_announcement_is_missing(world):
+    """The server takes who is silent for lost; and says the announcement again to those who are."""
+    server, device = world.joined()
+
+    def states():
+        return [one.state for one in server.of(State)]
+
+    server.announce("waiting")
+    server.assign(device.id)
+    world.settle()
+    before = states()
+    server.assign(device.id)
+    world.settle()
+    assert states() == before
+    server.announce()
+    world.settle()
+    device.ready()
+    world.settle()
+    before = states()
+    server.assign(device.id)
+    world.settle()
+    assert states() == [*before, "training"]
+
+
 def trainings(device):
     return len([effect for effect in device.worker if isinstance(effect, Train)])
 
