@@ -59,6 +59,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._listener = socket.socket()
+        self._open: set[socket.socket] = set()  # until `_serve`, which may be cancelled at any moment, has closed them
 
     @property
     def port(self) -> int:
@@ -83,7 +84,8 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._listener.close()
+        for one in (self._listener, *self._open):
+            one.close()
 
     # From here on, on the loop's thread.
 
@@ -99,11 +101,13 @@ class Proxy:
     async def _accept(self) -> None:
         while True:
             device, _ = await self._loop.sock_accept(self._listener)
+            self._open.add(device)
             self._spawn(self._serve(device))
 
     async def _serve(self, device: socket.socket) -> None:
         """One connection, until either side or a cut ends it."""
         cut, broker = asyncio.Event(), socket.socket()
+        self._open.add(broker)
         broker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         for end in (device, broker):
             end.setblocking(False)
@@ -124,8 +128,9 @@ class Proxy:
         finally:
             self._connections.discard(cut)
             await _end(mine)
-            device.close()
-            broker.close()
+            for end in (device, broker):
+                end.close()
+                self._open.discard(end)
 
     async def _read(self, direction: str, source: socket.socket, lane: asyncio.Queue[tuple[float, bytes] | None]) -> None:
         """What `source` sends, as fast as the line takes it; None into the lane at its end."""
