@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ from lwfed.cloud_server.broker import find_mosquitto
 from .conftest import digest_of_result
 from .runs import FOUR_ROUNDS, PLACES, TWO_STAGES
 
+RESTART_S = 30.0
 PARTIES = ("agent", "server", "broker")
 BROKERS = [
     "embedded",
@@ -36,11 +38,15 @@ def kill(party, random, fleet, server, devices):
 
 
 def broker_of(server):
-    """The process of the broker that `server` has started."""
-    for child in psutil.Process(server.process.pid).children():
-        words = child.cmdline()
-        if Path(words[0]).name == "mosquitto" or "lwfed.cloud_server.embedded" in words:
-            return child
+    """The process of the broker that `server` has started, in place of one that was killed a moment ago too."""
+    until = time.monotonic() + RESTART_S
+    while time.monotonic() < until:
+        for child in psutil.Process(server.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended
+                words = child.cmdline()
+                if Path(words[0]).name == "mosquitto" or "lwfed.cloud_server.embedded" in words:
+                    return child
+        time.sleep(0.05)
     pytest.fail("the server has no broker")
 
 
