@@ -72,7 +72,7 @@ def test_subscriptions_survive_a_reconnection(network):
     listener.transport.unsubscribe(network.topic("c"))
     listener.transport.reconnect()
     listener.wait(lambda: listener.count(Connected) == 2, "the new connection")
-    assert listener.count(Disconnected) == 1
+    assert listener.count(Disconnected) >= 1, "a broker may refuse once while it still lets the old one go"
     sender = network.client().up()
     for rest in "cab":
         sender.transport.publish(network.topic(rest), rest.encode())
