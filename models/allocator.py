@@ -35,8 +35,8 @@ def let_code_go(smaps: Path = Path("/proc/self/smaps")) -> None:
                 advise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size), MADV_DONTNEED)
 
 
-def read_code_in_pages(smaps: Path = Path("/proc/self/smaps")) -> bool:
-    """Have the system's cache drop the libraries of this process where it holds them in large pieces; tells whether it does.
+def read_code_in_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
+    """Have the system's cache drop the libraries of this process where it holds them in large pieces.
 
     Such as were written in one go, when they were installed: whoever needs a page of a piece has all of it mapped, which makes
     three to four times as much. What is needed is read from the disk again, by the page. What another process has mapped stays as it is.
@@ -45,13 +45,10 @@ def read_code_in_pages(smaps: Path = Path("/proc/self/smaps")) -> bool:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         code = [mapping for mapping in _mappings(smaps) if mapping.as_in_file and mapping.access.startswith("r-x")]
         largest = max(code, key=lambda mapping: mapping.size, default=None)
-        if largest is None or _probed(largest, smaps) <= PROBES * SMALL:
-            return False
-        let_code_go(smaps)
-        for file in {mapping.file for mapping in code}:
-            _drop(file)
-        return True
-    return False
+        if largest is not None and _probed(largest, smaps) > PROBES * SMALL:
+            let_code_go(smaps)
+            for file in {mapping.file for mapping in code}:
+                _drop(file)
 
 
 def _probed(mapping: _Mapping, smaps: Path) -> int:

@@ -27,8 +27,8 @@ from lwfed.transport.packets import publish_bytes
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
 STABLE_S = 10.0  # a session this long starts the delays anew; shorter ones would hammer a broker that throws us out
-USEFUL = 8  # messages that were carried: after so many the link is worth another attempt soon
-USEFUL_DELAY_S = 2.0  # at most then, which is at least a hundred kB in between
+USEFUL = 8  # messages that a session carried: after so many the next one comes soon
+USEFUL_DELAY_S = 2.0  # at most
 SUSPICIOUS = 3  # so many short sessions in a row
 CLOSE_S = 5.0
 

@@ -2,12 +2,12 @@
 
     idle --a need--> gathering (0.3 s, for others to join) --> sending, lowest chunk first --nothing left--> idle
 
-Nobody acknowledges chunks. The only sign of loss is a device that asks again for chunks that went out after its last
+Nobody says which chunks have come. The only sign of loss is a device that asks again for chunks that went out after its last
 question; then its broker's queue or its link is overrun, and its own pace is halved, to recover slowly. A chunk goes out at
 the pace of the fastest device that lacks it, and what only slowed ones lack behind all else. So one that asks again and again
 costs the others little, and a broker that loses what it sends to everybody is sent less.
 
-A broker takes whatever it is given, and keeps it for those who are slower. So devices say how many chunks have come, and no more
+A broker takes whatever it is given, and keeps it for those who are slower. So devices say how many have come, and no more
 goes out while it holds much for all of them together; but a quarter that keeps up does not wait for the others. Who is silent
 does not count until it speaks again: it may be gone, or know nothing of this.
 """
@@ -102,7 +102,7 @@ class Broadcast:
         self._askers: dict[str, _Asker] = {}
         self._sent: dict[str, dict[int, int]] = {}  # blob -> chunk -> `sent_chunks` after it; as blobs were first asked for
         self._start: float | None = None  # when gathering ends; None: no chunk to send
-        self._free_at = float("-inf")  # when the broker has caught up with what was sent
+        self._free_at = float("-inf")  # when all that was sent would have gone at the fastest pace
         self._blocked = False  # the last poll ended for want of room
         self._sums = _Sums()
         self._look_at = float("-inf")  # when to look for silent ones again, if the broker holds much

@@ -172,6 +172,21 @@ def test_junk_instead_of_mqtt_does_not_end_the_transport(custom, mosquitto_port)
     assert "ZeroDivisionError" in str(client.failures()[0])
 
 
+def test_what_greets_a_client_is_no_sign_of_a_useful_link(custom, mosquitto_port):
+    """Or a server, which finds a retained state of each device, would hammer a broker that throws it out."""
+    network = custom(mosquitto_port)
+    sender = network.client().up()
+    for number in range(3):
+        sender.transport.publish(network.topic(f"retained/{number}"), b"1", retain=True)
+    sender.wait(lambda: sender.transport.pending == 0, "all to be taken")
+    listener = network.client().up(None, network.topic("retained/+"))
+    listener.wait(lambda: len(listener.received()) == 3, "what is retained")
+    assert listener.transport._session.carried == 0
+    sender.transport.publish(network.topic("retained/0"), b"2")
+    listener.wait(lambda: len(listener.received()) == 4, "what is new")
+    assert listener.transport._session.carried == 1
+
+
 def test_threads_end_with_the_transport(custom, mosquitto_port):
     client = custom(mosquitto_port).client().up()
     assert any(thread.name == f"mqtt-{client.name}" for thread in threading.enumerate())

@@ -306,3 +306,11 @@ def test_without_a_budget_files_in_memory_get_a_share_of_what_is_free(tmp_path, 
     monkeypatch.setattr(worker, "own_share_bytes", lambda: 5e6)
     monkeypatch.setattr(worker, "resident_mb", lambda: 300.0)
     assert worker._left_on(tmp_path, None, Found(Means(), "", needs_mb=302.0)) == 3e6
+
+
+def test_features_keep_to_what_is_left_for_files_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_left_on", lambda *_: 0.0)
+    device = Device(tmp_path, config(*REUSED), 3)
+    device.train(1)
+    assert sum(file.stat().st_size for file in (tmp_path / "kept" / "features").iterdir()) == 0
+    assert "are computed each time" in device.recomputes[-1]

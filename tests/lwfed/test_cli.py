@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from lwfed.cli import Connection, Program, connection_options, json_option, setting_option
 from lwfed.errors import ConfigError, LwfedError, Refused
 from lwfed.transport.address import BrokerAddress
+from lwfed.transport.mqtt import MqttTransport
 
 
 @click.group(cls=Program)
@@ -44,7 +45,7 @@ def test_a_plain_way_to_another_machine_must_be_wanted(url):
 
 @pytest.mark.parametrize("url", ["mqtts://192.0.2.1", "mqtt://localhost", "mqtt://127.0.0.5", "mqtt://[::1]"])
 def test_no_such_wish_is_needed_with_tls_or_on_this_machine(url):
-    Connection().transport(BrokerAddress.parse(url))
+    assert isinstance(Connection().transport(BrokerAddress.parse(url)), MqttTransport)
 
 
 def test_options_arrive_as_values():
