@@ -195,7 +195,7 @@ class Session:
                 return self._on_server(messages.decode_server_state(payload), now)
             case topics.RunTopic():
                 return self._on_run(decode(Run, payload))
-            case topics.BlobChunk(blob, index):
+            case topics.BlobChunk(blob, index, None | self._device):
                 fetching = not self._work.downloads.complete
                 self._work.downloads.on_chunk(blob, index, payload)
                 if fetching and self._work.downloads.complete:

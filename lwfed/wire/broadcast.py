@@ -2,6 +2,9 @@
 
     idle --a need--> gathering (0.3 s, for others to join) --> sending, lowest chunk first --nothing left--> idle
 
+Who needs a blob gets all that is published of it. So a chunk that only a half of them or fewer still lack, since their
+links broke or they came late, goes to each of these alone: on a slow link what others have lost would keep a device from its own.
+
 Nobody says which chunks have come. The only sign of loss is a device that asks again for chunks that went out after its last
 question; then its broker's queue or its link is overrun, and its own pace is halved, to recover slowly. A chunk goes out at
 the pace of the fastest device that lacks it, and what only slowed ones lack behind all else. So one that asks again and again
@@ -42,8 +45,9 @@ FORGET_S = 30.0  # a question repeated later than this after the last chunk says
 class _Asker:
     """A device, as far as chunks are concerned."""
 
+    id: str
     wants: dict[str, int] = field(default_factory=dict)  # blob -> a bit for each chunk that it is still to be sent
-    asked: dict[str, int] = field(default_factory=dict)  # blob -> how many chunks had been sent in all when it last asked
+    had: dict[str, int] = field(default_factory=dict)  # blob -> a bit for each chunk that it was sent since it last asked for some of it
     pace: float = FASTEST  # chunks a second
     ready_s: float = float("-inf")  # when its pace allows the next one
     last_s: float = 0.0  # its last question, or chunk
@@ -54,14 +58,22 @@ class _Asker:
     def is_past(self, now: float) -> bool:
         return not self.wants and now - self.last_s > FORGET_S
 
+    def lacks(self, id: str, index: int) -> bool:
+        return bool(self.wants.get(id, 0) >> index & 1)
+
+    def listens(self, id: str) -> bool:
+        """Whether it gets what is published of the blob to all, as far as is known."""
+        return id in self.wants or (id in self.had and self.away > 0)
+
     def slow_down(self) -> None:
         self.pace = max(self.pace / 2, SLOWEST)
 
     def sent(self, id: str, index: int, now: float) -> None:
-        """A chunk of a blob that it wants has gone out, on its account or not."""
+        """A chunk of a blob that it wants has gone out to it, on its account or not."""
         self.last_s = now
         self.heard_s = self.heard_s if self.away else now
         self.away += 1
+        self.had[id] |= 1 << index
         bits = self.wants.pop(id)
         if bits >> index & 1 and now >= self.ready_s:
             self.pace = min(self.pace + RECOVERY, FASTEST)  # 1 / pace seconds later
@@ -100,7 +112,7 @@ class Broadcast:
         self._chunk_bytes = chunk_bytes
         self._manifests: dict[tuple[str, str], None] = {}  # (device, blob) that are to be answered with the manifest
         self._askers: dict[str, _Asker] = {}
-        self._sent: dict[str, dict[int, int]] = {}  # blob -> chunk -> `sent_chunks` after it; as blobs were first asked for
+        self._order: dict[str, None] = {}  # blobs as they were first asked for
         self._start: float | None = None  # when gathering ends; None: no chunk to send
         self._free_at = float("-inf")  # when all that was sent would have gone at the fastest pace
         self._blocked = False  # the last poll ended for want of room
@@ -178,15 +190,16 @@ class Broadcast:
             return False
         asker = self._askers.get(device)
         if asker is None or asker.is_past(now):
-            asker = self._askers[device] = _Asker()
-        sent, before = self._sent.setdefault(want.id, {}), asker.asked.get(want.id)
+            asker = self._askers[device] = _Asker(device)
+        self._order[want.id] = None
+        bits, had = sum(1 << index for index in wanted), asker.had.get(want.id, 0)
         with self._changing(asker):
-            asker.asked[want.id], asker.last_s = self.sent_chunks, now
+            asker.had[want.id], asker.last_s = 0, now
             asker.away = 0  # counted too little they do no harm; too much, and what no report will ever tell of is waited for
             asker.wants.pop(want.id, None)
-            if wanted:
-                asker.wants[want.id] = sum(1 << index for index in wanted)
-        return before is not None and any(sent.get(index, 0) > before for index in wanted)
+            if bits:
+                asker.wants[want.id] = bits
+        return bool(bits & had)
 
     def _wanted(self, want: Want) -> list[int] | None:
         """None when the device must see the manifest (again)."""
@@ -200,16 +213,19 @@ class Broadcast:
     def _wanting(self) -> list[_Asker]:
         return [asker for asker in self._askers.values() if asker.wants]
 
-    def _following(self, now: float) -> tuple[str, int] | None:
+    def _following(self, now: float) -> tuple[str, int, str | None] | None:
+        """Blob, chunk, and the device to which alone it goes."""
         wanting = self._wanting()
         fast = [asker for asker in wanting if asker.pace == FASTEST]
         for askers in (fast, [asker for asker in wanting if asker.ready_s <= now]):
-            for id in self._sent:
+            for id in self._order:
                 bits = 0
                 for asker in askers:
                     bits |= asker.wants.get(id, 0)
                 if bits and self._store.has(id):
-                    return id, (bits & -bits).bit_length() - 1
+                    index = (bits & -bits).bit_length() - 1
+                    few = 2 * sum(one.lacks(id, index) for one in wanting) <= sum(one.listens(id) for one in self._askers.values())
+                    return id, index, next(one.id for one in askers if one.lacks(id, index)) if few else None
                 if bits:
                     self._withdraw(id)
         return None
@@ -229,18 +245,16 @@ class Broadcast:
                 answers.append(Send(self._topics.to_device(device, "manifest"), encode(manifest)))
         return answers
 
-    def _send(self, id: str, index: int, now: float) -> Send:
+    def _send(self, id: str, index: int, device: str | None, now: float) -> Send:
         self.sent_chunks += 1
-        self._sent[id][index] = self.sent_chunks
-        for known in self._wanting():
-            if id in known.wants:
-                with self._changing(known) as asker:
-                    asker.sent(id, index, now)
+        for known in [one for one in self._wanting() if id in one.wants] if device is None else [self._askers[device]]:
+            with self._changing(known) as asker:
+                asker.sent(id, index, now)
         chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
         self._free_at = max(self._free_at, now) + 1 / FASTEST
-        return Send(self._topics.blob_chunk(id, index), chunk)
+        return Send(self._topics.blob_chunk(id, index, device), chunk)
 
     def _forget_old(self, now: float) -> None:
         self._askers = {device: asker for device, asker in self._askers.items() if not asker.is_past(now)}
-        known = {id for asker in self._askers.values() for id in asker.asked}
-        self._sent = {id: sent for id, sent in self._sent.items() if id in known}
+        known = {id for asker in self._askers.values() for id in asker.had}
+        self._order = {id: None for id in self._order if id in known}

@@ -7,7 +7,7 @@ Chunks are published once for everybody who asked, in the server's order and pac
 only ever says what it still lacks. Silence is no sign of loss: on a slow link a chunk takes seconds, with others behind it
 in the broker's queue, and all would come twice. So after a silence the device asks for the manifest, whose answer comes
 behind them, and then for what is missing still. Chunks may come in any order, twice, damaged, or without being wanted.
-While more are to come it says how many have, so that the broker is not given more than it gets rid of.
+It says how many have, so that the broker is not given more than it gets rid of, and others' chunks do not come to who has all.
 """
 
 from __future__ import annotations
@@ -165,12 +165,12 @@ class Downloads:
         self._heard = self._fresh = False
 
     def _report(self, now: float) -> list[Command]:
-        """How many chunks have come: soon after some, later after fewer, and not when nothing more is to come."""
-        if not self._open or not self._got:
-            self._got, self._report_due = 0, None
+        """How many chunks have come: soon after some, later after fewer, and soon when nothing more is to come."""
+        if not self._got:
+            self._report_due = None
             return []
         self._report_due = now + GOT_WITHIN_S if self._report_due is None else self._report_due
-        if self._got >= GOT:
+        if self._got >= GOT or not self._open:
             self._report_due = min(self._report_due, max(now, self._reported_s + GOT_EVERY_S))
         if now < self._report_due:
             return []

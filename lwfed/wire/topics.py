@@ -6,6 +6,7 @@
     lwfed/<fleet>/d/<device>/up/<kind>         a device's message to the server; `state` is retained and its last will
     lwfed/<fleet>/d/<device>/up/<worker>/<contribution>/<index>    a chunk of its update
     lwfed/<fleet>/d/<device>/dn/<kind>         the server's message to one device
+    lwfed/<fleet>/d/<device>/dn/<id>/<index>   a chunk that few others lack
     lwfed/<fleet>/enrol/<token>/up             a device that has a token and no certificate yet asks for one
     lwfed/<fleet>/enrol/<token>/dn             the answer
 
@@ -37,6 +38,7 @@ class RunTopic:
 class BlobChunk:
     blob: str
     index: int
+    device: str | None = None  # None: to all who need the blob
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ class Topics:
         self.all_blobs = f"{self._base}/blob/+/+"
         self.everything = f"{self._base}/#"
 
-    def blob_chunk(self, blob: str, index: int) -> str:
-        return f"{self._base}/blob/{_checked(blob)}/{index}"
+    def blob_chunk(self, blob: str, index: int, device: str | None = None) -> str:
+        """To all who need the blob, or to `device` alone."""
+        place = "blob" if device is None else f"d/{_checked(device)}/dn"
+        return f"{self._base}/{place}/{_checked(blob)}/{index}"
 
     def blob_chunks(self, blob: str) -> str:
         """The filter for all chunks of a blob."""
@@ -114,7 +118,7 @@ class Topics:
 
     def for_device(self, device: str) -> tuple[str, ...]:
         """The filters that a device subscribes to as long as it is connected."""
-        return self.server_state, self.run, f"{self._base}/d/{_checked(device)}/dn/+"
+        return self.server_state, self.run, f"{self._base}/d/{_checked(device)}/dn/#"
 
     def all_from_device(self, device: str) -> str:
         """The filter for all that a device may say."""
@@ -148,6 +152,8 @@ class Topics:
                 return Stray(device)
             case ["d", device, "dn", kind] if is_name(device) and is_name(kind):
                 return ToDevice(device, kind)
+            case ["d", device, "dn", blob, index] if is_name(device) and is_name(blob) and _INDEX.fullmatch(index):
+                return BlobChunk(blob, int(index), device)
             case ["enrol", token, "up"] if is_name(token):
                 return FromToken(token)
             case ["enrol", token, "dn"] if is_name(token):

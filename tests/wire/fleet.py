@@ -121,7 +121,7 @@ class Device(Node):
         self.folder = folder / name
         self.refs = refs
         self.update = update
-        self.starts = 0
+        self.starts = self.chunks = 0
         super().__init__(world, name)
 
     def begin(self) -> None:
@@ -145,6 +145,7 @@ class Device(Node):
     def receive(self, topic, payload):
         match topic:
             case t.BlobChunk(blob, index):
+                self.chunks += 1
                 self.downloads.on_chunk(blob, index, payload)
             case t.ToDevice(_, kind):
                 message = decode(DOWN[kind], payload)

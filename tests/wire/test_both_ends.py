@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from lwfed.transport.memory import Faults, MemoryBroker
+from lwfed.wire.download import GOT_EVERY_S
 
 from .fleet import CHUNK_BYTES, TOPICS, Device, Server, World, blob
 
@@ -67,6 +68,9 @@ def test_without_faults_every_chunk_is_sent_once_for_all(tmp_path):
 def test_idle_means_silence(tmp_path):
     world, server, members, _ = fleet(tmp_path, MemoryBroker(), Random(1))
     world.run(lambda: all(device.finished for device in members))
+    world.now += GOT_EVERY_S  # the last chunks are reported
+    for node in world.nodes:
+        node.poll()
     world.broker.pump()
     for node in world.nodes:
         node.poll()
@@ -127,6 +131,26 @@ def test_a_download_resumes_where_it_was_after_a_restart_of_the_device(tmp_path)
     world.run(lambda: device.finished)
     check(server, [device], [content])
     assert server.broadcast.sent_chunks <= 40 + 4, "what was on its way to the device that was killed"
+
+
+def test_what_one_device_has_lost_comes_to_no_other_one(tmp_path):
+    """Its connection breaks while the chunks are on their way to all, and they come slowly to another one."""
+    world = World(MemoryBroker())
+    server = Server(world, tmp_path, slots=1)
+    content = Random(0).randbytes(100 * CHUNK_BYTES)
+    broken, slow = members = [Device(world, tmp_path, name, [server.models.put(content)], b"x") for name in ("broken", "slow")]
+    world.nodes = [server, *members]
+    world.run(lambda: server.broadcast.sent_chunks >= 20)
+    for device in members:
+        world.broker.stall(device.name)
+    world.run(lambda: server.broadcast.sent_chunks >= 60)
+    world.broker.cut(broken.name)
+    world.run(lambda: broken.downloads.complete)
+    world.broker.resume(slow.name)
+    world.run(lambda: all(device.finished for device in members))
+    check(server, members, [content])
+    assert server.broadcast.sent_chunks >= 140
+    assert slow.chunks == 100
 
 
 def test_a_server_that_cuts_blobs_differently_after_its_restart(tmp_path, monkeypatch):

@@ -38,6 +38,11 @@ def sent(commands) -> list[int]:
     return [topic.index for topic in found if isinstance(topic, BlobChunk)]
 
 
+def receivers(commands) -> list[tuple[int, str | None]]:
+    found = [TOPICS.parse(command.topic) for command in commands]
+    return [(topic.index, topic.device) for topic in found if isinstance(topic, BlobChunk)]
+
+
 def drain(broadcast: Broadcast, now: float, room: int = 1000) -> tuple[list[int], float]:
     chunks = []
     while (wakeup := broadcast.next_wakeup(now)) is not None:
@@ -74,10 +79,52 @@ def test_the_union_is_sent_once_lowest_first_after_gathering(broadcast, store, b
     assert broadcast.next_wakeup(10.2) == pytest.approx(10.3)
     assert broadcast.poll(10.2, 100) == []
     (first, *rest) = broadcast.poll(10.3, 100)
-    assert first == Send(TOPICS.blob_chunk(blob, 2), store.chunk(store.manifest(blob, 1024), 2))
+    assert first == Send(TOPICS.blob_chunk(blob, 2, "d1"), store.chunk(store.manifest(blob, 1024), 2))
     assert sent([first, *rest]) == [2, 7, 8, 9, 10, 11]
     assert broadcast.next_wakeup(10.3) is None
     assert broadcast.sent_chunks == 6
+
+
+def test_what_half_of_them_lack_goes_to_each_of_these_alone(broadcast, blob):
+    for device, missing in (("d1", "0-5"), ("d2", "0-4"), ("d3", "0-3"), ("d4", "0-2")):
+        broadcast.need(device, need(blob, missing), 0.0)
+    assert receivers(broadcast.poll(GATHER_S, 1000)) == [
+        *((index, None) for index in range(4)),
+        *((4, "d1"), (4, "d2")),
+        (5, "d1"),
+    ]
+    assert broadcast.sent_chunks == 7
+
+
+def test_who_has_everything_is_none_of_them(broadcast, blob):
+    """It does not listen any more, so what goes to all goes to the one that is left."""
+    for device in ("d1", "d2"):
+        broadcast.need(device, need(blob, "0-3"), 0.0)
+    assert receivers(broadcast.poll(GATHER_S, 1000)) == [(index, None) for index in range(4)]
+    broadcast.got("d1", 4, 0.5)
+    broadcast.need("d2", need(blob, "2"), 1.0)
+    assert receivers(broadcast.poll(1.5, 1000)) == [(2, None)]
+
+
+def test_what_a_broken_link_has_lost_goes_to_nobody_who_still_takes_what_is_on_its_way(broadcast, blob):
+    for device in ("d1", "d2"):
+        broadcast.need(device, need(blob, "0-9"), 0.0)
+    broadcast.poll(GATHER_S, 1000)
+    broadcast.poll(GATHER_S + 1, 1000)
+    broadcast.got("d1", 2, 1.5)
+    broadcast.need("d2", need(blob, "8-9"), 2.0)
+    assert receivers(broadcast.poll(2.5, 1) + broadcast.poll(3.5, 1)) == [(8, "d2"), (9, "d2")]
+    assert broadcast.next_wakeup(4.0) is None
+
+
+def test_what_was_lost_on_its_way_to_one_alone_slows_that_one(broadcast, blob):
+    broadcast.need("d1", need(blob, "0-99"), 0.0)
+    broadcast.need("d2", need(blob, "0-9"), 0.0)
+    drain(broadcast, 0.0)
+    broadcast.need("d1", need(blob, "90-99"), 2.0)
+    assert seconds_for(broadcast, 2.0) == pytest.approx(9 / (FASTEST / 2), rel=0.1)
+    broadcast.need("d2", need(blob, "90-99"), 4.0)
+    assert seconds_for(broadcast, 4.0) < 9 / FASTEST, "it was never sent these"
 
 
 def test_it_never_sends_more_than_there_is_room_for_and_then_waits_for_the_transport(broadcast, blob):

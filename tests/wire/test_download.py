@@ -71,7 +71,9 @@ def test_from_wish_to_blob(bench):
     bench.chunk(2)
     assert downloads.complete
     assert downloads.progress() == (3500, 3500)
-    assert downloads.poll(0.2) == [Unsubscribe(TOPICS.blob_chunks(bench.ref.id))]
+    unsubscribe, got = downloads.poll(0.2)
+    assert unsubscribe == Unsubscribe(TOPICS.blob_chunks(bench.ref.id))
+    assert reported([got]) == [5]
     assert downloads.next_wakeup(0.2) is None
     assert bench.store.read(bench.ref.id) == CONTENT
 
@@ -259,14 +261,23 @@ def test_a_single_chunk_is_reported_after_a_while(bench, long):
     assert reported(downloads.poll(9.0)) == [2], "the broker had them all the same"
 
 
-def test_nothing_is_reported_when_nothing_more_is_to_come_or_of_another_connection(bench, long):
+def test_nothing_is_reported_of_another_connection(bench, long):
     downloads = bench.downloads
     long(50)
     downloads.reset()
     assert reported(downloads.poll(1.0)) == []
-    long(50)
+
+
+def test_the_last_ones_are_reported_soon_and_what_comes_after_them_not_in_every_moment(bench, long):
+    downloads = bench.downloads
+    long(99)
+    assert reported(downloads.poll(1.0)) == [99]
+    long(1)
     assert downloads.complete
-    assert reported(downloads.poll(2.0)) == []
+    assert reported(downloads.poll(1.1)) == []
+    assert downloads.next_wakeup(1.1) == 1.0 + GOT_EVERY_S
+    bench.chunk(0)
+    assert reported(downloads.poll(1.0 + GOT_EVERY_S)) == [2]
     assert downloads.next_wakeup(2.0) is None
 
 

@@ -103,13 +103,14 @@ class Packets:
         self._change = lru_cache(self._change_bytes)
 
     def _fetching(self, whole: frozenset[str], moved: frozenset[str]) -> tuple[int, int]:
-        """Manifests and chunks of parts, a blob each, `moved` ones as they travel once they are held; and the two questions for them."""
+        """Manifests and chunks of parts, a blob each, `moved` ones once they are held; the two questions for them, and that they came."""
         sizes = [*(self._size(frozenset({part})) for part in whole), *(self._change(frozenset({part})) for part in moved)]
         manifests = [self._manifest(size) for size in sizes]
         down = sum(self._told(one) + self._chunks(one, partial(self._topics.blob_chunk, DIGEST)) for one in manifests)
         for_manifests = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=None) for _ in manifests))
         for_chunks = m.Need(blobs=tuple(m.Want(id=DIGEST, missing=_all(one)) for one in manifests))
-        return down, self._says(for_manifests) + self._says(for_chunks)
+        got = m.Got(chunks=sum(len(one.digests) for one in manifests))
+        return down, sum(self._says(one) for one in (for_manifests, for_chunks, got))
 
     def _training(self, plan: StagePlan) -> tuple[int, int]:
         """A round without its downloads: the task, and the update on its way."""
