@@ -10,26 +10,27 @@ aside and nothing is given up for it: it may be stray.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lwfed.backbones import CONVOLUTIONAL
 from lwfed.blobs import BlobStore, Holdings
 from lwfed.config import RunConfig
 from lwfed.console import counted
 from lwfed.data import Source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
+from lwfed.edge_agent.executions import Executions
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.ways import Pathfinder, Way
 from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
-from lwfed.wire.messages import Beat, BlobRef, Execution, Fail, FailCode, Report, Run, Task, Traffic, encode
-from lwfed.wire.sizes import Shape, largest_bytes, stated_shapes
+from lwfed.wire.messages import Beat, Fail, FailCode, Report, Run, Task, Traffic, encode
+from lwfed.wire.sizes import largest_bytes
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
@@ -60,19 +61,6 @@ class WorkerFor:
     run: str
     stage: int
     threads: int
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a device comes by a part: it fetches the whole, or patches to a base that it holds."""
-
-    part: BlobRef
-    base: str | None = None
-    patches: tuple[BlobRef, ...] = ()
-
-    @property
-    def fetched(self) -> tuple[BlobRef, ...]:
-        return self.patches or (self.part,)
 
 
 @dataclass(frozen=True)
@@ -107,8 +95,8 @@ class Work:
         self._over = False  # the present task has taken more than its budget
         self._to_fetch = 0
         self._few_said_in: str | None = None  # run
+        self._executions, self._pathfinder = Executions(journal), Pathfinder(held)
         self._ways: dict[str, Way] = {}  # to the parts of the present round
-        self._unpatchable: set[str] = set()  # parts that patches did not make
 
     @property
     def busy(self) -> bool:
@@ -205,7 +193,7 @@ class Work:
                 return self._note_over(event)
             case events.WorkerDone():
                 return self._finish(event, now)
-            case events.WorkerError("InvalidPayload", message) if self._job is not None and self._doubt(self._job):
+            case events.WorkerError("InvalidPayload", message) if self._job is not None and self._pathfinder.doubt(self._job.ways):
                 self._job, self._phase = None, "called"
                 return [*self._end_worker(), Tell("warning", f"{message}; the whole parts are fetched instead")]
             case events.WorkerError():
@@ -218,7 +206,7 @@ class Work:
         if task is None or run is None:
             return []
         if self._phase == "called" and _is_on(task, run):
-            self._ways = {part: self._way(run, part, ref) for part, ref in run.parts.items()}
+            self._ways = self._pathfinder.ways(run)
             wanted = [run.config, *run.graphs.values(), *(blob for way in self._ways.values() for blob in way.fetched)]
             self._held.forget({ref.id for ref in wanted} | {way.base for way in self._ways.values() if way.base})
             self.downloads.want(wanted)
@@ -227,14 +215,6 @@ class Work:
         if self._phase == "fetching" and self.downloads.complete and self.handover.update is None:
             return [*self._say_download(), *self._prepare(task, run)]
         return []
-
-    def _way(self, run: Run, part: str, ref: BlobRef) -> Way:
-        steps = run.patches.get(part, ())
-        known = [number for number, step in enumerate(steps) if self._held.has(step.base)]
-        if not known or ref.id in self._unpatchable or self._held.has(ref.id):
-            return Way(ref)
-        patches = tuple(step.blob for step in steps[known[-1] :])
-        return Way(ref, steps[known[-1]].base, patches) if sum(blob.size for blob in patches) < ref.size else Way(ref)
 
     def _say_download(self) -> list[Effect]:
         if not self._to_fetch:
@@ -251,7 +231,8 @@ class Work:
         except (ConfigError, ValueError) as error:
             return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
         try:
-            size = largest_bytes(self._shapes(uploaded), config.transfer.codec)
+            known = [self._ways[part] for part in uploaded if part in self._ways]  # the worker refuses others
+            size = largest_bytes(self._pathfinder.shapes(known), config.transfer.codec)
             self.handover.fitting(size, config.transfer.chunk_bytes, config.train.epochs)
         except (ConfigError, InvalidPayload) as error:
             return self._fail(task, events.WorkerError(type(error).__name__, str(error)))
@@ -263,17 +244,11 @@ class Work:
         self._worker = job.worker
         return [*effects, StartWorker(job.worker.threads)]
 
-    def _shapes(self, parts: Iterable[str]) -> dict[str, Shape]:
-        """Of the tensors of those among `parts` that were announced; the worker refuses others."""
-        ways = [self._ways[part] for part in parts if part in self._ways]
-        files = [self._held.path(way.base or way.part.id) for way in ways]
-        return {name: shape for file in files for name, shape in stated_shapes(file).items()}
-
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
         order = {
             "do": "train",
             "config": str(self._held.path(job.run.config.id)),
-            "parts": {part: self._source(way) for part, way in job.ways.items()},
+            "parts": {part: self._pathfinder.source(way) for part, way in job.ways.items()},
             "graphs": {engine: str(self._held.path(ref.id)) for engine, ref in job.run.graphs.items()},
             "stage": job.task.stage,
             "round": job.task.round,
@@ -284,61 +259,17 @@ class Work:
             "shared": self._places.shared,
             "kept": str(self._places.kept),
             "out": str(self._places.out),
-            "execution": self._fixed(job, ready),
+            "execution": self._executions.fixed(job.task, job.config, ready),
             "budget_mb": self._places.budget_mb,
         }
         self._phase, self._linger_until, self._next_beat, self._losses = "training", None, float("-inf"), []
         return [Train(order, job.config.worker.sample_s)]
 
-    def _source(self, way: Way) -> str | dict[str, Any]:
-        if way.base is None:
-            return str(self._held.path(way.part.id))
-        patches = [str(self._held.path(blob.id)) for blob in way.patches]
-        return {"base": str(self._held.path(way.base)), "patches": patches, "id": way.part.id}
-
-    def _fixed(self, job: Job, ready: events.WorkerReady) -> dict[str, Any] | None:
-        """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine."""
-        before = self._journal.execution(job.task.run, job.task.stage)
-        if before is None or (before.torch, before.machine) != (ready.torch, self._machine(job, ready)):
-            return None
-        return {"prefix": before.prefix, "micro_batch": before.micro_batch}
-
-    def _machine(self, job: Job, ready: events.WorkerReady) -> str:
-        beside = ready.accelerator if job.config.worker.device != "cpu" else None
-        return ready.machine if beside is None else f"{ready.machine}, {beside}"
-
     def _fix_execution(self, event: events.WorkerPlanned) -> list[Effect]:
-        """Fix, before the first step of the stage, what the bits of an update depend on; a later change is said."""
         if self._job is None or self._ready is None:
             return []
-        job, ready, self._over = self._job, self._ready, False
-        now = Execution(
-            prefix=event.prefix,
-            micro_batch=event.micro_batch,
-            precision=job.config.train.precision,
-            threads=job.worker.threads,
-            torch=ready.torch,
-            machine=self._machine(job, ready),
-        )
-        before = self._journal.execution(job.task.run, job.task.stage)
-        if before == now:
-            return []
-        self._journal.fix_execution(job.task.run, job.task.stage, now)
-        if before is None:
-            text = f"stage {job.task.stage}: frozen layers by {now.prefix}, {counted(now.micro_batch, 'image')} at a time ({event.reason})"
-            return [Tell("planned", text, {"stage": job.task.stage, "prefix": now.prefix, "micro_batch": now.micro_batch})]
-        was, is_now = (
-            f"torch {one.torch} on {one.machine}, threads: {one.threads}, prefix: {one.prefix}, micro-batch: {one.micro_batch}"
-            for one in (before, now)
-        )
-        text = f"this stage began with {was} and goes on with {is_now} ({event.reason}): its updates cannot be repeated bit for bit"
-        return [Tell("warning", text)]
-
-    def _doubt(self, job: Job) -> bool:
-        """Trust the patches of this round no longer; whether there were any."""
-        made = {way.part.id for way in job.ways.values() if way.base is not None}
-        self._unpatchable |= made
-        return bool(made)
+        self._over = False
+        return self._executions.fix(self._job.task, self._job.config, self._ready, event)
 
     # From training on
 
@@ -380,7 +311,7 @@ class Work:
         except ConfigError as error:
             return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
         if self._over:
-            effects += self._take_less(job, "to keep to --memory-budget") or []
+            effects += self._executions.take_less(job.task, job.config, "to keep to --memory-budget") or []
         self._job, self._task, self._phase = None, None, "idle"
         self._linger_until = now + job.config.worker.linger_s
         return few + effects
@@ -398,7 +329,7 @@ class Work:
         effects = self._end_worker(died=event.kind == "died")
         code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
         if code == "memory" and self._job is not None:
-            less = self._take_less(self._job, "since memory ran out")
+            less = self._executions.take_less(task, self._job.config, "since memory ran out")
             code, effects = ("unfit", effects) if less is None else ("memory", effects + less)
         self._give_up()
         reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
@@ -407,21 +338,6 @@ class Work:
         if code in ("data", "unfit"):
             text += "; this device stays connected, and is not asked again until it is restarted"
         return [*effects, Tell("warning", text, {"code": code}), self._send("fail", fail)]
-
-    def _take_less(self, job: Job, why: str) -> list[Effect] | None:
-        """Plan half of the micro-batch for the next try, and say so; None where that is not possible."""
-        before = self._journal.execution(job.task.run, job.task.stage)
-        if before is None:
-            return []  # before anything was planned: perhaps others took the memory
-        if before.micro_batch == 1 or job.config.model.backbone in CONVOLUTIONAL:
-            return None
-        less = before.model_copy(update={"micro_batch": before.micro_batch // 2})
-        self._journal.fix_execution(job.task.run, job.task.stage, less)
-        text = (
-            f"stage {job.task.stage} goes on with {counted(less.micro_batch, 'image')} at a time instead of {before.micro_batch}, {why}: "
-            "its updates cannot be repeated bit for bit"
-        )
-        return [Tell("warning", text, {"micro_batch": less.micro_batch})]
 
     def _give_up(self) -> list[Effect]:
         """Forget the task; a training that is under way, or a start, can only be ended with its process."""
