@@ -101,15 +101,17 @@ def revoke(name: str) -> None:
 @main.command()
 @click.option("--state", type=click.Path(path_type=Path), help="Folder of one run. Default: all runs of this user, or of --database.")
 @database_option
-def status(state: Path | None, database: str | None) -> None:
+@json_option
+def status(state: Path | None, database: str | None, as_json: bool) -> None:
     """Where runs stand: round, devices, results."""
     from lwfed.cloud_server.overview import overview, overviews, runs_below
 
+    between = "" if as_json else "\n"
     if database and not state:
-        click.echo("\n\n".join(overviews(database)))
+        click.echo(f"{between}\n".join(overviews(database, as_json)))
         return
     for number, root in enumerate([state] if state else runs_below(default_folder())):
-        click.echo(("\n" if number else "") + overview(root, database))
+        click.echo((between if number else "") + overview(root, database, as_json))
 
 
 @main.command()

@@ -52,8 +52,9 @@ class Duties:
                 self._submit("evaluate", {} if baselines else self._course.files(self._course.state.parts), names=names)
             case Aggregate():
                 aggregated, screened = self._course.aggregate()
-                self._news.screened(self._course.state.stage, self._course.state.round, screened)
-                self._apply(aggregated, now, None)
+                stage, round = self._course.state.stage, self._course.state.round
+                self._news.screened(stage, round, screened)
+                self._apply(aggregated, now, lambda step: step.leave_out(stage, round, screened.left_out))
                 return True
             case Calibrate(stage, round):
                 place = {"stage": stage, "round": round, "lr_scale": self._course.lr_scale}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from lwfed.cloud_server import checkpoint, orders
 from lwfed.cloud_server.course import MODEL_FOLDER
 from lwfed.cloud_server.news import NAMES, codes_of, judgement
-from lwfed.cloud_server.rounds import Rules
-from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Store, Tie, stored_runs
+from lwfed.cloud_server.status import Status, begun
+from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Tie, stored_runs
 from lwfed.cloud_server.telling import stop_reason
-from lwfed.config import RunConfig
 from lwfed.console import counted, printable
 from lwfed.errors import StateError
+
+SHOWN_ROUNDS = 20  # of a stage
+Line = tuple[str, str]  # label, text
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -25,65 +31,79 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
-def overview(root: Path, database: str | None = None) -> str:
-    """Where the run below `root` stands, as a few aligned lines. Raises StateError when there is none."""
+def overview(root: Path, database: str | None = None, as_json: bool = False) -> str:
+    """Where the run below `root` stands, as a few aligned lines, or one of JSON. Raises StateError when there is none."""
     if database is None and (tie := Tie.of(root)):
+        if as_json:
+            return json.dumps({"run": tie.run, "where": str(root), "database": tie.database})
         return f"{'run':<12}{tie.run}, of {root}, is kept in {tie.database}: add its --database"
     with stored_runs(root, database) as (store,):
-        return _overview(store, str(root), len(orders.waiting(root)))
+        return _shown(Status.of(store, str(root), len(orders.waiting(root))), as_json)
 
 
-def overviews(database: str) -> list[str]:
+def overviews(database: str, as_json: bool = False) -> list[str]:
     """Of all runs in a database. Raises StateError when there is none."""
     with stored_runs(None, database) as stores:
-        return [_overview(store, store.database.name) for store in stores]
+        return [_shown(Status.of(store, store.database.name), as_json) for store in stores]
 
 
-def _overview(store: Store, where: str, ordered: int = 0) -> str:
-    config, state = _begun(store), store.state
-    rules = Rules.of(config)
-    planned = rules.last_round(state.stage, state.round)
-    lines = [
-        ("run", f"{config.run.name} ({config.stages.strategy}), in {where}"),
-        ("now", f"stage {state.stage} of {rules.stages}, round {state.round} of {planned}, {state.phase}"),
-    ]
-    if state.paused and not state.over:
-        until = f"until cloud-server resume --state {where}"
-        lines.append(("paused", f"after this round, {until}" if state.phase == "training" else f"no round begins {until}"))
-    if state.phase == "stopped":
-        lines.append(("stopped", stop_reason(state)))
-    running = store.served
-    if not running:
-        lines.append(("server", "no server is running; devices as last seen"))
-    if ordered:
-        lines.append(("ordered", f"{counted(ordered, 'order')} wait{'s' if ordered == 1 else ''} for the server to look or be started"))
-    if state.phase == "training":
-        lines.append(("round", f"{len(state.contributed)} of {len(state.chosen)} updates, {state.needed} needed"))
-    for device in store.devices():
-        there = state.devices.get(device.participant, "gone")
-        text = f"{'' if running else 'was '}{there}; {device.id}, {device.hello.machine}, last greeting {_minute(device.seen_s)}"
+def _shown(status: Status, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(asdict(status))
+    lines = [*_course_lines(status), *_device_lines(status), *_result_lines(status)]
+    return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
+
+
+def _course_lines(status: Status) -> Iterator[Line]:
+    yield "run", f"{status.run} ({status.strategy}), in {status.where}"
+    yield "now", f"stage {status.stage} of {status.stages}, round {status.round} of {status.last_round}, {status.phase}"
+    if status.paused:
+        until = f"until cloud-server resume --state {status.where}"
+        yield "paused", f"after this round, {until}" if status.phase == "training" else f"no round begins {until}"
+    if status.stopped:
+        yield "stopped", status.stopped
+    if not status.served:
+        yield "server", "no server is running; devices as last seen"
+    if status.orders:
+        wait = f"{counted(status.orders, 'order')} wait{'s' if status.orders == 1 else ''}"
+        yield "ordered", f"{wait} for the server to look or be started"
+    if status.phase == "training":
+        yield "round", f"{status.contributed} of {status.chosen} updates, {status.needed} needed"
+
+
+def _device_lines(status: Status) -> Iterator[Line]:
+    for device in status.devices:
+        there = f"{'' if status.served else 'was '}{device.presence}"
+        text = f"{there}; {device.device}, {device.machine}, last greeting {_minute(device.seen_s)}"
+        if device.left_out:
+            text += f"; left out of {counted(device.left_out, 'round')}"
         if device.doubled_s is not None:
             text += f"; two agents were this device at {_minute(device.doubled_s)}: end one and delete its --state"
         if device.complaints:
             text += f"; complaints: {codes_of(device.complaints)}"
-        lines.append((f"device {device.participant}", text))
-    for (stage, name), scores in store.scores().items():
-        probe = "" if scores.probe is None else f", linear probe {scores.probe:.1%}"
-        lines.append((f"stage {stage}" if stage else "before", f"{NAMES[name]}: kNN {scores.knn:.1%}{probe}"))
-    for (stage, attempt), found in store.judgements().items():
-        again = "" if attempt == 1 else f", attempt {attempt}"
-        lines.append((f"stage {stage}", f"features{again}: {judgement(found)}"))
-    closed = [row for row in store.rounds() if row.closed_s is not None]
-    if closed:
-        loss = store.loss(closed[-1].stage, closed[-1].round)
-        lines.append(("last round", f"stage {closed[-1].stage}, round {closed[-1].round}: loss {loss:.4f}"))
-    return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
+        yield f"device {device.participant}", text
+
+
+def _result_lines(status: Status) -> Iterator[Line]:
+    for one in status.scores:
+        probe = "" if one.probe is None else f", linear probe {one.probe:.1%}"
+        yield f"stage {one.stage}" if one.stage else "before", f"{NAMES[one.name]}: kNN {one.knn:.1%}{probe}"
+    for found in status.judgements:
+        again = "" if found.attempt == 1 else f", attempt {found.attempt}"
+        yield f"stage {found.stage}", f"features{again}: {judgement(found)}"
+    for stage, rounds in groupby(status.rounds, lambda one: one.stage):
+        last = list(rounds)[-SHOWN_ROUNDS:]
+        if any(one.left_out for one in last):
+            numbers = ", ".join(f"{len(one.left_out)} of {one.updates}" for one in last)
+            yield "left out", f"stage {stage}, updates from round {last[0].round} on: {numbers}"
+    if status.rounds:
+        yield "last round", f"stage {status.rounds[-1].stage}, round {status.rounds[-1].round}: loss {status.loss:.4f}"
 
 
 def order(root: Path, what: orders.Order, database: str | None = None) -> bool:
     """Give the run below `root` an order; whether a server is there to do it now. Raises StateError."""
     with stored_runs(root, database) as (store,):
-        config = _begun(store)
+        config = begun(store)
         if store.state.over:
             raise StateError(f"run {config.run.name} is {store.state.phase}: there is nothing to {what.do}")
         running = store.served
@@ -97,7 +117,7 @@ def export_from(root: Path, out: Path, stage: int | None, database: str | None =
     What collapsed and stopped a run is written only when asked for by its stage.
     """
     with stored_runs(root, database) as (store,):
-        config, state = _begun(store), store.state
+        config, state = begun(store), store.state
         if stage is None and state.phase == "stopped":
             stage = state.sound_stage
             if not stage:
@@ -116,9 +136,3 @@ def _intact(path: Path) -> Path:
 
 def _minute(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
-
-
-def _begun(store: Store) -> RunConfig:
-    config = store.config
-    assert config is not None  # or it would not be in the store
-    return config

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 
 FIRST = "6"  # the oldest that is taken over, as SQLite's user_version; from then on the revisions of Alembic
-HEAD = "8"
+HEAD = "9"
 
 metadata = MetaData()
 version = Table("lwfed_version", MetaData(), Column("version_num", String(32), primary_key=True))  # Alembic's, under a name of ours
@@ -67,6 +67,7 @@ rounds = Table(
     Column("closed_s", Float),
     Column("calibration_loss", Float),
     Column("calibration_seconds", Float),
+    Column("left_out", JSON, nullable=False, server_default="[]"),  # participants whose updates came and were not chosen to count
 )
 
 contributions = Table(

@@ -50,6 +50,10 @@ class Step:
     def close_round(self, stage: int, round: int) -> None:
         self._update_round(stage, round, closed_s=self._now)
 
+    def leave_out(self, stage: int, round: int, participants: tuple[int, ...]) -> None:
+        """Updates that the rule of aggregation did not choose."""
+        self._update_round(stage, round, left_out=list(participants))
+
     def calibrated(self, stage: int, round: int, loss: float, seconds: float) -> None:
         self._update_round(stage, round, calibration_loss=loss, calibration_seconds=seconds)
 
@@ -70,7 +74,7 @@ class Step:
         table = schema.checkpoints
         self.statements.append(table.delete().where(table.c.run == self._run, table.c.stage == stage))
 
-    def _update_round(self, stage: int, round: int, **values: float) -> None:
+    def _update_round(self, stage: int, round: int, **values: Any) -> None:
         table = schema.rounds
         place = table.c.run == self._run, table.c.stage == stage, table.c.round == round
         self.statements.append(table.update().where(*place).values(**values))

@@ -47,6 +47,18 @@ def test_status_of_a_finished_run(finished, run, monkeypatch):
     assert "kNN 50.0%, linear probe 25.0%" in result.output
 
 
+def test_status_for_other_programs(finished, run, monkeypatch):
+    monkeypatch.undo()
+    (line,) = run("status", "--json", "--state", finished.root / "server").output.splitlines()
+    told = json.loads(line)
+    assert (told["run"], told["phase"], told["stage"], told["round"], told["served"]) == ("small", "finished", 2, 2, False)
+    assert [(one["device"], one["presence"], one["left_out"]) for one in told["devices"]] == [("a", "here", 0), ("b", "here", 0)]
+    places = [(one["stage"], one["round"], one["updates"], one["left_out"]) for one in told["rounds"]]
+    assert places == [(stage, round, 2, []) for stage in (1, 2) for round in (1, 2)]
+    assert {(one["stage"], one["name"], one["knn"], one["probe"]) for one in told["scores"]} >= {(2, "trained", 0.5, 0.25)}
+    assert told["loss"] == finished.course.store.loss(2, 2)
+
+
 def test_status_says_whether_a_server_is_at_work(finished, run, monkeypatch):
     monkeypatch.undo()
     root = finished.root / "server"

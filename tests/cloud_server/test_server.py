@@ -1,5 +1,6 @@
 """A run in a fleet of simulated devices: undisturbed, disturbed, killed."""
 
+import json
 from random import Random
 
 import numpy as np
@@ -101,6 +102,14 @@ def test_a_poisoned_update_is_left_out_and_named(world, said):
         assert list(one["clipped"]) == [str(poisoned)]
         assert f"clipped device {poisoned}, down to 0." in one["text"]
     assert not of(said, "warning")
+    told = json.loads(overview(fleet.root / "server", as_json=True))
+    assert [(one["updates"], one["left_out"]) for one in told["rounds"]] == [(5, one["left_out"]) for one in found]
+    times = {device["participant"]: device["left_out"] for device in told["devices"]}
+    assert (times[poisoned], sum(times.values())) == (4, 12)
+    status = overview(fleet.root / "server")
+    assert "left out    stage 2, updates from round 1 on: 3 of 5, 3 of 5\n" in status
+    (line,) = [line for line in status.splitlines() if line.startswith(f"device {poisoned} ")]
+    assert line.endswith("; left out of 4 rounds")
 
 
 @pytest.mark.parametrize(("devices", "instead"), [("ab", "the model stays as it was"), ("abc", "the median is taken instead")])

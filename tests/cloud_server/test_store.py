@@ -159,6 +159,16 @@ def test_results_and_the_last_checkpoint_of_each_stage(store, tiny):
     assert store.times == (1000.0, 1000.0)
 
 
+def test_a_round_knows_whose_updates_were_left_out(store, opened, tiny):
+    store.begin(tiny())
+    with store.step(State()) as step:
+        for round in (1, 2):
+            step.begin_round(1, round, (0, 1, 2))
+        step.leave_out(1, 2, (0, 2))
+    store.close()
+    assert [(row.round, row.left_out) for row in opened().rounds()] == [(1, []), (2, [0, 2])]
+
+
 def test_judgements_of_each_attempt_and_a_checkpoint_that_is_forgotten(store, tiny):
     store.begin(tiny())
     with store.step(State(phase="stopped")) as step:

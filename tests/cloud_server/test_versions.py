@@ -55,7 +55,7 @@ def test_a_store_of_before_migrations_is_taken_over_whole(old):
     assert (state.phase, state.chosen, epoch, resumed) == ("training", (0, 1), 2000, True)
     with store.step(state) as step:
         step.close_round(1, 1)
-    assert store.rounds()[0].closed_s == 2000.0
+    assert [(row.closed_s, row.left_out) for row in store.rounds()] == [(2000.0, [])]
     store.close()
 
 
@@ -95,7 +95,7 @@ def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
 
 
 def test_who_only_looks_does_not_migrate(old):
-    with pytest.raises(StateError, match="of version 6, older than 8: `cloud-server serve` migrates it"), stored_runs(old, None):
+    with pytest.raises(StateError, match="of version 6, older than 9: `cloud-server serve` migrates it"), stored_runs(old, None):
         pass
     assert [path.name for path in old.iterdir()] == [FILE_NAME]
 
@@ -112,7 +112,7 @@ def test_a_store_of_a_newer_program_is_refused(opened, database, tmp_path):
     store = opened(database)
     store.database.transact(lambda connection: connection.execute(schema.version.update().values(version_num="99")))
     store.close()
-    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 8: install"):
+    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 9: install"):
         opened(database)
     with pytest.raises(StateError, match="newer"), stored_runs(tmp_path / "state", database):
         pass

@@ -37,6 +37,7 @@ class Round:
     closed_s: float | None = None
     calibration_loss: float | None = None
     calibration_seconds: float | None = None
+    left_out: list[int] = field(default_factory=list)
 
 
 @dataclass
