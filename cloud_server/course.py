@@ -182,14 +182,14 @@ class Course:
         counted = {one.participant: one for one in received if self.state.contributed.get(one.participant) == one.id}
         held = {number: self.spool.path(one.blob) for number, one in counted.items() if self.spool.has(one.blob)}
         settings, before = self.config.aggregation, self._files(self.plan.uploaded)
-        with unpacked(self.config.transfer, before.values(), held, self.root / "unpacked") as (files, open_update):
+        with unpacked(self.config.transfer, before.values(), held, self.root / "unpacked") as (files, read):
             lost = tuple(sorted(counted.keys() - files.keys()))
             if not files:
                 return Screened((), lost=lost), {}
             shares = [Share(number, counted[number].report.images, file) for number, file in files.items()]
-            with Updates(before, shares, open_update) as updates:
-                screened = screen(settings, updates)
-                parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in combine(settings, screened, updates)}
+            updates = Updates(before, shares, read)
+            screened = screen(settings, updates)
+            parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in combine(settings, screened, updates)}
         return replace(screened, lost=lost), parts
 
     def calibrated(self, files: dict[str, str]) -> Calibrated:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lwfed.cloud_server.updates import Open, Read, weights
+from lwfed.cloud_server.updates import Array, Index, Read, weights
 from lwfed.config import TransferSection
 from lwfed.errors import InvalidPayload, StateError
 from lwfed.plan import STATISTICS, VARIANCE
@@ -61,8 +61,8 @@ def _square(tensor: tensors.Array) -> float:
 @contextmanager
 def unpacked(
     transfer: TransferSection, received: Iterable[Path], updates: Mapping[int, Path], folder: Path
-) -> Iterator[tuple[dict[int, Path], Open]]:
-    """Files in which any block of a tensor can be read, and how to open one: `updates` by participant, whose content has been checked.
+) -> Iterator[tuple[dict[int, Path], Read]]:
+    """Files in which any block of a tensor can be read, and how: `updates` by participant, whose content has been checked.
 
     Differences to `received`, the files of the parts that the devices began with, are decompressed below `folder`, and are
     there while the block lasts; one that the disk has spoilt is left out. Raises StateError where the disk has no room.
@@ -93,10 +93,8 @@ def _decompressed(layout: deltas.Layout, updates: Mapping[int, Path], folder: Pa
     return files
 
 
-@contextmanager
-def _differences(layout: deltas.Layout, path: Path) -> Iterator[Read]:
-    raw = np.memmap(path, np.uint8, "r")
-    yield lambda name, before, index: np.asarray(before[index] + layout.read(raw, name, index))
+def _differences(layout: deltas.Layout, path: Path, name: str, before: Array, index: Index) -> Array:
+    return np.asarray(before[index] + layout.read(np.memmap(path, np.uint8, "r"), name, index))
 
 
 def _shapes(received: Iterable[Path]) -> dict[str, tuple[int, ...]]:

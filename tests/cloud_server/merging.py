@@ -16,10 +16,9 @@ def settings_of(rule, **more):
 
 def merge_parts(settings, received, shares):
     """Part -> name -> tensor after the round."""
-    with Updates(received, shares) as updates:
-        return dict(combine(settings, screen(settings, updates), updates))
+    updates = Updates(received, shares)
+    return dict(combine(settings, screen(settings, updates), updates))
 
 
 def screened(settings, received, shares):
-    with Updates(received, shares) as updates:
-        return screen(settings, updates)
+    return screen(settings, Updates(received, shares))

@@ -89,11 +89,6 @@ def test_extremes_stay_finite(write, merge, rule):
     assert merge(rule, shares).tolist() == [np.float32(3.4e38)]
 
 
-def test_more_updates_than_files_may_be_open(write, merge):
-    shares = [Share(number, 1, write(number, w=[float(number)])) for number in range(70)]
-    assert merge("mean", shares).tolist() == [34.5]
-
-
 def test_nothing_to_aggregate_is_an_error(merge):
     with pytest.raises(ValueError, match="nothing to aggregate"):
         merge("mean", [])

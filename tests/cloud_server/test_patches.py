@@ -29,6 +29,7 @@ from .merging import RULES, settings_of
 
 CODECS = ("int8", "bf16")
 PART = "layer.1"
+MAPS = Path("/proc/self/maps")
 
 
 def config(codec="int8"):
@@ -126,26 +127,41 @@ def sent(tmp_path, blobs):
     return sent
 
 
-def merged(settings, held, files, open_update=updates.weights):
-    shares = [Share(number, 1 + number, file) for number, file in files.items()]
-    with Updates({PART: held}, shares, open_update) as found:
-        return tensors.encode(dict(combine(settings, screen(settings, found), found))[PART])
+def merged(settings, held, files, read=updates.weights):
+    found = Updates({PART: held}, [Share(number, 1 + number, file) for number, file in files.items()], read)
+    return tensors.encode(dict(combine(settings, screen(settings, found), found))[PART])
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("rule", RULES)
 def test_differences_are_aggregated_as_the_weights_that_they_make(tmp_path, monkeypatch, sent, codec, rule):
-    """To the bit, clipped, block by block, and with more devices than files may be open; nothing as large as weights is written."""
+    """To the bit, clipped, and block by block; nothing as large as weights is written."""
     held, files, made = sent(codec)
     settings = settings_of(rule, clip_norm="median")
     expected = merged(settings, held, made)
     monkeypatch.setattr(updates, "BLOCK_NUMBERS", 50)
-    monkeypatch.setattr(updates, "OPEN_FILES", 2)
-    with unpacked(config(codec).transfer, [held], files, tmp_path / "unpacked") as (readable, open_update):
-        assert merged(settings, held, readable, open_update) == expected
+    with unpacked(config(codec).transfer, [held], files, tmp_path / "unpacked") as (readable, read):
+        assert merged(settings, held, readable, read) == expected
         written = sum(path.stat().st_size for path in (tmp_path / "unpacked").iterdir())
         assert written <= (0.6 if codec == "bf16" else 0.4) * sum(path.stat().st_size for path in made.values())
     assert not (tmp_path / "unpacked").exists()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not say which files are mapped")
+@pytest.mark.parametrize("codec", ["fp32", *CODECS])
+def test_no_update_stays_mapped_when_it_was_read(tmp_path, sent, codec):
+    """What is read of a mapped file counts as memory of the server, and would grow with the devices."""
+    held, files, made = sent("int8" if codec == "fp32" else codec)
+    with unpacked(config(codec).transfer, [held], made if codec == "fp32" else files, tmp_path / "unpacked") as (readable, read):
+        mapped = []
+
+        def watched(*block):
+            found = read(*block)
+            mapped.extend(file for file in readable.values() if str(file) in MAPS.read_text())
+            return found
+
+        merged(settings_of("krum"), held, readable, watched)
+    assert mapped == []
 
 
 def test_what_the_disk_has_spoilt_is_left_out(tmp_path, sent):

@@ -182,8 +182,8 @@ class Reference:
         if not shares:
             return {}
         previous = {part: self._file(part, self._model[part]) for part in plan.uploaded}
-        with Updates(previous, shares) as updates:
-            return dict(combine(self._config.aggregation, screen(self._config.aggregation, updates), updates))
+        settings, updates = self._config.aggregation, Updates(previous, shares)
+        return dict(combine(settings, screen(settings, updates), updates))
 
     def _file(self, name: str, held: canned.Tensors) -> Path:
         path = self._folder / name
