@@ -36,7 +36,7 @@ class RoundStatus:
 
 
 @dataclass(frozen=True)
-class StageStatus:
+class EvaluationStatus:
     stage: int  # 0: before the first one
     name: str  # random | raw_pixels | trained
     knn: float  # accuracy
@@ -67,7 +67,7 @@ class Status:
     contributed: int
     needed: int
     devices: tuple[DeviceStatus, ...]
-    scores: tuple[StageStatus, ...]
+    scores: tuple[EvaluationStatus, ...]
     judgements: tuple[JudgementStatus, ...]
     rounds: tuple[RoundStatus, ...]
     loss: float | None  # of the last of them
@@ -93,7 +93,7 @@ class Status:
             contributed=len(state.contributed),
             needed=state.needed,
             devices=_devices(store, state, rounds),
-            scores=tuple(StageStatus(*place, one.knn, one.probe) for place, one in store.scores().items()),
+            scores=tuple(EvaluationStatus(*place, one.knn, one.probe) for place, one in store.scores().items()),
             judgements=tuple(JudgementStatus(**vars(one), stage=place[0], attempt=place[1]) for place, one in store.judgements().items()),
             rounds=rounds,
             loss=store.loss(rounds[-1].stage, rounds[-1].round) if rounds else None,
@@ -107,8 +107,8 @@ def begun(store: Store) -> RunConfig:
 
 
 def _rounds(store: Store) -> tuple[RoundStatus, ...]:
-    contributed = store.contributed()
     closed = [row for row in store.rounds() if row.closed_s is not None]
+    contributed = store.contributed()  # after them: a server at work may close a round in between
     return tuple(RoundStatus(row.stage, row.round, contributed[row.stage, row.round].devices, tuple(row.left_out)) for row in closed)
 
 
