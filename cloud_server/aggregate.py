@@ -72,7 +72,6 @@ class Screened:
     clipped: dict[int, float] = field(default_factory=dict)  # participant -> what is left of its delta
     left_out: tuple[int, ...] = ()  # participants
     fallback: Fallback | None = None  # what is taken instead of Krum, which has too few updates in this round
-    lost: tuple[int, ...] = ()  # participants whose updates the disk has spoilt
 
 
 def screen(settings: AggregationSection, updates: Updates) -> Screened:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from lwfed.blobs import BlobStore
-from lwfed.cloud_server.aggregate import Screened, combine, screen
+from lwfed.child import Json
 from lwfed.cloud_server.checkpoint import choose, export
 from lwfed.cloud_server.coordinator import advance
 from lwfed.cloud_server.events import Aggregated, Calibrated, Event
 from lwfed.cloud_server.identity import accept
+from lwfed.cloud_server.merge import Merged
 from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
 from lwfed.cloud_server.rounds import Rules, State, unseen
 from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
-from lwfed.cloud_server.updates import Share, Updates
-from lwfed.cloud_server.weights import check, unpacked
+from lwfed.cloud_server.weights import check
 from lwfed.config import RunConfig
 from lwfed.plan import GraphEngine, StagePlan
 from lwfed.seeds import derive
-from lwfed.wire import tensors
 from lwfed.wire.messages import BlobRef, Patch, Run
 from lwfed.wire.sizes import Shapes, stated_shapes
 
@@ -157,40 +156,34 @@ class Course:
         """Raises InvalidPayload unless the file holds what this stage uploads."""
         check(self.config.transfer, self._files(self.plan.uploaded).values(), path)
 
-    def aggregate(self) -> tuple[Aggregated, Screened]:
-        """The round's contributions made one model; and which of them counted."""
-        screened, parts = self._merge()
-        loss = self._loss(screened)
-        if self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss})):
-            return Aggregated(parts, loss), screened  # devices get what calibration makes of it
-        return Aggregated(**vars(self._publish(parts)), loss=loss), screened
+    def to_merge(self) -> Json:
+        """What the worker has to make one model of. Updates that the disk has spoilt are left out: their devices keep them no more."""
+        received = self.store.contributions(self.state.stage, self.state.round)
+        counted = [one for one in received if self.state.contributed.get(one.participant) == one.id]
+        return {
+            "parts": self.files({part: self.state.parts[part] for part in self.plan.uploaded}),
+            "updates": [
+                [one.participant, one.report.images, str(self.spool.path(one.blob))] for one in counted if self.spool.has(one.blob)
+            ],
+            "lost": [one.participant for one in counted if not self.spool.has(one.blob)],
+        }
 
-    def _loss(self, screened: Screened) -> float:
+    def aggregated(self, merged: Merged) -> Aggregated:
+        """The round's contributions, which the worker has made one model."""
+        parts, loss = self.adopt(dict(merged.parts)), self._loss(merged.counted)
+        if self.rules.calibrates(replace(self.state, losses={**self.state.losses, self.state.round: loss})):
+            return Aggregated(parts, loss)  # devices get what calibration makes of it
+        return Aggregated(**vars(self._publish(parts)), loss=loss)
+
+    def _loss(self, counted: Collection[int]) -> float:
         """The mean by images; by rules that believe no single device the median of those that count."""
         stage, round = self.state.stage, self.state.round
-        counting = {share.participant for share in screened.shares}
-        losses = [one.report.losses[-1] for one in self.store.contributions(stage, round) if one.participant in counting]
+        losses = [one.report.losses[-1] for one in self.store.contributions(stage, round) if one.participant in counted]
         if losses and self.config.aggregation.rule not in ("mean", "l_dawa"):
             return statistics.median(losses)
         mean = self.store.loss(stage, round)
         assert mean is not None
         return mean
-
-    def _merge(self) -> tuple[Screened, dict[str, str]]:
-        """Updates that the disk has spoilt are left out: their devices keep them no more. Without any the round changes nothing."""
-        received = self.store.contributions(self.state.stage, self.state.round)
-        counted = {one.participant: one for one in received if self.state.contributed.get(one.participant) == one.id}
-        held = {number: self.spool.path(one.blob) for number, one in counted.items() if self.spool.has(one.blob)}
-        settings, before = self.config.aggregation, self._files(self.plan.uploaded)
-        with unpacked(self.config.transfer, before.values(), held, self.root / "unpacked") as (files, read):
-            lost = tuple(sorted(counted.keys() - files.keys()))
-            if not files:
-                return Screened((), lost=lost), {}
-            shares = [Share(number, counted[number].report.images, file) for number, file in files.items()]
-            updates = Updates(before, shares, read)
-            screened = screen(settings, updates)
-            parts = {part: self.blobs.put(tensors.encode(merged)).id for part, merged in combine(settings, screened, updates)}
-        return replace(screened, lost=lost), parts
 
     def calibrated(self, files: dict[str, str]) -> Calibrated:
         """The round's model, with the parts that the worker has trained."""

@@ -12,6 +12,7 @@ from lwfed.child import Json
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duty import Aggregate, Calibrate, Duty, Evaluate, Export, Prepare, duty
 from lwfed.cloud_server.events import Evaluated, Event, Prepared
+from lwfed.cloud_server.merge import Merged
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.store import Judgement, Scores, Step
 from lwfed.cloud_server.telling import say_over
@@ -33,11 +34,11 @@ class Duties:
     def busy(self) -> bool:
         return self._workshop.busy
 
-    def follow(self, now: float) -> bool:
-        """Begin the duty of the present phase unless it is begun; whether that moved the run on at once."""
+    def follow(self) -> None:
+        """Begin the duty of the present phase unless it is begun."""
         wanted = duty(self._course.state)
         if wanted == self._duty:
-            return False
+            return
         self._duty = wanted
         match wanted:
             case Prepare(stage, attempt):
@@ -51,17 +52,12 @@ class Duties:
                 names = ["random", "raw_pixels"] if baselines else ["trained"]
                 self._submit("evaluate", {} if baselines else self._course.files(self._course.state.parts), names=names)
             case Aggregate():
-                aggregated, screened = self._course.aggregate()
-                stage, round = self._course.state.stage, self._course.state.round
-                self._news.screened(stage, round, screened)
-                self._apply(aggregated, now, lambda step: step.leave_out(stage, round, screened.left_out))
-                return True
+                self._submit("aggregate", **self._course.to_merge())
             case Calibrate(stage, round):
                 place = {"stage": stage, "round": round, "lr_scale": self._course.lr_scale}
                 self._submit("calibrate", self._course.files(self._course.state.parts), **place)
             case Export():
                 self._export()
-        return False
 
     def on(self, event: FromChild, now: float) -> None:
         """What the worker says. Raises the LwfedError with which a job failed for good."""
@@ -98,6 +94,10 @@ class Duties:
                 )
                 self._say_without_graphs(result["no_graphs"])
                 self._apply(Prepared(self._course.adopt(result["parts"]), self._course.adopt(result["graphs"])), now, None)
+            case Aggregate(), "aggregated":
+                stage, round, merged = self._course.state.stage, self._course.state.round, Merged.of(result)
+                self._news.screened(stage, round, merged)
+                self._apply(self._course.aggregated(merged), now, lambda step: step.leave_out(stage, round, merged.left_out))
             case Calibrate(stage, round), "calibrated":
                 loss, seconds = result["loss"], result["seconds"]
                 try:

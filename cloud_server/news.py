@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lwfed.cloud_server.aggregate import Screened
 from lwfed.cloud_server.fleet import Member
 from lwfed.cloud_server.limits import Buckets
+from lwfed.cloud_server.merge import Merged
 from lwfed.cloud_server.rounds import MAX_ATTEMPTS, Reaction, Rules, State
 from lwfed.cloud_server.store import Contribution, Judgement, Scores, StageFigures
 from lwfed.config import RunConfig
@@ -146,7 +146,7 @@ class News:
         measured = {"peak_mb": memory.peak_mb, "baseline_mb": memory.baseline_mb, "images": report.images}
         self._say("contribution", f"device {one.participant}", text, **fields, **measured)
 
-    def screened(self, stage: int, round: int, found: Screened) -> None:
+    def screened(self, stage: int, round: int, found: Merged) -> None:
         """Whose updates were clipped, left out or lost, or why Krum was not used; nothing where nothing of this happened."""
         if found.lost:
             self.warning(
@@ -156,7 +156,7 @@ class News:
             byzantine = self._config.aggregation.byzantine or 0
             needs = f"{self._config.aggregation.rule} with aggregation.byzantine {byzantine} needs {2 * byzantine + 3} updates"
             instead = {"median": "the median is taken instead", "received": "the model stays as it was"}[found.fallback]
-            self.warning(f"round {round}: {needs} and has {len(found.shares) + len(found.left_out)}: {instead}")
+            self.warning(f"round {round}: {needs} and has {len(found.counted) + len(found.left_out)}: {instead}")
         done = [f"clipped {_devices(found.clipped)}, down to {min(found.clipped.values()):.2g} of what it changed"] if found.clipped else []
         done += [f"left out {_devices(found.left_out)}"] if found.left_out else []
         if done:

@@ -1,6 +1,6 @@
 """The server's control process: one thread and one queue of what happened, around the pure parts.
 
-    transport --Received--> reception --events--> course (coordinator + store) --duty--> workshop (torch), aggregation
+    transport --Received--> reception --events--> course (coordinator + store) --duty--> workshop (aggregation, torch)
                                                         \\--announcement, tasks--> transport
 
 It never imports torch. What it must not forget is on disk before anybody hears of it, so it may be killed at any time.
@@ -320,11 +320,9 @@ class Server:
                 self._execute(self._litter.find(device))
 
     def _follow(self, now: float) -> None:
-        """Do what the state asks for, and let everybody know of it, until nothing follows at once."""
-        while True:
-            self._announce()
-            if not self._duties.follow(now):
-                break
+        """Let everybody know where the run stands, and do what that asks for."""
+        self._announce()
+        self._duties.follow()
         state = self._course.state
         if self._connected and state.owing:
             room = TASKS_AHEAD if self._transport.pending < SEND_AHEAD else 0

@@ -31,7 +31,7 @@ ARROWS = {
 TORCH = {"torch", "torchvision", "timm"}
 TRAIN = {  # processes of their own
     *(f"lwfed.edge_agent.{name}" for name in ("means", "trainer", "worker", "profiling.sample")),
-    "lwfed.cloud_server.worker",
+    "lwfed.cloud_server.torch_jobs",
 }
 TORCHVISION_SETS = "lwfed.data.torchvision_sets"
 

@@ -3,7 +3,7 @@ devices, and numpy in place of torch."""
 
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -12,12 +12,13 @@ import pytest
 
 from lwfed.blobs import BlobStore
 from lwfed.child import Said
+from lwfed.cloud_server import merge as merging
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.limits import Door
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.store import open_store
-from lwfed.cloud_server.worker import foreseen
+from lwfed.cloud_server.torch_jobs import foreseen
 from lwfed.config import RunConfig, load_config
 from lwfed.console import Console
 from lwfed.models.shapes import part_shapes, shapes
@@ -101,7 +102,7 @@ def report(images=10, loss=1.0, peak_mb=300.0):
 
 
 class NumpyWorker:
-    """Does the jobs of the torch process at once; results depend on their inputs alone."""
+    """Does the jobs of the worker at once, those of torch with numpy; results depend on their inputs alone."""
 
     def __init__(self, deliver, world):
         self._deliver, self._world = deliver, world
@@ -110,9 +111,11 @@ class NumpyWorker:
         self._world.orders.append(job)
         with open(job["config"], "rb") as file:
             config = RunConfig.from_bytes(file.read())
-        self._deliver(
-            Said(self, {"prepare": self._prepare, "calibrate": self._calibrate, "evaluate": self._evaluate}[job["do"]](config, job))
-        )
+        jobs = {"aggregate": self._aggregate, "prepare": self._prepare, "calibrate": self._calibrate, "evaluate": self._evaluate}
+        self._deliver(Said(self, json.loads(json.dumps(jobs[job["do"]](config, job)))))
+
+    def _aggregate(self, config, job):
+        return {"event": "aggregated", **asdict(merging.merge(config, json.loads(json.dumps(job))))}
 
     def _write(self, job, part, found):
         path = f"{job['out']}/{part}"

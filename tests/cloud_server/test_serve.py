@@ -3,7 +3,7 @@ from PIL import Image
 
 from lwfed.cloud_server.serve import check_sources
 from lwfed.cloud_server.sizes import run_chunk_bytes
-from lwfed.cloud_server.worker import foreseen
+from lwfed.cloud_server.torch_jobs import foreseen
 from lwfed.config import load_config
 from lwfed.errors import ConfigError, DataError
 

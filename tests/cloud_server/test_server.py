@@ -16,6 +16,7 @@ from lwfed.models.shapes import shapes
 from lwfed.transport.memory import Faults
 from lwfed.wire import messages
 
+from .conftest import NumpyWorker
 from .fleets import of, undisturbed
 
 
@@ -36,7 +37,8 @@ def test_a_run_from_first_device_to_encoder(world, said):
     config = fleet.config
     assert encoder.keys() == shapes(config, ["stem", "layer.1", "layer.2", "norm"]).keys()
     assert [device.tasks for device in fleet.devices] == [[(1, 1), (1, 2), (2, 1), (2, 2)]] * 2
-    assert fleet.jobs == ["prepare", "evaluate", "calibrate", "calibrate", "evaluate", "prepare", "calibrate", "calibrate", "evaluate"]
+    rounds = ["aggregate", "calibrate"] * 2
+    assert fleet.jobs == ["prepare", "evaluate", *rounds, "evaluate", "prepare", *rounds, "evaluate"]
     assert {(one["stage"], one["name"]) for one in of(said, "evaluation")} == {
         (0, "random"), (0, "raw_pixels"), (1, "trained"), (2, "trained"),
     }  # fmt: skip
@@ -79,6 +81,21 @@ def test_l_dawa_measures_angles_to_what_the_devices_received(world):
     for update, before, after in zip(sent, received, received[1:], strict=False):
         cosine = (update * before).sum() / (np.linalg.norm(update) * np.linalg.norm(before))
         assert np.allclose(after, cosine * update, atol=1e-6)
+
+
+def test_the_server_answers_while_updates_are_aggregated(world, monkeypatch):
+    held, send = [], NumpyWorker.send
+    monkeypatch.setattr(
+        NumpyWorker, "send", lambda worker, job: held.append((worker, job)) if job["do"] == "aggregate" else send(worker, job)
+    )
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: held)
+    fleet.join("late")
+    fleet.settle(until=lambda: len(fleet.course.state.devices) == 3)
+    assert fleet.course.state.phase == "aggregating"
+    monkeypatch.undo()
+    NumpyWorker.send(*held[0])
+    fleet.finish()
 
 
 def test_a_poisoned_update_is_left_out_and_named(world, said):
@@ -190,8 +207,8 @@ def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, stage,
     fleet.start()
     for name in ("a", "b"):
         fleet.bring(name)
-    if phase == "aggregating":  # is left within the event that begins it: we die in the middle of that
-        fleet.course.aggregate = killed
+    if phase == "aggregating":  # the worker is as quick as we are: we die before it is given anything
+        fleet.course.to_merge = killed
     try:
         while (fleet.course.state.stage, fleet.course.state.phase) != (stage, phase):
             fleet.step()
@@ -210,7 +227,7 @@ def test_a_server_killed_in_any_phase_goes_on_with_the_same_result(world, stage,
 def test_updates_that_rot_before_they_are_aggregated_are_left_out(world, said, codec, spoilt):
     """Their devices have forgotten them. Without those of both devices the round changes nothing."""
     fleet = undisturbed(world, f"transfer.codec={codec}", "calibration.every=never")
-    fleet.course.aggregate = killed
+    fleet.course.to_merge = killed
     with pytest.raises(Killed):
         fleet.finish()
     stored = fleet.course.store.contributions(1, 1)

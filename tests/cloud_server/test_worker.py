@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lwfed.child import Ended, Said
-from lwfed.cloud_server import worker as worker_module
+from lwfed.cloud_server import torch_jobs
 from lwfed.cloud_server.halves import halves
 from lwfed.cloud_server.worker import Worker
 from lwfed.cloud_server.workshop import Workshop, starter
@@ -65,14 +65,14 @@ def test_graphs_come_with_the_weights_of_a_stage_or_the_reason_why_not(job, monk
         return prepared["graphs"], prepared["no_graphs"]
 
     made = []
-    monkeypatch.setattr(worker_module, "make_graphs", lambda model, engines, folder: made.append(model) or {"onnx": folder / "layer"})
+    monkeypatch.setattr(torch_jobs, "make_graphs", lambda model, engines, folder: made.append(model) or {"onnx": folder / "layer"})
     graphs, reason = prepare()
     assert (Path(graphs["onnx"]).name, reason, made[0].width) == ("layer", None, 8)
 
     def missing(*_):
         raise MissingDependency("pip install onnx")
 
-    monkeypatch.setattr(worker_module, "make_graphs", missing)
+    monkeypatch.setattr(torch_jobs, "make_graphs", missing)
     assert prepare() == ({}, "pip install onnx")
 
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from lwfed import disk
-from lwfed.cloud_server import course
+from lwfed.cloud_server import course, merge
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.updates import Updates
 from lwfed.edge_agent.journal import Journal
@@ -96,7 +96,7 @@ def acknowledging_before_recording(monkeypatch):
 
 
 def counting_twice(monkeypatch):
-    monkeypatch.setattr(course, "Updates", lambda received, shares, *rest: Updates(received, [*shares, shares[0]], *rest))
+    monkeypatch.setattr(merge, "Updates", lambda received, shares, *rest: Updates(received, [*shares, shares[0]], *rest))
 
 
 def losing_updates_after_recording_them(monkeypatch):

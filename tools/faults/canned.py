@@ -7,6 +7,7 @@ somebody else gives other bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from lwfed import disk
 from lwfed.child import Ended, Json, Said
+from lwfed.cloud_server.merge import merge
 from lwfed.cloud_server.workshop import FromChild
 from lwfed.config import RunConfig
 from lwfed.edge_agent import differences
@@ -114,7 +116,10 @@ def _refuse(lost: str) -> None:
 
 
 class ServerWorker:
-    """In place of the server's torch process; `later` does something when the job has taken its time, `fails` says how it ends badly."""
+    """In place of the server's worker, whose aggregation it has.
+
+    `later` does something when the job has taken its time, `fails` says how it ends badly.
+    """
 
     def __init__(
         self,
@@ -157,6 +162,9 @@ class ServerWorker:
         made = {engine: str(file) for engine, file in graphs.items()}
         foreseen = {part: shapes(part) for part in sorted(present)}
         return {"event": "prepared", "parts": parts, "shapes": foreseen, "graphs": made, "no_graphs": None}
+
+    def _aggregate(self, job: Json) -> Json:
+        return {"event": "aggregated", **asdict(merge(self._config, job))}
 
     def _calibrate(self, job: Json) -> Json:
         parts = self._config.plan(job["stage"]).calibrated
