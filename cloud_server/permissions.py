@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.topics import Topics
 
@@ -35,6 +37,16 @@ class Account:
     publish: tuple[str, ...]  # filters of topics
     subscribe: tuple[str, ...]
     password: str | None = None  # None: known by its certificate only
+
+
+class _Answer(BaseModel):
+    username: str = Field(alias="correlationData")
+    command: str
+    error: str = ""
+
+
+class _Answers(BaseModel):
+    responses: tuple[_Answer, ...]
 
 
 def server_account(topics: Topics) -> Account:
@@ -82,12 +94,12 @@ def control(changes: Sequence[Json]) -> list[Command]:
 def confirmed(payload: bytes) -> Iterator[tuple[str, str]]:
     """Of an answer of the plugin: (username, command) of what it has done, or found done already."""
     try:
-        answers = [(one["correlationData"], one["command"], one.get("error", "")) for one in json.loads(payload)["responses"]]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        answers = _Answers.model_validate_json(payload).responses
+    except ValidationError:
         return  # to a command of somebody else
-    for username, command, error in answers:
-        if not error or "exists" in error or "not found" in error:
-            yield username, command
+    for one in answers:
+        if not one.error or "exists" in one.error or "not found" in one.error:
+            yield one.username, one.command
 
 
 def _client(account: Account) -> Json:

@@ -14,7 +14,7 @@ from lwfed.errors import MissingDependency
 from lwfed.models.vit import EPS
 from lwfed.plan import GraphEngine
 
-MAKER = "lwfed.models.onnx_layer"
+MAKER = "lwfed.models.onnx_file"
 MADE_WITHIN_S = 60.0
 
 

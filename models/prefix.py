@@ -4,7 +4,8 @@ ONNX Runtime runs each frozen layer in a session of its own, all of one small gr
 more is a session more and a skipped layer is a session not run. int8 quantises weights once per output, and activations
 as they come, with one scale for a micro-batch: fast, and off by a fraction of a percent a layer.
 
-An engine is used for a stage only after its tokens have been compared with torch's.
+A graph comes from the server, and no other than that of the layer gets to ONNX Runtime. An engine is used for a stage only
+after its tokens have been compared with torch's.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lwfed.errors import InvalidPayload
+from lwfed.models import onnx_file
 from lwfed.models.allocator import give_back
 from lwfed.models.encoder import Encoder
-from lwfed.models.onnx_layer import INPUT, MATRICES, NO_GRAPH, NORMS, OUTPUT
-from lwfed.models.vit import VisionTransformer
+from lwfed.models.onnx_layer import INPUT, MATRICES, NO_GRAPH, NORMS, OUTPUT, Layer, layer_graph
+from lwfed.models.vit import EPS, Block, VisionTransformer
 from lwfed.plan import GraphEngine, PrefixEngine
 
 TOLERANCE: Mapping[GraphEngine, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
@@ -55,14 +58,18 @@ class TorchPrefix:
 
 
 class OnnxPrefix:
-    """Raises ImportError without ONNX Runtime, and ONNX Runtime's errors where it does not take the graph."""
+    """Raises ImportError without ONNX Runtime, InvalidPayload for a graph that is not the layer's, and ONNX Runtime's errors."""
 
     def __init__(self, encoder: VisionTransformer, layers: int, engine: GraphEngine, graph: Path) -> None:
+        import onnxruntime
+
         int8 = engine == "onnx_int8"
         self.engine: PrefixEngine = engine
         self.kept_as: torch.dtype | None = torch.float16 if int8 else None  # rounding that is far finer than int8's
         content = graph.read_bytes()
-        self._sessions = [_session(content, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
+        if onnx_file.read(content) != _graph(encoder.blocks[0], int8):
+            raise InvalidPayload("it computes something else than this layer")
+        self._sessions = [_session(onnxruntime, content, weights(block.state_dict(), int8)) for block in encoder.blocks[:layers]]
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor:
         tokens = x.float().numpy()
@@ -161,9 +168,12 @@ def quantise(weight: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(np.round(weight / scale[:, None]).T.astype(np.int8)), scale
 
 
-def _session(graph: bytes, given: Mapping[str, Array]) -> Any:
-    import onnxruntime
+def _graph(block: nn.Module, int8: bool) -> Layer:
+    assert isinstance(block, Block)
+    return layer_graph(block.attn.qkv.in_features, block.attn.heads, block.mlp.fc1.out_features, EPS, int8)
 
+
+def _session(onnxruntime: Any, graph: bytes, given: Mapping[str, Array]) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1

@@ -19,11 +19,13 @@ import numpy as np
 from lwfed.blobs import BlobStore, check_chunk
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit
+from lwfed.cloud_server.permissions import confirmed
 from lwfed.cloud_server.registry import Device
 from lwfed.cloud_server.weights import check
 from lwfed.config import RunConfig, load_config
 from lwfed.edge_agent.enrolment import signing_request
 from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload, LwfedError, ProtocolMismatch
+from lwfed.models import onnx_file
 from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
 from lwfed.wire.sizes import Codec, largest_bytes, stated_shapes
@@ -190,6 +192,11 @@ def _authority(data: bytes) -> object:
         return signing_request(Token(TOKEN.header, data), Path(folder) / "identity")
 
 
+def _confirmed(data: bytes) -> object:
+    """As a server notes it."""
+    return {username: {command} for username, command in confirmed(data)}
+
+
 def _of_every_kind() -> Mapping[str, Decoder]:
     refuses = InvalidMessage, ProtocolMismatch
     return {f"message-{name}": Decoder((m.encode(sample),), _message(type(sample)), refuses) for name, sample in SAMPLES.items()}
@@ -204,6 +211,12 @@ TOPICS_BUILT = (
     TOPICS.to_device("device-1", "grant"),
 )
 GRANTED = tuple(m.encode(m.Grant(contribution="c", worker="w0", missing=missing, window=4)) for missing in ("", "0-2,7", "0-1199", "5-3"))
+ANSWERED = (
+    b'{"responses":[{"command":"createRole","error":"Role already exists","correlationData":"porch"},'
+    b'{"command":"createClient","correlationData":"porch"}]}',
+    b'{"responses":[{"command":"deleteClient","error":"Client not found","correlationData":"enrol.0123456789abcdef"}]}',
+)
+GRAPHS = tuple(path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("golden/layer-*.onnx")))
 DECODERS: Mapping[str, Decoder] = {
     **_of_every_kind(),
     "server-state": Decoder((m.encode(SAMPLES["server-state"]),), _server_state),
@@ -223,6 +236,8 @@ DECODERS: Mapping[str, Decoder] = {
     "token": Decoder((str(TOKEN).encode(),), _token, (ConfigError,)),
     "authority": Decoder((TOKEN.authority,), _authority, (ConfigError,)),
     "enrolment": Decoder((m.encode(m.Enrol(secret=TOKEN.header.secret, request=REQUEST)),), _admit, ()),
+    "permissions": Decoder(ANSWERED, _confirmed, ()),
+    "graph": Decoder(GRAPHS, onnx_file.read, (InvalidPayload,)),
     "signing-request": Decoder((REQUEST.encode(),), _certify, (InvalidPayload,)),
 }
 
