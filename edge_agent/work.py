@@ -97,6 +97,7 @@ class Work:
         self._few_said_in: str | None = None  # run
         self._executions, self._pathfinder = Executions(journal), Pathfinder(held)
         self._ways: dict[str, Way] = {}  # to the parts of the present round
+        self._distrusts_graphs = False  # a training process that had some has died
 
     @property
     def busy(self) -> bool:
@@ -245,11 +246,12 @@ class Work:
         return [*effects, StartWorker(job.worker.threads)]
 
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
+        graphs = {} if self._distrusts_graphs else job.run.graphs
         order = {
             "do": "train",
             "config": str(self._held.path(job.run.config.id)),
             "parts": {part: self._pathfinder.source(way) for part, way in job.ways.items()},
-            "graphs": {engine: str(self._held.path(ref.id)) for engine, ref in job.run.graphs.items()},
+            "graphs": {engine: str(self._held.path(ref.id)) for engine, ref in graphs.items()},
             "stage": job.task.stage,
             "round": job.task.round,
             "participant": job.task.participant,
@@ -331,6 +333,9 @@ class Work:
         if code == "memory" and self._job is not None:
             less = self._executions.take_less(task, self._job.config, "since memory ran out")
             code, effects = ("unfit", effects) if less is None else ("memory", effects + less)
+        if code == "worker" and event.kind == "died" and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
+            self._distrusts_graphs = True
+            effects.append(Tell("warning", "ONNX Runtime may be the cause: until this agent is restarted, torch runs frozen layers"))
         self._give_up()
         reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
         fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])

@@ -17,7 +17,7 @@ MATRICES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 NORMS = ("norm1", "norm2")
 INPUT, OUTPUT = "x", "y"
 MICROSOFT = "com.microsoft"
-NO_GRAPH = "the server has sent no graph"  # why torch runs frozen layers
+NO_GRAPH = "there is no graph for ONNX Runtime"  # why torch runs frozen layers
 TENSOR_FLOAT, TENSOR_INT8, TENSOR_INT64 = 1, 3, 7  # onnx.TensorProto.DataType
 FLOAT, INT, INTS = 1, 2, 7  # onnx.AttributeProto.AttributeType
 

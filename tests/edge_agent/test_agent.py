@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lwfed.config import load_config
 from lwfed.console import Console
@@ -145,9 +146,45 @@ def test_a_worker_that_is_killed_is_reported_and_the_agent_stays(host, capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_too_few_images_are_reported_with_the_reason(host, tmp_path):
-    from PIL import Image
+CRASHES = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
 
+
+def test_a_runtime_that_crashes_costs_a_round_and_torch_does_the_next(host, tmp_path, monkeypatch, capsys):
+    """Native code of ONNX Runtime, which runs in the training process, as the graphs of a server might bring it down."""
+    (tmp_path / "onnxruntime.py").write_text(CRASHES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = load_config("demo", [*SMALL, "model.depth=2", "train.prefix=onnx", "train.epochs=1", "transfer.codec=fp32"])
+
+    def script(agent):
+        server = agent.server
+        if server.greeted and not server.seq:
+            server.announce(**place, round=1)
+            server.assign(server.greeted[0], stage=2, round=1)
+        if server.of(Fail) and server.seq == 1:
+            server.announce(**place, round=2)
+            server.assign(server.greeted[0], stage=2, round=2)
+        if server.received and agent._journal.update is None:
+            stop()
+
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    agent = host(script, data=str(tmp_path / "photos"))
+    store, parts = agent.server.store, config.plan(2).present
+    agent.server.config = store.put(config.to_bytes())
+    held = {part: {name: tensor.numpy() for name, tensor in init_part(config, part).items()} for part in parts}
+    blobs = {part: store.put(tensors.encode(tensors_of)) for part, tensors_of in held.items()}
+    place = {"stage": 2, "parts": blobs, "graphs": {"onnx": store.put(b"graph")}}
+    agent.run()
+    (fail,) = agent.server.of(Fail)
+    assert (fail.code, fail.round) == ("worker", 1)
+    assert "SIGSEGV" in fail.reason
+    offer = agent.server.of(Offer)[0]
+    assert (offer.round, offer.report.execution.prefix) == (2, "torch")
+    assert "torch runs frozen layers" in capsys.readouterr().out
+
+
+def test_too_few_images_are_reported_with_the_reason(host, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "only.png")
 

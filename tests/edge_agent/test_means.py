@@ -158,7 +158,7 @@ def test_a_server_that_sends_no_graph_leaves_the_frozen_layers_to_torch(tmp_path
     device = Device(tmp_path, config("train.prefix=onnx", "train.micro_batch=16"), 2)
     device.train(1, {"prefix": "onnx", "micro_batch": 16})
     assert device.planned == [{"prefix": "torch", "micro_batch": 16}]
-    assert device.reasons == ["the server has sent no graph"]
+    assert device.reasons == ["there is no graph for ONNX Runtime"]
 
 
 WITHOUT_ONNX = """

@@ -67,6 +67,34 @@ def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, ki
     assert device.worker[-1] == StartWorker(1)
 
 
+@pytest.mark.parametrize(("message", "left_out"), [("ended by SIGSEGV", True), ("ended by SIGKILL: ... out of memory", False)])
+def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarted(world, message, left_out):
+    server, device = world.joined()
+    graphs = {"onnx": server.store.put(b"graph")}
+    orders = []
+    for round in (1, 2, 3):
+        server.announce(stage=2, round=round, graphs=graphs)
+        server.assign(device.id, stage=2, round=round)
+        world.settle(2)
+        device.ready()
+        world.settle(0.2)
+        orders.append(device.worker[-1].order)
+        device.queue.append(WorkerError("died", message))
+        world.settle()
+    assert [set(order["graphs"]) for order in orders] == [{"onnx"}, *[set() if left_out else {"onnx"}] * 2]
+    said = [text for text in device.texts("warning") if text.startswith("ONNX Runtime may be the cause")]
+    assert len(said) == left_out
+    device.kill()
+    device = world.start_device()
+    world.settle(0.2)
+    server.announce(stage=2, round=4, graphs=graphs)
+    server.assign(device.id, stage=2, round=4)
+    world.settle(2)
+    device.ready()
+    world.settle(0.2)
+    assert set(device.worker[-1].order["graphs"]) == {"onnx"}
+
+
 def test_after_memory_ran_out_each_try_takes_less_until_there_is_nothing_to_leave_out(world):
     server, device = world.training()
     sizes, codes = [], []

@@ -159,7 +159,7 @@ def test_without_a_graph_torch_does_it_and_says_why(encoder, tmp_path):
     model, _ = encoder
     for wanted, sent in (("auto", {}), ("onnx", {}), ("onnx", {"onnx_int8": tmp_path / "graph"})):
         chosen = make_prefix(model, 3, wanted, sent, tokens(model))
-        assert (chosen.prefix.engine, chosen.reason) == ("torch", "the server has sent no graph")
+        assert (chosen.prefix.engine, chosen.reason) == ("torch", "there is no graph for ONNX Runtime")
 
 
 def test_weights_have_every_tensor_of_the_layer(encoder):
