@@ -84,15 +84,17 @@ class Reception:
                 self.broadcast.need(device, message, now)
             case Got():
                 self.broadcast.got(device, message.chunks, now)
-            case Beat() if self._is_on(message):
+            case Beat() if self._is_on(member, message):
                 self._fleet.works(member.participant, now)
                 self._news.progress(member.participant, message, now)
             case Offer():
                 return self._on_offer(member, message, now)
             case Fin():
+                if not self._inbox.expects(device, message):
+                    self.complaints.count(device, "slot")
                 commands, received = self._inbox.fin(device, message, now)
                 return commands + (self._on_update(member, received, now) if received else [])
-            case Fail() if self._is_on(message):
+            case Fail() if self._is_on(member, message):
                 self._on_fail(member, message, now)
         return []
 
@@ -188,10 +190,15 @@ class Reception:
 
     # Updates
 
-    def _is_on(self, message: Beat | Fail) -> bool:
-        state = self._course.state
-        here = (self._course.config.run.name, state.stage, state.round, "training")
-        return (message.run, message.stage, message.round, state.phase) == here
+    def _is_on(self, member: Member, message: Beat | Fail) -> bool:
+        """Whether it is of the present round. One of a round before is late, which is nobody's fault."""
+        place, known = (message.stage, message.round), message.run == self._course.config.run.name
+        if not known:
+            self.complaints.count(member.id, "foreign")  # it may not have heard yet of a new run
+        elif place > self._place:
+            text = f"device {member.participant} speaks of stage {message.stage}, round {message.round}, which has not begun; ignored"
+            self.complain(member.id, "foreign", text)
+        return known and place == self._place and self._course.state.phase == "training"
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         if member.participant in self._course.state.owing:

@@ -113,6 +113,11 @@ class Inbox:
                 self.bad_chunks += 1
         return [] if topic.contribution in self._granted else self._stop_stray(topic, now)
 
+    def expects(self, device: str, fin: Fin) -> bool:
+        """Whether what it ends has a slot, or is recorded already, so that the device only lacks an answer."""
+        transfer = self._granted.get(fin.contribution)
+        return (transfer is not None and transfer.device == device) or self._known(fin.contribution)
+
     def fin(self, device: str, fin: Fin, now: float) -> tuple[list[Command], ReceivedUpdate | None]:
         """The device has sent everything: ask for what is missing, or hand the update to the shell."""
         contribution = fin.contribution
