@@ -91,8 +91,9 @@ def _holder(data: Value) -> Holder:
     shape, (said,), floats, whole, (name,), external, location = _fields(data, 1, 2, 4, 7, 8, 13, 14)
     kind, dims = _number(said), tuple(map(_number, shape))
     if location or external:
-        ((key,), (value,)) = _fields(external[0], 1, 2)
-        if location != [EXTERNAL] or len(external) != 1 or (_text(key), _text(value)) != GIVEN or floats or whole:
+        (pair,) = external
+        (key,), (value,) = _fields(pair, 1, 2)
+        if location != [EXTERNAL] or (_text(key), _text(value)) != GIVEN or floats or whole:
             raise ValueError("a tensor in a file")
         return Holder(_text(name), kind, dims, None)
     (packed,) = floats or whole

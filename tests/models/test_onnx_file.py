@@ -57,6 +57,10 @@ def with_offset(model):
     model.graph.initializer[0].external_data.add(key="offset", value="0")
 
 
+def nowhere(model):
+    del model.graph.initializer[0].external_data[:]
+
+
 def own_function(model):
     model.functions.add(name="Gelu", domain="", input=["x"], output=["y"])
 
@@ -122,7 +126,7 @@ def newer(model):
 
 
 SPOILT = (
-    elsewhere, with_offset, own_function, foreign_operator, much_memory, endless_loop, deep, full, enlarged, sparse, configured,
+    elsewhere, with_offset, nowhere, own_function, foreign_operator, much_memory, endless_loop, deep, full, enlarged, sparse, configured,
     out_of_range, other_axis, two_kinds, shorter, newer,
 )  # fmt: skip
 
