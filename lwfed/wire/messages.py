@@ -53,7 +53,7 @@ class Record(BaseModel):
 
 
 class Message(Record):
-    v: Literal[1] = 1  # PROTOCOL
+    v: Annotated[int, Field(strict=True, ge=PROTOCOL, le=PROTOCOL)] = PROTOCOL  # neither true nor 1.0, which equal 1
 
 
 # Blobs
@@ -371,20 +371,24 @@ def decode(model: type[AnyMessage], payload: bytes) -> AnyMessage:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise InvalidMessage(f"{model.__name__} of {len(payload)} bytes exceeds the {MAX_MESSAGE_BYTES} allowed")
     try:
-        data: Any = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise InvalidMessage(f"{model.__name__} is no JSON") from None
-    version = data.get("v", PROTOCOL) if isinstance(data, dict) else PROTOCOL
-    if type(version) is not int or not 1 <= version <= MAX_PROTOCOL:  # neither true nor 1.0, which equal 1
-        raise InvalidMessage(f"{model.__name__}: v is no version of the protocol")
-    if version != PROTOCOL and model is not ServerState:
-        raise ProtocolMismatch(f"{model.__name__} is of protocol version {version}; this is version {PROTOCOL}: {UPGRADE}")
-    try:
         return model.model_validate_json(payload)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(level) for level in first["loc"])
-        raise InvalidMessage(f"{model.__name__}: {place}: {first['msg']}") from None
+        raise _objection(model, payload, error) from None
+
+
+def _objection(model: type[Message], payload: bytes, error: ValidationError) -> InvalidMessage | ProtocolMismatch:
+    try:
+        data: Any = json.loads(payload)
+    except (ValueError, RecursionError):
+        return InvalidMessage(f"{model.__name__} is no JSON")
+    version = data.get("v", PROTOCOL) if isinstance(data, dict) else PROTOCOL
+    if type(version) is not int or not 1 <= version <= MAX_PROTOCOL:
+        return InvalidMessage(f"{model.__name__}: v is no version of the protocol")
+    if version != PROTOCOL and model is not ServerState:
+        return ProtocolMismatch(f"{model.__name__} is of protocol version {version}; this is version {PROTOCOL}: {UPGRADE}")
+    first = error.errors(include_input=False, include_url=False)[0]
+    place = ".".join(str(level) for level in first["loc"])
+    return InvalidMessage(f"{model.__name__}: {place}: {first['msg']}")
 
 
 UPGRADE = "upgrade the older side with `pip install --upgrade lwfed`"
