@@ -18,7 +18,6 @@ from lwfed.config import ModelSection, RunConfig
 from lwfed.errors import StateError
 from lwfed.plan import HEADS
 from lwfed.wire import tensors
-from lwfed.wire.sizes import stated_shapes
 
 Checkpoints = Mapping[tuple[int, int], Mapping[str, str]]  # (stage, round) -> part -> blob
 
@@ -47,8 +46,7 @@ def export(config: RunConfig, stage: int, parts: Mapping[str, str], find: Callab
     layers = sum(part.startswith("layer.") for part in encoder)
     found: dict[str, npt.NDArray[np.float32]] = {}
     for part in encoder:
-        file = find(parts[part])
-        found |= tensors.decode(file, stated_shapes(file))
+        found |= tensors.read(find(parts[part]))
     about = {
         "version": __version__,
         "run": config.run.name,

@@ -16,7 +16,6 @@ from lwfed.config import TransferSection
 from lwfed.errors import Diverged
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
-from lwfed.wire.sizes import stated_shapes
 
 
 @dataclass(frozen=True)
@@ -57,5 +56,4 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
 
 
 def _read(blobs: BlobStore, id: str) -> dict[str, tensors.Array]:
-    path = blobs.path(id)
-    return tensors.decode(path, stated_shapes(path))
+    return tensors.read(blobs.path(id))

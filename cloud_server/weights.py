@@ -24,7 +24,7 @@ MAX_DIFFERENCE = 1e18  # of a number in a round: float32 says 1e20 times that, s
 
 def check(transfer: TransferSection, received: Collection[Path], update: Path) -> None:
     """Raises InvalidPayload unless devices that began with the files `received` may upload `update`, and it makes sound weights."""
-    before = {name: tensor for path in received for name, tensor in tensors.iterate(path, stated_shapes(path))}
+    before = {name: tensor for path in received for name, tensor in tensors.read(path).items()}
     size = moved = 0.0
     for name, after, difference in _changes(transfer, before, update):
         if (np.abs(difference) > MAX_DIFFERENCE).any():

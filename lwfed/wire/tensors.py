@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,29 @@ def encode(tensors: Mapping[str, Array]) -> bytes:
 
 def decode(source: bytes | Path, shapes: Shapes) -> dict[str, Array]:
     """Exactly the tensors of `shapes`; raises InvalidPayload naming what is wrong."""
-    return dict(iterate(source, shapes))
+    return dict(iterate(source.read_bytes() if isinstance(source, Path) else source, shapes))
+
+
+def read(path: Path) -> dict[str, Array]:
+    """All tensors of a file of our own, in the shapes that it states; raises InvalidPayload where the disk has spoilt it."""
+    data = path.read_bytes()
+    _check_header_size(data)
+    with _explained():
+        found = _pieces(data)
+        return dict(_checked(found, {name: tuple(piece["shape"]) for name, piece in found.items()}))
 
 
 def iterate(source: bytes | Path, shapes: Shapes) -> Iterator[tuple[str, Array]]:
     """The tensors of `shapes` by name, each read and checked when its turn comes; raises InvalidPayload."""
     _check_header_size(source)
+    with _explained():
+        yield from _from_file(source, shapes) if isinstance(source, Path) else _checked(_pieces(source), shapes)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
     try:
-        yield from _from_file(source, shapes) if isinstance(source, Path) else _from_bytes(source, shapes)
+        yield
     except safetensors.SafetensorError as error:
         raise InvalidPayload(f"not a safetensors file: {error}") from None
 
@@ -52,9 +68,12 @@ def _from_file(path: Path, shapes: Shapes) -> Iterator[tuple[str, Array]]:
             yield name, _finite(name, file.get_tensor(name))
 
 
-def _from_bytes(data: bytes, shapes: Shapes) -> Iterator[tuple[str, Array]]:
+def _pieces(data: bytes) -> dict[str, Any]:
     parse: Any = safetensors.deserialize  # without types
-    found: dict[str, Any] = dict(parse(data))
+    return dict(parse(data))
+
+
+def _checked(found: Mapping[str, Any], shapes: Shapes) -> Iterator[tuple[str, Array]]:
     _check_names(set(found), shapes)
     for name in sorted(found):
         piece = found[name]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwfed.errors import InvalidPayload
-from lwfed.wire.tensors import decode, encode, iterate
+from lwfed.wire.tensors import decode, encode, iterate, read
 
 SHAPES = {"blocks.0.w": (3, 2), "norm.b": (4,), "scalar": ()}
 
@@ -40,6 +40,29 @@ def test_what_is_written_is_read(source):
     found = decode(source(encode(tensors)), SHAPES)
     assert found.keys() == tensors.keys()
     assert all(np.array_equal(found[name], tensors[name]) and found[name].shape == SHAPES[name] for name in SHAPES)
+
+
+def test_a_file_of_our_own_is_read_in_the_shapes_that_it_states(tmp_path):
+    tensors = some()
+    (tmp_path / "x").write_bytes(encode(tensors))
+    found = read(tmp_path / "x")
+    assert list(found) == sorted(tensors)
+    assert all(np.array_equal(found[name], tensors[name]) and found[name].shape == SHAPES[name] for name in SHAPES)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        raw({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0\0\xc0\x7f"),
+        raw({"w": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8)),
+        encode(some())[:-1],
+    ],
+)
+def test_one_that_the_disk_has_spoilt_is_refused(tmp_path, data):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(InvalidPayload):
+        read(tmp_path / "x")
 
 
 def test_order_and_layout_in_memory_change_nothing():
