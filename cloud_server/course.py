@@ -18,7 +18,7 @@ from lwfed.cloud_server.identity import accept
 from lwfed.cloud_server.merge import Merged
 from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Joined, Notice
 from lwfed.cloud_server.patches import Published, publish
-from lwfed.cloud_server.rounds import Rules, State, unseen
+from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.sizes import update_bytes
 from lwfed.cloud_server.store import Step, Store, bind_folder, open_store
 from lwfed.cloud_server.weights import check
@@ -85,7 +85,7 @@ class Course:
         after, notices = advance(self.rules, before, event, now)
         if after == before and write is None:
             return notices
-        if write is None and not notices and _by_sight(after) == _by_sight(before):
+        if write is None and not notices and _differ_by_sight_only(before, after):
             self.state = after
             return []
         with self.store.step(after) as step:
@@ -214,9 +214,15 @@ class Course:
         return self.encoder_path
 
 
-def _by_sight(state: State) -> State:
-    """Without what a server sees anew after a start: which of its devices are here and which away, and when that is due to change."""
-    return replace(unseen(state), due=None if state.due is None else 0.0)
+def _differ_by_sight_only(before: State, after: State) -> bool:
+    """In what a server sees anew after a start: which of its devices are here and which away, and when that is due to change."""
+    if (before.due is None) != (after.due is None) or _gone(before) != _gone(after):
+        return False
+    return replace(after, devices=before.devices, due=before.due) == before
+
+
+def _gone(state: State) -> dict[int, bool]:
+    return {one: there == "gone" for one, there in state.devices.items()}
 
 
 def _record(step: Step, before: State, after: State, notice: Notice) -> None:
