@@ -50,7 +50,7 @@ class Fleet:
         self._topics = topics
         self._store = store
         self._min_images, self._unfit = min_images, unfit
-        self._task: Task | None = None  # of no participant: which round reminders are about
+        self._round: tuple[str, int, int] | None = None  # run, stage and round that reminders are about
         self._asked: dict[int, float] = {}  # participant -> when its task was last sent
         self.reminded = False  # the last tasks included some that had been sent before
         self._heard: dict[int, float] = {}  # participant -> when it last showed that it works on its task
@@ -123,9 +123,8 @@ class Fleet:
 
     def tasks(self, run: str, stage: int, round: int, owing: Sequence[int], now: float, room: int) -> list[Command]:
         """At most `room` of the tasks that are due among those who still owe an update."""
-        task = Task(run=run, stage=stage, round=round, participant=0)
-        if task != self._task:
-            self._task = task
+        if (run, stage, round) != self._round:
+            self._round = run, stage, round
             self._asked.clear()
             self._heard.clear()
             self._next = None
@@ -142,8 +141,8 @@ class Fleet:
                 self.reminded |= member.participant in self._asked
                 self._asked[member.participant] = now
                 self._unanswered[member.id] += 1
-                payload = encode(task.model_copy(update={"participant": member.participant}))
-                commands.append(Send(self._topics.to_device(member.id, "task"), payload))
+                task = Task(run=run, stage=stage, round=round, participant=member.participant)
+                commands.append(Send(self._topics.to_device(member.id, "task"), encode(task)))
         self._next = None
         return commands
 

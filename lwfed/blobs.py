@@ -84,7 +84,7 @@ class BlobStore:
         self._root = root
         self._parts = root / "parts"
         self._durable = durable
-        self._sizes: dict[str, int] = {}  # blobs verified in this process
+        self._refs: dict[str, BlobRef] = {}  # blobs verified in this process
         self._manifests: dict[tuple[str, int], Manifest] = {}
         with _explained(root):
             self._parts.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,11 @@ class BlobStore:
     def adopt(self, path: Path) -> BlobRef:
         """Move the file at `path` into the store."""
         with _explained(path):
-            ref = BlobRef(id=_digest(path), size=path.stat().st_size)
+            found = path.stat()
+            ref = BlobRef(id=_digest(path), size=found.st_size)
             if self.has(ref.id):
                 path.unlink()
-            elif path.stat().st_dev == self._root.stat().st_dev:
+            elif found.st_dev == self._root.stat().st_dev:
                 self._install(path, ref)
             else:
                 handle, name = tempfile.mkstemp(prefix="temporary-", dir=self._root)
@@ -121,15 +122,15 @@ class BlobStore:
     def has(self, id: str) -> bool:
         """Whether the blob is held intact: the first question in this process reads it, and removes it when it rotted."""
         if not os.path.isfile(f"{self._root}/{id}"):  # asked all the time: a Path takes longer than the system
-            self._sizes.pop(id, None)
+            self._refs.pop(id, None)
             return False
-        if id not in self._sizes:
+        if id not in self._refs:
             path = self._root / id
             with _explained(path):
                 if _digest(path) != id:
                     path.unlink()
                     return False
-                self._sizes[id] = path.stat().st_size
+                self._refs[id] = BlobRef(id=id, size=path.stat().st_size)
         return True
 
     def path(self, id: str) -> Path:
@@ -142,7 +143,7 @@ class BlobStore:
 
     def ref(self, id: str) -> BlobRef:
         self._demand(id)
-        return BlobRef(id=id, size=self._sizes[id])
+        return self._refs[id]
 
     def manifest(self, id: str, chunk_bytes: int) -> Manifest:
         """How the blob is cut into pieces of `chunk_bytes`, the last one shorter."""
@@ -169,18 +170,18 @@ class BlobStore:
 
     def remove(self, id: str) -> None:
         (self._root / id).unlink(missing_ok=True)
-        self._sizes.pop(id, None)
+        self._refs.pop(id, None)
         for key in [key for key in self._manifests if key[0] == id]:
             del self._manifests[key]
 
     def forget(self, keep: Collection[str]) -> None:
         """Delete all blobs and parts of blobs but those of `keep`."""
-        for path in self._root.iterdir():
-            if path.is_file() and path.name not in keep:
-                self.remove(path.name)
-        for path in self._parts.iterdir():
-            if path.name.partition("-")[0] not in keep:
-                path.unlink()
+        for name in os.listdir(self._root):
+            if name not in keep and name != self._parts.name:
+                self.remove(name)
+        for name in os.listdir(self._parts):
+            if name.partition("-")[0] not in keep:
+                (self._parts / name).unlink()
 
     def _demand(self, id: str) -> None:
         if not self.has(id):
@@ -190,8 +191,8 @@ class BlobStore:
         if self._durable:
             disk.install(path, self._root / ref.id)
         else:
-            path.replace(self._root / ref.id)
-        self._sizes[ref.id] = ref.size
+            os.replace(path, self._root / ref.id)
+        self._refs[ref.id] = ref
 
 
 class PartFile(Arrival):
@@ -237,8 +238,8 @@ class PartFile(Arrival):
         return self._store.path(blob.id)
 
     def _create(self) -> None:
-        self._path.touch()
-        os.truncate(self._path, self.manifest.blob.size)  # a file with holes: costs nothing yet
+        with self._path.open("wb") as file:
+            file.truncate(self.manifest.blob.size)  # a file with holes: costs nothing yet
 
     def _found(self) -> Iterator[int]:
         with self._path.open("rb") as file:

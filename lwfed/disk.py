@@ -43,7 +43,7 @@ def instead(other: Sync) -> Iterator[None]:
 def install(temporary: Path, path: Path) -> None:
     """Rename a file that has been written, so that it is whole under its name or not there at all, also after a power cut."""
     sync(temporary)
-    temporary.replace(path)
+    os.replace(temporary, path)
     sync(path.parent)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeVar
 
 Strategy = Literal["layer_wise", "progressive", "end_to_end"]
@@ -160,6 +161,7 @@ class Place:
     lr_scale: float = 1.0  # what reductions on plateaus have left of the rate
 
 
+@cache
 def stage_plan(
     strategy: Strategy,
     stage: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from typing import Any
 
 from lwfed.config.explain import keys
@@ -24,6 +25,7 @@ def values(config: RunConfig) -> dict[str, Any]:
     return {key: held[section][name] for key in keys(RunConfig) for section, _, name in [key.partition(".")]}
 
 
+@cache
 def learning_digest(config: RunConfig) -> str:
     """SHA-256 of the settings that say what is learnt: the same as long as a run goes on."""
     found = {key: value for key, value in values(config).items() if learns(key)}
