@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +30,14 @@ WIDTH, HIDDEN = 8, 32
 HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest
 Tensors = dict[str, wire.Array]
 Model = dict[str, Tensors]  # part -> its tensors
+Forms = tuple[tuple[int, ...], ...]  # shapes, one after another
 
 READY = WorkerReady(torch="canned", machine="canned")
 PLANNED = WorkerPlanned(prefix="torch", micro_batch=16, reason="canned", needs_mb=100.0)
 PROGRESS = WorkerProgress(epoch=1, epochs=1, step=1, steps=2, loss=1.0, rss_mb=100.0)
 
 
+@cache
 def shapes(part: str) -> dict[str, tuple[int, ...]]:
     """In the order of names, as files have them: noise is drawn in that order."""
     kind, _, number = part.partition(".")
@@ -51,20 +54,22 @@ def shapes(part: str) -> dict[str, tuple[int, ...]]:
 
 
 def initial(part: str, attempt: int) -> Tensors:
-    noise = _noise("initial", part, attempt)
-    return {name: noise(shape) for name, shape in shapes(part).items()}
+    found = shapes(part)
+    return dict(zip(found, _noise(tuple(found.values()), "initial", part, attempt), strict=True))
 
 
 def trained(model: Model, uploaded: Iterable[str], stage: int, round: int, participant: int) -> Tensors:
     """The tensors of the parts `uploaded`, after a local call; they depend on all parts of `model`."""
-    noise = _noise("trained", stage, round, participant)
+    received = {name: tensor for part in uploaded for name, tensor in model[part].items()}
+    noise = _noise(_forms(received), "trained", stage, round, participant)
     seen = np.float32(np.sin(sum(float(tensor.sum()) for part in sorted(model) for tensor in model[part].values())))
-    return {name: HALF * value + noise(value.shape) + seen for part in uploaded for name, value in model[part].items()}
+    return {name: HALF * value + change + seen for (name, value), change in zip(received.items(), noise, strict=True)}
 
 
 def calibrated(model: Model, parts: Iterable[str], stage: int, round: int) -> Model:
-    noise = _noise("calibrated", stage, round)
-    return {part: {name: HALF * value + noise(value.shape) for name, value in model[part].items()} for part in parts}
+    before = {part: model[part] for part in parts}
+    noise = iter(_noise(tuple(form for held in before.values() for form in _forms(held)), "calibrated", stage, round))
+    return {part: {name: HALF * value + next(noise) for name, value in held.items()} for part, held in before.items()}
 
 
 def graph(engine: str) -> bytes:
@@ -183,6 +188,11 @@ def _write(model: Model, job: Json) -> dict[str, str]:
     return {part: str(file) for part, file in files.items()}
 
 
-def _noise(purpose: str, *labels: int | str) -> Callable[[tuple[int, ...]], wire.Array]:
+def _forms(tensors: Tensors) -> Forms:
+    return tuple(tensor.shape for tensor in tensors.values())
+
+
+@cache  # of all schedules
+def _noise(forms: Forms, purpose: str, *labels: int | str) -> tuple[wire.Array, ...]:
     stream = np.random.default_rng(derive(0, purpose, *labels))
-    return lambda shape: stream.standard_normal(shape, dtype=np.float32)
+    return tuple(stream.standard_normal(form, dtype=np.float32) for form in forms)

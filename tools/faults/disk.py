@@ -20,10 +20,11 @@ class Disk:
         self._names: dict[Path, Names] = {}  # of folders that were synced
 
     def sync(self, path: Path) -> None:
-        if path.is_dir():
+        try:
+            with path.open("rb") as file:
+                self._contents[os.fstat(file.fileno()).st_ino] = file.read()
+        except IsADirectoryError:
             self._names[path] = _names(path)
-        else:
-            self._contents[path.stat().st_ino] = path.read_bytes()
 
     def lose_power(self, root: Path, random: Random) -> None:
         """What is below `root` becomes what its disk has at a power cut."""

@@ -127,6 +127,7 @@ class Reference:
         self._config, self._folder = config, folder
         self._recorded = sorted((one.stage, one.round, one.participant) for one in recorded)
         self._model: canned.Model = {}
+        self._digests: dict[str, str] = {}  # of its parts
         self._lost: dict[str, canned.Tensors] = {}  # of a participant, or of a part, by the last encoding in the stage
 
     def rounds(self) -> Iterator[Update]:
@@ -134,6 +135,7 @@ class Reference:
             plan = self._config.plan(stage)
             kept = {part: held for part, held in self._model.items() if part in plan.present}
             self._model, self._lost = kept | {part: canned.initial(part, 1) for part in plan.added}, {}
+            self._digests = {part: _digest(held) for part, held in self._model.items()}
             for round in range(1, rounds + 1):
                 updates, shares = self._updates(plan, stage, round)
                 after = self._model | self._aggregated(plan, shares)
@@ -141,7 +143,7 @@ class Reference:
                 if every == "round" or (every == "stage" and round == rounds):
                     after |= canned.calibrated(after, plan.calibrated, stage, round)
                 self._publish(after, derive(self._config.run.seed, "publish", stage, round))
-                yield stage, round, updates, {part: _digest(held) for part, held in self._model.items()}
+                yield stage, round, updates, dict(self._digests)
 
     def _updates(self, plan: StagePlan, stage: int, round: int) -> tuple[dict[int, str], list[Share]]:
         """The digests of what counts, as it travels, and the weights that it stands for."""
@@ -165,9 +167,11 @@ class Reference:
         """The model becomes what devices can make of what they are sent."""
         for part in sorted(after):
             before, held = self._model[part], after[part]
-            if self._config.transfer.codec != "fp32" and _digest(before) != _digest(held):
+            if _digest(held) == self._digests[part]:
+                continue
+            if self._config.transfer.codec != "fp32":
                 _, held = self._encoded(part, before, held, 1.0, derive(seed, "patch", part))
-            self._model[part] = held
+            self._model[part], self._digests[part] = held, _digest(held)
 
     def _encoded(self, what: str, before: canned.Tensors, after: canned.Tensors, top_k: float, seed: int) -> tuple[bytes, canned.Tensors]:
         """The differences, and what they make of `before`; what they lose is added to the next ones."""
