@@ -12,7 +12,7 @@ norm and heads are trained and travel in every stage.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeVar
@@ -166,10 +166,10 @@ def stage_plan(
     strategy: Strategy,
     stage: int,
     depth: int,
-    layers_per_stage: PerStage = 1,
+    layers_per_stage: int | tuple[int, ...] = 1,
     *,
     tail: tuple[str, ...] = TAIL,
-    adapted: Collection[int] = (),
+    adapted: tuple[int, ...] = (),
     overlap: int = 0,
     scope: CalibrationScope = "model",
     every: CalibrationEvery = "never",
