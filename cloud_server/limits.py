@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
 
+from lwfed.transport.base import Received
 from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics
 
 MESSAGES_PER_S = 20.0  # of one device, chunks of its update not counted
@@ -65,3 +66,23 @@ class Door:
         with self._changed:
             found, self._excess = self._excess, Counter()
         return found
+
+
+class Repeats:
+    """Of offers that wait in the server's queue: devices repeat what nobody answers, and a server that is behind would stay behind."""
+
+    def __init__(self, topics: Topics) -> None:
+        self._topics = topics
+        self._waiting: set[Received] = set()
+
+    def is_one(self, message: Received) -> bool:
+        """Whether the same offer waits already. Asked on the transport's thread; otherwise the message is put into the queue."""
+        match self._topics.parse(message.topic):
+            case FromDevice(_, "offer"):
+                known = message in self._waiting
+                self._waiting.add(message)
+                return known
+        return False
+
+    def handled(self, message: Received) -> None:
+        self._waiting.discard(message)

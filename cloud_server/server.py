@@ -20,7 +20,7 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
-from lwfed.cloud_server.limits import MESSAGES_PER_S, Door
+from lwfed.cloud_server.limits import MESSAGES_PER_S, Door, Repeats
 from lwfed.cloud_server.litter import Litter, is_litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
@@ -79,6 +79,7 @@ class Server:
         self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
+        self._repeats = Repeats(self._topics)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
         self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
@@ -151,7 +152,8 @@ class Server:
         """On the transport's thread. Litter goes by the door: it is cleared unread."""
         if self._door and isinstance(event, base.Received) and not is_litter(self._topics, event) and not self._door.admits(event.topic):
             return
-        self._queue.put(event)
+        if not (isinstance(event, base.Received) and self._repeats.is_one(event)):
+            self._queue.put(event)
 
     def end(self) -> None:
         """Idempotent."""
@@ -181,6 +183,7 @@ class Server:
         now = self._clock()
         match event:
             case base.Received():
+                self._repeats.handled(event)
                 self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
@@ -279,7 +282,8 @@ class Server:
         if self._connected:
             self._watch_gate(now)
             self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending))
-            self._execute(self._inbox.poll(now))
+            if self._queue.empty():
+                self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
         self._take_leave(now)
 

@@ -92,7 +92,7 @@ class Inbox:
             self._left.pop(contribution, None)
             self._discard(left)
         self._waiting.setdefault(contribution, _Transfer(device, offer)).offer = offer
-        granted = self.poll(now)
+        granted = self._fill(now)
         if contribution in self._waiting:
             granted.append(self._tell(device, Wait(contribution=contribution, retry_s=WAIT_S)))
         return granted
@@ -130,9 +130,9 @@ class Inbox:
         try:
             path = transfer.part.commit() if transfer.part else self._store.path(transfer.offer.manifest.blob.id)
         except InvalidPayload as error:
-            return [*self.refuse(device, contribution, "digest", str(error)), *self.poll(now)], None
+            return [*self.refuse(device, contribution, "digest", str(error)), *self._fill(now)], None
         self._checking[contribution] = transfer
-        return self.poll(now), ReceivedUpdate(device, transfer.offer, path, fin.traffic)
+        return self._fill(now), ReceivedUpdate(device, transfer.offer, path, fin.traffic)
 
     def accept(self, contribution: str) -> list[Command]:
         """The update is recorded: its device may forget it. Raises KeyError for one that was not received."""
@@ -155,11 +155,22 @@ class Inbox:
         return [command for device, id in open_ for command in self.refuse(device, id, code, reason)]
 
     def poll(self, now: float) -> list[Command]:
-        """Give the slots of devices that get nowhere to those that wait."""
+        """Give the slots of devices that get nowhere to those that wait. Call it when all that has come was handed over:
+        of a device that seems silent something may be among it."""
         for contribution, transfer in list(self._granted.items()):
             excess = len(self._granted) + len(self._waiting) - self._slots
             if excess > 0 and self._waiting and now >= transfer.moved_s + SILENCE_S:
                 self._left[contribution] = self._granted.pop(contribution)
+        return self._fill(now)
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When the next slot falls to a waiting device; None while nobody waits."""
+        if not self._waiting or not self._granted:
+            return None
+        return max(now, min(transfer.moved_s for transfer in self._granted.values()) + SILENCE_S)
+
+    def _fill(self, now: float) -> list[Command]:
+        """Give free slots to those that wait."""
         commands: list[Command] = []
         while self._waiting and len(self._granted) < self._slots:
             contribution, transfer = next(iter(self._waiting.items()))
@@ -169,12 +180,6 @@ class Inbox:
             self._granted[contribution] = transfer
             commands.append(self._grant(transfer))
         return commands
-
-    def next_wakeup(self, now: float) -> float | None:
-        """When the next slot falls to a waiting device; None while nobody waits."""
-        if not self._waiting or not self._granted:
-            return None
-        return max(now, min(transfer.moved_s for transfer in self._granted.values()) + SILENCE_S)
 
     def _fin_without_slot(self, device: str, contribution: str) -> list[Command]:
         if self._known(contribution):

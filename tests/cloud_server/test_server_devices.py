@@ -5,13 +5,17 @@ import json
 import numpy as np
 import pytest
 
+from lwfed.blobs import BlobStore
 from lwfed.cloud_server import fleet as fleet_module
 from lwfed.cloud_server import server
 from lwfed.cloud_server.fleet import REMIND_S
 from lwfed.cloud_server.overview import overview
 from lwfed.cloud_server.rounds import State
 from lwfed.config.schema import MAX_DEVICES
+from lwfed.transport import base
 from lwfed.wire import messages
+from lwfed.wire.inbox import SILENCE_S
+from lwfed.wire.upload import contribution_id
 
 from .fleets import of, undisturbed
 
@@ -451,3 +455,52 @@ def test_a_task_is_repeated_until_it_is_begun(world):
     assert device.tasks == []
     fleet.broker.interfere = None
     fleet.finish()
+
+
+def test_an_offer_that_waits_to_be_handled_needs_no_second_one(world):
+    fleet = undisturbed(world)
+    fleet.quiet()
+    server, topics = fleet.server, fleet.server._topics
+
+    def arrived(*messages):
+        for topic, payload in messages:
+            server._arrive(base.Received(topic, payload))
+        return server.drain()
+
+    offer, other = [(topics.from_device("a", "offer"), payload) for payload in (b"an offer", b"another")]
+    assert arrived(offer, other, offer, offer) == 2
+    assert arrived(offer) == 1
+    got = topics.from_device("a", "got"), messages.encode(messages.Got(chunks=1))
+    assert arrived(got, got) == 2
+
+
+def test_nobody_loses_a_slot_for_what_the_server_has_not_handled_yet(world, make_report, tmp_path):
+    fleet = world("transfer.upload_slots=1", "rounds.min_devices=9")
+    fleet.start()
+    for name in "ab":
+        fleet.join(name)
+    server, topics, updates = fleet.server, fleet.server._topics, BlobStore(tmp_path / "updates", durable=False)
+
+    def granted():
+        fleet.broker.pump()
+        return [topic for _, topic, _ in fleet.broker.log if topic.endswith("/grant")]
+
+    server._inbox.limit_bytes = 5000
+    chunks = []
+    for number, name in enumerate("ab"):
+        manifest = updates.manifest(updates.put(name.encode() * 5000).id, 1024)
+        contribution = contribution_id("run", 1, 1, name, manifest.blob.id)
+        place = {"run": "run", "stage": 1, "round": 1, "participant": number}
+        offer = messages.Offer(contribution=contribution, manifest=manifest, report=make_report(), **place)
+        server._execute(server._inbox.offer(name, offer, fleet.now))
+        chunks.append(base.Received(topics.update_chunk(name, "w0", contribution, 0), name.encode() * 1024))
+    for late in (chunks[1], chunks[0]):
+        server._arrive(late)
+    fleet.now += SILENCE_S + 1
+    assert granted() == [topics.to_device("a", "grant")]
+    server.drain()
+    assert granted() == [topics.to_device("a", "grant")]
+    server.drain()
+    fleet.now += SILENCE_S + 1
+    server.handle(None)
+    assert granted() == [topics.to_device("a", "grant"), topics.to_device("b", "grant")]
