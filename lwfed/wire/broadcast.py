@@ -12,7 +12,7 @@ costs the others little, and a broker that loses what it sends to everybody is s
 
 A broker takes whatever it is given, and keeps it for those who are slower. So devices say how many have come, and no more
 goes out while it holds much for all of them together; but a quarter that keeps up does not wait for the others. Who is silent
-does not count until it speaks again: it may be gone, or know nothing of this.
+is not waited for until it speaks again: it may be gone. While all are silent they are slow, and nothing goes out.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ class _Sums:
     wanting: int = 0
     fast: int = 0
     speaking: int = 0  # those who are not silent
-    held: int = 0  # chunks of which the broker has copies for them
-    keeping_up: int = 0
+    held: int = 0  # chunks of which the broker has copies, also for silent ones
+    keeping_up: int = 0  # of those who speak
 
     def add(self, asker: _Asker, sign: int) -> None:
         if asker.wants:
             self.wanting += sign
             self.fast += sign * (asker.pace == FASTEST)
+            self.held += sign * min(asker.away, HELD_EACH)
         if asker.wants and not asker.silent:
             self.speaking += sign
-            self.held += sign * min(asker.away, HELD_EACH)
             self.keeping_up += sign * (asker.away < FEW)
 
 
@@ -166,7 +166,7 @@ class Broadcast:
     def _is_full(self) -> bool:
         """The broker holds much, and few keep up."""
         sums = self._sums
-        return sums.held >= HELD_BYTES / self._chunk_bytes and sums.keeping_up < KEEPING_UP * sums.speaking
+        return sums.held >= HELD_BYTES / self._chunk_bytes and sums.keeping_up < max(1, KEEPING_UP * sums.speaking)
 
     def _note_silent(self, now: float) -> None:
         if self._is_full() and now >= self._look_at:
@@ -196,6 +196,7 @@ class Broadcast:
         with self._changing(asker):
             asker.had[want.id], asker.last_s = 0, now
             asker.away = 0  # counted too little they do no harm; too much, and what no report will ever tell of is waited for
+            asker.silent = False
             asker.wants.pop(want.id, None)
             if bits:
                 asker.wants[want.id] = bits

@@ -168,18 +168,22 @@ def test_what_the_broker_holds_for_all_together_is_bounded(broadcast, ten):
 
 
 def test_who_is_silent_is_waited_for_once_until_it_speaks_again(broadcast, ten):
-    assert sent(broadcast.poll(10.2, 1000)) == []
-    chunks, now = drain(broadcast, 10.2)
-    assert chunks == list(range(10, 100))
-    assert now < 0.3 + SILENT_S + 2 * LOOK_S
-
-
-def test_one_that_speaks_again_counts_again(broadcast, ten):
-    broadcast.poll(10.2, 1000)
-    assert sent(broadcast.poll(12.3, 3)) == [10, 11, 12]
+    now, chunks = 0.4, []
+    while len(chunks) < 60:
+        now += 0.1
+        broadcast.got(ten[0], 10, now)
+        chunks += sent(broadcast.poll(now, 1000))
+    assert SILENT_S < now < 0.3 + SILENT_S + 2 * LOOK_S + 2
     for device in ten:
-        broadcast.got(device, 1, 12.3)
-    assert sent(broadcast.poll(12.4, 1000)) == []
+        broadcast.got(device, 1, now)
+    assert sent(broadcast.poll(now + 1, 1000)) == []
+
+
+def test_while_all_are_silent_nothing_goes_out_until_one_says_what_it_lacks(broadcast, blob, ten):
+    for now in range(1, 60):
+        assert sent(broadcast.poll(float(now), 1000)) == []
+    broadcast.need(ten[0], need(blob, "10-99"), 60.0)
+    assert sent(broadcast.poll(61.0, 3)) == [10, 11, 12]
 
 
 def test_several_downloads_in_a_row_are_each_as_fast(broadcast, store, monkeypatch):
