@@ -19,7 +19,10 @@ MAX_TOLD = 1000  # names in topics are whatever a sender likes
 
 def is_litter(topics: Topics, message: Received) -> bool:
     """Whether a message is retained that no agent would have retained."""
-    return message.retained and getattr(topics.parse(message.topic), "kind", "") != "state"
+    match topics.parse(message.topic):
+        case FromDevice(_, "state"):
+            return False
+    return message.retained
 
 
 class Litter:

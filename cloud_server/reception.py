@@ -237,13 +237,13 @@ class Reception:
             try:
                 course.check_update(received.path)
             except InvalidPayload as error:
-                objection = ("not_finite" if "not finite" in str(error) else "content"), str(error)
+                objection = error.code, str(error)
         if objection is not None:
             commands = self._refuse(member, offer, *objection)
             if objection[0] in ("content", "not_finite"):
-                course.spool.remove(offer.manifest.blob.id)
                 self._apply(CannotTrain(member.participant, refused=True), now, None)
             return commands
+        course.spool.adopt(received.path)  # where equal updates of several devices are one file
         contribution = Contribution.of(offer, received.traffic)
         self._news.contribution(contribution)
         self._apply(Contributed(member.participant, contribution.id), now, lambda step: step.contribute(contribution))

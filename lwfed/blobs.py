@@ -2,6 +2,7 @@
 
     <root>/<digest>                      a blob; appears by rename, complete
     <root>/parts/<digest>-<layout>.part  a blob on its way; which chunks it has is found by hashing them again
+    <root>/parts/<digest>-<layout>-<owner>.part  the same, where several send it and none may spoil another's
     <root>/temporary-*                   being written; deleted when the store is opened
 
 A part file needs no record beside it: after a power cut some chunks may be missing that had been written, never the
@@ -162,11 +163,12 @@ class BlobStore:
             file.seek(index * manifest.chunk_bytes)
             return file.read(manifest.chunk_bytes)
 
-    def part(self, manifest: Manifest) -> PartFile:
-        """Where the blob's chunks are gathered, with those that an earlier process left."""
-        # The layout is in the name, so that a manifest that lies about a blob cannot spoil another's part of it.
+    def part(self, manifest: Manifest, owner: str = "") -> PartFile:
+        """Where the blob's chunks are gathered (those of `owner`, where others send the same), with those that an earlier process left."""
+        # The layout is in the name, so that chunks are where the manifest cuts them.
         layout = hashlib.sha256(" ".join((str(manifest.chunk_bytes), *manifest.digests)).encode()).hexdigest()[:16]
-        return PartFile(self, self._parts / f"{manifest.blob.id}-{layout}.part", manifest)
+        name = "-".join(filter(None, (manifest.blob.id, layout, owner)))
+        return PartFile(self, self._parts / f"{name}.part", manifest)
 
     def remove(self, id: str) -> None:
         (self._root / id).unlink(missing_ok=True)
@@ -215,9 +217,18 @@ class PartFile(Arrival):
             return self._store.path(self.manifest.blob.id)
         return super().commit()
 
+    def verify(self) -> Path:
+        """The file, once it is complete. Raises InvalidPayload, and starts from nothing, where it is not what its name promises."""
+        with _explained(self._path):
+            if self._path.exists() and _digest(self._path) == self.manifest.blob.id:
+                return self._path
+        self.discard()
+        raise InvalidPayload(f"the chunks of blob {self.manifest.blob.id[:12]} do not make up what its name promises")
+
     def discard(self) -> None:
         """Delete what has arrived; the next chunk begins anew."""
-        self._path.unlink(missing_ok=True)
+        with _explained(self._path):
+            self._path.unlink(missing_ok=True)
         self._missing = set(range(len(self.manifest.digests)))
 
     def _keep(self, index: int, data: bytes) -> None:
@@ -229,12 +240,9 @@ class PartFile(Arrival):
                 file.write(data)
 
     def _install(self) -> Path:
-        blob = self.manifest.blob
-        with _explained(self._path):
-            if _digest(self._path) != blob.id:
-                self.discard()
-                raise InvalidPayload(f"the chunks of blob {blob.id[:12]} do not make up what its name promises")
-            self._store._install(self._path, blob)
+        blob, path = self.manifest.blob, self.verify()
+        with _explained(path):
+            self._store._install(path, blob)
         return self._store.path(blob.id)
 
     def _create(self) -> None:

@@ -14,6 +14,7 @@
         ├── ProtocolMismatch        76   it speaks a version that we do not
         ├── InvalidMessage          76   a message does not parse or breaks its limits
         ├── InvalidPayload          76   bytes that fit neither their digest nor the plan
+        │   └── NotFinite           76   tensors with values that are not finite
         └── TransportError          69
             ├── Unreachable         69   no connection to the broker (EX_UNAVAILABLE), try again later
             ├── PortInUse           75   something else listens there (EX_TEMPFAIL)
@@ -26,6 +27,8 @@ restarted on 2, 65, 66, 71, 72, 73, 76, 77 and 78: nothing changes until somebod
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class LwfedError(Exception):
@@ -83,7 +86,11 @@ class InvalidMessage(WireError):
 
 
 class InvalidPayload(WireError):
-    pass
+    code: Literal["content", "not_finite"] = "content"  # by which a server refuses such an update
+
+
+class NotFinite(InvalidPayload):
+    code = "not_finite"
 
 
 class TransportError(WireError):

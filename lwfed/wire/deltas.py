@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random import Philox
 
-from lwfed.errors import InvalidPayload
+from lwfed.errors import InvalidPayload, NotFinite
 from lwfed.plan import STATISTICS
 from lwfed.wire.sizes import Form, Shapes, counts_of, form_of, raw_bytes
 from lwfed.wire.tensors import Array
@@ -80,7 +80,7 @@ def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
         with np.errstate(all="ignore"):  # numpy would warn of what is refused here
             finite = np.isfinite(found[name]).all()
         if not finite:
-            raise InvalidPayload(f"tensor {name} holds values that are not finite")
+            raise NotFinite(f"tensor {name} holds values that are not finite")
     return found
 
 

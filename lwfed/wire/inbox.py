@@ -1,10 +1,11 @@
-"""The server takes updates from devices, a few at a time, each into a file.
+"""The server takes updates from devices, a few at a time, each into a file of its own, also where two devices send the same.
 
     offer --no slot free--> waiting --slot free--> granted --fin, all there--> checking --accept--> forgotten
     granted --nothing new for 10 s while others wait--> left: offered anew by the device, and resumed from its part file
 
 Brokers drop what they queue for a slow reader, after acknowledging it; so slots times window stays far below any
-broker's queue. The shell looks into a `ReceivedUpdate`, records it, and then calls `accept`: only that sends `done`.
+broker's queue. The shell looks into a `ReceivedUpdate`, takes its file over, records it, and then calls `accept`: only that sends
+`done`. Or it calls `refuse`, which deletes the file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TELL_EVERY_S = 1.0  # more chunks than one are on their way when a device learns
 
 @dataclass(frozen=True)
 class ReceivedUpdate:
-    """A complete update on disk, its digest verified; its content is not."""
+    """A complete update on disk, its digest verified; its content is not. The file is whoever's takes it, until `refuse`."""
 
     device: str
     offer: Offer
@@ -41,7 +42,7 @@ class _Transfer:
     device: str
     offer: Offer
     moved_s: float = 0.0  # when it got its slot, or the last chunk that was not there
-    part: PartFile | None = None  # None: waiting, or the store holds the blob already
+    part: PartFile | None = None  # None: waiting
 
 
 class Inbox:
@@ -105,12 +106,11 @@ class Inbox:
         transfer = self._granted.get(topic.contribution) or self._left.get(topic.contribution)
         if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
             return self._stop_stray(topic, now)
-        if transfer.part is not None:
-            try:
-                if transfer.part.write(topic.index, data):
-                    transfer.moved_s = now
-            except InvalidPayload:
-                self.bad_chunks += 1
+        try:
+            if transfer.part and transfer.part.write(topic.index, data):
+                transfer.moved_s = now
+        except InvalidPayload:
+            self.bad_chunks += 1
         return [] if topic.contribution in self._granted else self._stop_stray(topic, now)
 
     def expects(self, device: str, fin: Fin) -> bool:
@@ -122,13 +122,13 @@ class Inbox:
         """The device has sent everything: ask for what is missing, or hand the update to the shell."""
         contribution = fin.contribution
         transfer = self._granted.get(contribution)
-        if transfer is None or transfer.device != device:
+        if transfer is None or transfer.device != device or transfer.part is None:
             return self._fin_without_slot(device, contribution), None
-        if transfer.part is not None and not transfer.part.complete:
+        if not transfer.part.complete:
             return [self._tell(device, Miss(contribution=contribution, missing=ranges(transfer.part.missing())))], None
         del self._granted[contribution]
         try:
-            path = transfer.part.commit() if transfer.part else self._store.path(transfer.offer.manifest.blob.id)
+            path = transfer.part.verify()
         except InvalidPayload as error:
             return [*self.refuse(device, contribution, "digest", str(error)), *self._fill(now)], None
         self._checking[contribution] = transfer
@@ -175,8 +175,9 @@ class Inbox:
         while self._waiting and len(self._granted) < self._slots:
             contribution, transfer = next(iter(self._waiting.items()))
             del self._waiting[contribution]
-            transfer.part, transfer.moved_s = self._part(transfer), now
-            self._left.pop(contribution, None)
+            left = self._left.pop(contribution, None)
+            transfer.part = left.part if left else self._store.part(transfer.offer.manifest, contribution)
+            transfer.moved_s = now
             self._granted[contribution] = transfer
             commands.append(self._grant(transfer))
         return commands
@@ -197,13 +198,6 @@ class Inbox:
         self._told[topic.device] = now
         return self._fin_without_slot(topic.device, topic.contribution)
 
-    def _part(self, transfer: _Transfer) -> PartFile | None:
-        manifest = transfer.offer.manifest
-        if self._store.has(manifest.blob.id):
-            return None
-        same = (other.part for other in self._with_part() if other.offer.manifest == manifest)
-        return next(same, None) or self._store.part(manifest)
-
     def _drop_others(self, device: str, contribution: str) -> None:
         """A device has one update at a time, so that no device can fill the disk with parts."""
         for table in (self._granted, self._waiting, self._left):
@@ -211,11 +205,8 @@ class Inbox:
                 self._discard(table.pop(id))
 
     def _discard(self, transfer: _Transfer) -> None:
-        if transfer.part is not None and not any(other.part is transfer.part for other in self._with_part()):
+        if transfer.part:
             transfer.part.discard()
-
-    def _with_part(self) -> list[_Transfer]:
-        return [transfer for table in (self._granted, self._left) for transfer in table.values() if transfer.part]
 
     def _grant(self, transfer: _Transfer) -> Send:
         missing = ranges(transfer.part.missing()) if transfer.part else ""

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from lwfed.errors import InvalidPayload
+from lwfed.errors import InvalidPayload, NotFinite
 from lwfed.wire.sizes import LENGTH_BYTES, MAX_HEADER_BYTES, Shapes
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -107,5 +107,5 @@ def _check_form(name: str, dtype: str, shape: tuple[int, ...], expected: tuple[i
 
 def _finite(name: str, tensor: Array) -> Array:
     if not np.isfinite(tensor).all():
-        raise InvalidPayload(f"tensor {name} holds values that are not finite")
+        raise NotFinite(f"tensor {name} holds values that are not finite")
     return tensor

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lwfed.blobs import BlobStore
 from lwfed.wire.inbox import Inbox, ReceivedUpdate
@@ -251,13 +256,119 @@ def test_chunks_that_do_not_make_up_the_blob_are_refused_as_digest(inbox, store)
 
 
 def test_two_devices_with_the_same_update_both_count(inbox, store):
-    offers = [make_offer(store, device) for device in ("d1", "d2")]
-    inbox.offer("d1", offers[0], 0.0)
-    inbox.offer("d2", offers[1], 0.0)
+    updates = [receive(inbox, make_offer(store, device), device) for device in ("d1", "d2")]
+    assert updates[0].path != updates[1].path
+    assert [update.path.read_bytes() for update in updates] == [CONTENT, CONTENT]
+
+
+def test_what_is_refused_of_one_device_stays_of_another(inbox, store):
+    offers = {device: make_offer(store, device) for device in ("d1", "d2")}
+    for device, offer in offers.items():
+        inbox.offer(device, offer, 0.0)
+    for index in range(3):
+        chunk(inbox, offers["d2"], index, device="d2")
+    receive(inbox, offers["d1"])
+    inbox.refuse("d1", offers["d1"].contribution, "not_finite", "NaN")
+    assert said(inbox.fin("d2", fin(offers["d2"]), 0.0)[0], DOWN) == [Miss(contribution=offers["d2"].contribution, missing="3-5")]
+    for index in range(3, 6):
+        chunk(inbox, offers["d2"], index, device="d2")
+    _, update = inbox.fin("d2", fin(offers["d2"]), 0.0)
+    assert update.path.read_bytes() == CONTENT
+    assert receive(inbox, offers["d1"]).path.read_bytes() == CONTENT
+
+
+def test_a_device_that_loses_its_slot_leaves_the_part_of_one_with_the_same_update(inbox, store):
+    same = {device: make_offer(store, device) for device in ("d1", "d2")}
+    for device, offer in same.items():
+        inbox.offer(device, offer, 0.0)
+        chunk(inbox, offer, 0, device=device)
+    inbox.offer("d3", make_offer(store, "d3", content=b"d3" * 1000), 0.0)
+    chunk(inbox, same["d2"], 1, now=5.0, device="d2")
+    inbox.poll(10.0)
+    inbox.offer("d1", make_offer(store, content=b"other" * 1000), 11.0)  # its part goes
+    assert said(inbox.fin("d2", fin(same["d2"]), 11.0)[0], DOWN) == [Miss(contribution=same["d2"].contribution, missing="2-5")]
+
+
+def test_a_part_that_somebody_deleted_arrives_again(inbox, store, tmp_path):
+    offer = make_offer(store)
+    inbox.offer("d1", offer, 0.0)
     for index in range(6):
-        chunk(inbox, offers[index % 2], index, device=f"d{index % 2 + 1}")
-    updates = [inbox.fin(device, fin(offer), 0.0)[1] for device, offer in zip(("d1", "d2"), offers, strict=True)]
-    assert [update.path.read_bytes() for update in updates if update] == [CONTENT, CONTENT]
+        chunk(inbox, offer, index)
+    (part,) = (tmp_path / "spool" / "parts").iterdir()
+    part.unlink()
+    commands, update = inbox.fin("d1", fin(offer), 0.0)
+    assert ([answer.code for answer in said(commands, DOWN)], update) == (["digest"], None)
+    assert receive(inbox, offer).path.read_bytes() == CONTENT
+
+
+ACTS = st.one_of(
+    st.tuples(st.just("offer"), st.sampled_from([1024, 2048])),
+    st.tuples(st.just("chunk"), st.integers(0, 6), st.booleans()),
+    st.tuples(st.just("fin"), st.sampled_from(["accept", "refuse"])),
+    st.tuples(st.sampled_from(["rest", "end", "restart"])),  # all chunks, so that it can be complete; of the round
+)
+
+
+class Spooling:
+    """A server, and devices that all offer the same."""
+
+    def __init__(self, folder, store) -> None:
+        self.folder, self.store, self.recorded = folder, store, set()
+        self.counts = False  # an update in the present round
+        self.offers = {}
+        self.restart()
+
+    def restart(self) -> None:
+        self.spool = BlobStore(self.folder, durable=False)
+        self.inbox = Inbox(TOPICS, self.spool, 10_000, self.recorded.__contains__)
+
+    def end(self) -> None:
+        self.inbox.clear("stale", "the round is over")
+        self.spool.forget(())
+        self.counts = False
+
+    def act(self, device: str, what: str, *how):
+        """What the device hears, and what arrived of it."""
+        offer = self.offers.setdefault(device, make_offer(self.store, device))
+        match what, *how:
+            case "offer", chunk_bytes:
+                manifest = self.store.manifest(offer.manifest.blob.id, chunk_bytes)
+                self.offers[device] = offer.model_copy(update={"manifest": manifest})
+                return self.inbox.offer(device, self.offers[device], 0.0)
+            case "chunk", index, sound:
+                data = self.store.chunk(offer.manifest, index) if sound else b"junk"
+                return self.inbox.chunk(UpdateChunk(device, "w0", offer.contribution, index), data, 0.0)
+            case ("rest",):
+                return [self.act(device, "chunk", index, True) for index in range(len(offer.manifest.digests))]
+            case "fin", verdict:
+                commands, update = self.inbox.fin(device, fin(offer), 0.0)
+                return commands, self.judge(update, verdict) if update else None
+
+    def judge(self, update: ReceivedUpdate, verdict: str):
+        content, contribution = update.path.read_bytes(), update.offer.contribution
+        if verdict == "refuse":
+            return content, self.inbox.refuse(update.device, contribution, "content", "bad")
+        self.spool.adopt(update.path)
+        self.counts = True
+        self.recorded.add(contribution)
+        return content, self.inbox.accept(contribution)
+
+
+@settings(max_examples=60, deadline=None)
+@given(acts=st.lists(st.tuples(st.sampled_from(["d1", "d2", "d3"]), ACTS), max_size=30))
+def test_whoever_offers_the_same_each_device_hears_what_it_would_hear_alone(tmp_path_factory, acts):
+    folder = tmp_path_factory.mktemp("equal")
+    store = BlobStore(folder / "device", durable=False)
+    together, alone = Spooling(folder / "together", store), {name: Spooling(folder / name, store) for name in ("d1", "d2", "d3")}
+    for device, (what, *how) in acts:
+        if what in ("end", "restart"):
+            for one in (together, *alone.values()):
+                getattr(one, what)()
+        else:
+            assert together.act(device, what, *how) == alone[device].act(device, what, *how)
+        if together.counts:
+            assert together.spool.read(hashlib.sha256(CONTENT).hexdigest()) == CONTENT
+    shutil.rmtree(folder)
 
 
 def test_the_end_of_a_round_refuses_what_is_under_way_but_not_what_arrived(inbox, store):
