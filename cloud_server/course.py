@@ -96,6 +96,8 @@ class Course:
             if isinstance(event, Aggregated | Calibrated) and after.phase != "calibrating":
                 step.checkpoint(before.stage, before.round, {**before.parts, **event.parts})
         self.state = after
+        if isinstance(event, Aggregated):
+            self.spool.forget(())  # the next round may begin at once, and its updates with it
         return notices
 
     def tidy(self) -> None:

@@ -135,6 +135,24 @@ def test_a_device_that_was_away_for_a_whole_stage_catches_up(world, said):
     assert not fetched & held
 
 
+def test_updates_are_kept_no_longer_than_their_round(world):
+    """Also where the next one begins at once, as all do that are not calibrated."""
+    fleet = world("stages.rounds_per_stage=4", "calibration.every=never")
+    fleet.start()
+    for name in ("a", "b"):
+        fleet.join(name, takes=lambda stage, round: 10.0)
+    folder, most = fleet.root / "server" / "updates", 0
+
+    def until():
+        nonlocal most
+        most = max(most, sum(path.is_file() for path in folder.iterdir()))
+        return fleet.course.state.over
+
+    fleet.settle(until)
+    assert most <= 2
+    assert not any(path.is_file() for path in folder.iterdir())
+
+
 def test_a_device_that_always_fails_stops_nobody(world, said):
     fleet = world("rounds.min_devices=3", "rounds.quorum=0.5", "rounds.deadline_s=3600")
     fleet.start()
