@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Float, Select, cast, func, select
 
 from lwfed.cloud_server.store.schema import contributions
 
@@ -24,7 +24,8 @@ class StageFigures:
 def mean_loss(connection: Connection, run: str, stage: int, round: int) -> float | None:
     """Of the last local epochs of a round, mean by images; None before the first contribution."""
     table = contributions.c
-    mean = func.sum(table.images * table.loss) / func.sum(table.images)
+    images = cast(table.images, Float)  # sums of what devices say: of whole numbers SQLite makes none beyond 64 bits
+    mean = func.sum(images * table.loss) / func.sum(images)
     found = connection.execute(select(mean).where(table.run == run, table.stage == stage, table.round == round)).scalar()
     return None if found is None else float(found)
 

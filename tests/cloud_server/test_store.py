@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from lwfed.cloud_server.rounds import State
@@ -226,6 +228,18 @@ def test_numbers_and_words_of_devices_are_kept_whatever_they_are(store, tiny, co
     assert store.state.unfit == {0: "no\x00\U0001f600"}
     assert store.contributions()[0].traffic == Traffic(down=2**53 - 1, up=2**53 - 1)
     assert store.loss(1, 1) == 1.0
+
+
+def test_images_of_two_thousand_devices_add_up_whatever_they_say(store, tiny, contribution):
+    store.begin(tiny())
+    with store.step(State()) as step:
+        step.begin_round(1, 1, (0, 1))
+    for participant, name in enumerate("ab"):
+        store.admit(name, HELLO)
+        one = contribution(name, participant, loss=participant)
+        with store.step(State()) as step:  # as a thousand do together, each with the most that a report may say
+            step.contribute(replace(one, report=one.report.model_copy(update={"images": 2**62})))
+    assert store.loss(1, 1) == 0.5
 
 
 def test_figures_and_losses_are_not_taken_from_whole_reports(store, tiny, contribution, monkeypatch):
