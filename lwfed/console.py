@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters: what a device says of itself must neither forge lines nor steer a terminal."""
+    """One line of what the terminal can show: what a device says of itself must not forge lines, steer a terminal or fail there."""
     line = re.sub(r"\s*\n\s*", "; ", text.strip())
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    return shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
