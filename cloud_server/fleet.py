@@ -1,23 +1,29 @@
 """Who the devices are, and whom to remind of its task. No clock and no socket.
 
 A device is admitted by its first hello and keeps its participant number for ever. Its retained state says whether it is
-there; a last will that comes late, after the goodbye or of an earlier boot, says nothing.
+there; a last will that comes late, after the goodbye or of an earlier start, says nothing.
+
+Of its starts the one with the highest number is believed, unless the device's state was copied or put back. So any other one
+is challenged with the nonce of that, and believed when it answers: it is there after that one was heard. Whoever answers after
+it was displaced by an answer was there before and after that: these are two agents, and nothing else looks like them, neither
+starts nor messages that are late, doubled or out of order.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lwfed.cloud_server.store import Store
 from lwfed.config.schema import MAX_DEVICES
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import DeviceState, Hello, State, Task, encode
+from lwfed.wire.messages import DeviceState, Hello, Nonce, Start, State, Task, encode
 from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of
 UNANSWERED = 8  # tasks in a row: two minutes without a word. A broker that was down with a device knows nothing of its end
+DISPLACED = 8  # starts of a device: more copies of it than these may go unnoticed
 SILENCE_S = 60.0  # after the last sign of work on it: a slow device decodes images, or makes its first step
 
 
@@ -26,22 +32,24 @@ class Member:
     id: str
     participant: int
     hello: Hello
-    boot: int
+    start: Start  # the one that is believed
     state: DeviceState | None = None  # None: not seen since the server started
+    displaced: deque[Nonce] = field(default_factory=lambda: deque(maxlen=DISPLACED))  # starts, by others that answered a challenge
 
     @property
     def there(self) -> bool:
         return self.state in ("ready", "training")
 
-    def contradicts(self, said: Hello | State) -> bool:
-        """Whether another agent must have said it: one start says one thing of itself, and none speaks after a later one.
+    def believes(self, start: Start) -> bool:
+        """Whether it is the one that is believed, or comes after it."""
+        return start == self.start or (start.boot > self.start.boot and start.nonce not in self.displaced)
 
-        Copies that agree in everything, the number of their starts included, are not told apart.
-        """
-        if isinstance(said, State):
-            late = said.state in ("lost", "stopped") or self.state is None  # a last word, or what a broker kept over a power cut
-            return said.boot < self.boot and not late
-        return said.boot < self.boot or (said.boot == self.hello.boot and said != self.hello)
+    def displace(self, start: Start) -> bool:
+        """Believe `start`, which has answered a challenge; whether two agents are there."""
+        if self.start.nonce not in self.displaced:
+            self.displaced.append(self.start.nonce)
+        self.start = start
+        return start.nonce in self.displaced
 
 
 class Fleet:
@@ -59,7 +67,7 @@ class Fleet:
         self._next: float | None = None  # no task of `_owing` is due before; None: to be found anew
         self._blocked = False  # tasks are due for which there was no room
         for device in store.devices():
-            self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.boot)
+            self.members[device.id] = Member(device.id, device.participant, device.hello, device.hello.start)
 
     def objection(self, member: Member) -> str:
         """Why it is not asked to train; empty when it may be. A device that cannot count its images beforehand says 0."""
@@ -74,9 +82,9 @@ class Fleet:
         if device not in self.members and len(self.members) >= MAX_DEVICES:
             return None
         participant, _ = self._store.admit(device, hello)
-        member = self.members.setdefault(device, Member(device, participant, hello, hello.boot))
+        member = self.members.setdefault(device, Member(device, participant, hello, hello.start))
         member.hello = hello
-        member.boot = hello.boot
+        member.start = hello.start
         if not member.there:
             member.state = "ready"
         self.remind(participant)
@@ -85,13 +93,13 @@ class Fleet:
     def note(self, device: str, state: State, now: float) -> Member | None:
         """The member whose state this is; None when it is unknown or the message belongs to the past."""
         member = self.members.get(device)
-        if member is None or state.boot < member.boot:
+        if member is None or not member.believes(state.start):
             return None
-        if (state.boot, member.state, state.state) == (member.boot, "stopped", "lost"):
+        if (state.start, member.state, state.state) == (member.start, "stopped", "lost"):
             return None  # a goodbye is the last word of a start
         if not member.there:
             self._next = None
-        member.boot = state.boot
+        member.start = state.start
         member.state = state.state
         if state.state == "training" and member.participant in self._asked:
             self.works(member.participant, now)

@@ -17,9 +17,9 @@ from lwfed.cloud_server.news import News
 from lwfed.cloud_server.store import Contribution
 from lwfed.errors import InvalidMessage, InvalidPayload, ProtocolMismatch
 from lwfed.wire.broadcast import Broadcast
-from lwfed.wire.commands import Command
+from lwfed.wire.commands import Command, Send
 from lwfed.wire.inbox import Inbox, ReceivedUpdate
-from lwfed.wire.messages import UP, Beat, Fail, Fin, Got, Hello, Message, Need, Offer, RefuseCode, State, decode
+from lwfed.wire.messages import UP, Beat, Challenge, Fail, Fin, Got, Hello, Message, Need, Offer, RefuseCode, Start, State, decode, encode
 from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
 
 Apply = Callable[[Event, float, Write | None], None]
@@ -103,9 +103,15 @@ class Reception:
     def _on_hello(self, device: str, hello: Hello, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
         was_there = known is not None and known.there
-        anew = known is not None and hello.boot != known.boot
-        self._look_for_double(known, hello)
-        if known is not None and hello != known.hello and not self._may_start(known, now):
+        rival, hello = hello.rival, hello.model_copy(update={"rival": None})
+        anew = known is not None and hello.start != known.start
+        if known is not None and not known.believes(hello.start):
+            if rival != known.start.nonce:
+                return self._challenge(known)
+            if not self._may_start(known, now):
+                return []
+            self._displace(known, hello.start)
+        elif known is not None and hello != known.hello and not self._may_start(known, now):
             return []
         member = self._fleet.greet(device, hello)
         if member is None:
@@ -124,14 +130,16 @@ class Reception:
 
     def _on_state(self, device: str, state: State, now: float) -> list[Command]:
         known = self._fleet.members.get(device)
-        before, boot = (known.state, known.boot) if known else (None, 0)
-        self._look_for_double(known, state)
-        if known is not None and state.boot > boot and not self._may_start(known, now):
+        before, anew = (known.state, state.start != known.start) if known else (None, True)
+        if known is not None and not known.believes(state.start):
+            late = state.state in ("lost", "stopped")  # said for an agent that is not there any more
+            return [] if late else self._challenge(known)
+        if known is not None and anew and not self._may_start(known, now):
             return []
         member = self._fleet.note(device, state, now)
         if member is None:
             return []
-        if state.boot > boot:
+        if anew:
             self._restarted(member, now)
         if self._fleet.objection(member):
             return []
@@ -147,16 +155,19 @@ class Reception:
             self._apply(Absent(member.participant, for_good=member.state == "stopped"), now, None)
         return []
 
-    def _look_for_double(self, known: Member | None, said: Hello | State) -> None:
-        """Brokers that let a client id in twice leave it to us to notice."""
-        if known is None or not known.contradicts(said):
+    def _challenge(self, member: Member) -> list[Command]:
+        """Who is there as this device, if not the start that is believed?"""
+        return [Send(self._topics.to_device(member.id, "challenge"), encode(Challenge(rival=member.start.nonce)))]
+
+    def _displace(self, member: Member, start: Start) -> None:
+        if not member.displace(start):
             return
         text = (
-            f"two agents are device {known.participant} ({known.id}), or its state was put back from a copy: "
-            "if there are two, end one, delete its --state folder and start it again as a device of its own"
+            f"two agents are device {member.participant} ({member.id}) at the same time, as after its state was copied: "
+            "end one, delete its --state folder and start it again as a device of its own"
         )
-        if self.complain(known.id, "double", text):
-            self._course.store.note_double(known.participant)
+        if self.complain(member.id, "double", text):
+            self._course.store.note_double(member.participant)
 
     def _may_start(self, member: Member, now: float) -> bool:
         """Whether a start of it, or a change in what it says of itself, is one more that is to be believed and kept."""

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import queue
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from lwfed.edge_agent.work import Places, Work
 from lwfed.errors import ConfigError, MissingDependency, TransportError
 from lwfed.signals import on_signals
 from lwfed.transport.base import Transport, Will
-from lwfed.wire.messages import Hello, State, encode
+from lwfed.wire.messages import Hello, Start, State, encode
 from lwfed.wire.topics import Topics
 
 Raw = events.Event | FromChild
@@ -97,7 +98,8 @@ class Agent:
         places = Places(source.path, kept=join.state / "images", out=join.state / "update.safetensors", budget_mb=join.budget_mb)
         held, spool = BlobStore(join.state / "model"), BlobStore(join.state / "updates")
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
-        hello = make_hello(self._journal.boot, source, images)
+        self._start = Start(boot=self._journal.boot, nonce=secrets.token_hex(8))
+        hello = make_hello(self._start, source, images)
         self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic())
 
     def run(self) -> None:
@@ -115,17 +117,17 @@ class Agent:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        device, boot = self._journal.device, self._journal.boot
+        device, start = self._journal.device, self._start
         topic = self._topics.from_device(device, "state")
         with on_signals(lambda: self._queue.put(Stop())):
             try:
                 for filter in self._topics.for_device(device):
                     self._transport.subscribe(filter)
-                self._transport.open(device, Will(topic, encode(State(state="lost", boot=boot))), self._queue.put)
+                self._transport.open(device, Will(topic, encode(State(state="lost", start=start))), self._queue.put)
                 yield
             finally:
                 with contextlib.suppress(TransportError):  # however it ends, or the server waits for a device that is gone
-                    self._transport.publish(topic, encode(State(state="stopped", boot=boot)), retain=True)
+                    self._transport.publish(topic, encode(State(state="stopped", start=start)), retain=True)
                 self._end_worker()
                 self._transport.close()
                 self._journal.close()
@@ -186,9 +188,9 @@ class Agent:
         self._process = None
 
 
-def make_hello(boot: int, source: Source, images: int) -> Hello:
+def make_hello(start: Start, source: Source, images: int) -> Hello:
     return Hello(
-        boot=boot,
+        start=start,
         lwfed=lwfed.__version__,
         python=platform.python_version(),
         torch=torch_version(),

@@ -20,7 +20,7 @@ from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send, Subscribe
-from lwfed.wire.messages import DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
+from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
 from lwfed.wire.retry import Retry
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
@@ -171,7 +171,7 @@ class Session:
         if not self._connected or state == self._state:
             return []
         self._state = state
-        return [self._send("state", State(state=state, boot=self._hello.boot), retain=True)]
+        return [self._send("state", State(state=state, start=self._hello.start), retain=True)]
 
     def _send(self, kind: str, message: State | Hello, retain: bool = False) -> Send:
         return Send(self._topics.from_device(self._device, kind), messages.encode(message), retain)
@@ -212,6 +212,8 @@ class Session:
                 if self._work.is_on(message):  # the server wants to know whether anybody is here
                     self._state = None
                 return self._work.assign(message)
+            case Challenge(rival=rival) if rival != self._hello.start.nonce:
+                return [self._send("hello", self._hello.model_copy(update={"rival": rival}))]
             case Manifest():
                 self._work.downloads.on_manifest(message)
                 return []

@@ -44,6 +44,7 @@ Amount = Annotated[float, Field(ge=0, le=1e12)]
 Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 Text = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
+Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
 Pem = Annotated[str, Field(max_length=4096)]
 
@@ -190,6 +191,12 @@ class Done(Message):
     contribution: Name
 
 
+class Challenge(Message):
+    """Another start of this device is the one that is believed in: whoever hears of it and is there greets with its nonce."""
+
+    rival: Nonce
+
+
 RefuseCode = Literal["stale", "not_chosen", "too_large", "digest", "content", "not_finite", "version", "identity"]
 
 
@@ -204,13 +211,21 @@ class Refuse(Message):
 DeviceState = Literal["ready", "training", "lost", "stopped"]
 
 
+class Start(Record):
+    """Which start of an agent speaks."""
+
+    boot: Count  # grows with every start, so that a late last will of an older one is ignored
+    nonce: Nonce  # of this process alone, where the count was copied or put back with the rest of its state
+
+
 class State(Message):
     state: DeviceState
-    boot: Count  # grows with every start of the agent, so that a late last will of an older one is ignored
+    start: Start
 
 
 class Hello(Message):
-    boot: Count
+    start: Start
+    rival: Nonce | None = None  # of the challenge that this answers
     lwfed: Text
     python: Text
     torch: Text | None
@@ -356,6 +371,7 @@ DOWN: dict[str, type[Message]] = {
     "miss": Miss,
     "done": Done,
     "refuse": Refuse,
+    "challenge": Challenge,
 }
 KINDS: dict[type[Message], str] = {model: kind for table in (UP, DOWN) for kind, model in table.items()}
 

@@ -36,6 +36,7 @@ from lwfed.wire.upload import Upload, contribution_id
 from .merging import merge_parts, settings_of
 from .postgres import Postgres, find
 
+PROCESSES = itertools.count(1)  # of agents
 TINY = [
     "model.image_size=8", "model.width=8", "model.depth=2", "model.heads=2", "ssl.hidden_dim=8", "ssl.output_dim=4",
     "stages.rounds_per_stage=2", "rounds.min_devices=2", "rounds.deadline_s=100", "transfer.chunk_bytes=1024",
@@ -177,16 +178,22 @@ class FakeDevice:
         spoil=lambda update: update,
         loss=lambda stage, round: 1.0,
         takes=lambda stage, round: 0.0,  # seconds
+        boot=1,
     ):
         self.name, self.images, self.fails, self.code, self.spoil, self.loss = name, images, fails, code, spoil, loss
         self.takes = takes
         self.broker, self.topics = broker, Topics("default")
         self.held, self.spool = BlobStore(root / name / "held", durable=False), BlobStore(root / name / "spool", durable=False)
         self.transport = broker.transport()
-        self.boot = 1
+        self.boot = boot - 1
         self.tasks, self.refusals, self.sent = [], [], 0
         self.seen = (0, 0)  # journalled: it survives restarts
+        self.begin()
         self.open()
+
+    def begin(self):
+        self.boot += 1
+        self.start = messages.Start(boot=self.boot, nonce=f"{next(PROCESSES):016x}")
 
     def open(self):
         self.downloads = Downloads(self.topics, self.name, self.held, seed=1)
@@ -200,12 +207,16 @@ class FakeDevice:
         """As its service does: it says goodbye and begins anew, with what it has on disk."""
         self.tell("state", self.state("stopped"), retain=True)
         self.transport.close()
-        self.boot += 1
+        self.begin()
+        self.connect()
+
+    def connect(self):
+        """Anew, which throws out another one of its identity."""
         self.transport = self.broker.transport()
         self.open()
 
     def state(self, state):
-        return messages.State(state=state, boot=self.boot)
+        return messages.State(state=state, start=self.start)
 
     def tell(self, kind, message, retain=False):
         self.transport.publish(self.topics.from_device(self.name, kind), encode(message), retain=retain)
@@ -228,15 +239,18 @@ class FakeDevice:
 
     def on_server(self, state):
         if state != self.online and state.online:
-            hello = messages.Hello(
-                boot=self.boot, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100,
-                images=self.images, source="folder",
-            )  # fmt: skip
-            self.tell("hello", hello)
+            self.greet()
             self.downloads.reset()
             if self.upload:
                 self.upload.reset()
         self.online = state
+
+    def greet(self, rival=None):
+        hello = messages.Hello(
+            start=self.start, rival=rival, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100,
+            images=self.images, source="folder",
+        )  # fmt: skip
+        self.tell("hello", hello)
 
     def on_run(self, run):
         if (run.epoch, run.seq) >= self.seen:
@@ -259,6 +273,9 @@ class FakeDevice:
                     self.tell("state", self.state("training" if self.task else "ready"), retain=True)
             case messages.Manifest():
                 self.downloads.on_manifest(message)
+            case messages.Challenge(rival=rival):
+                if rival != self.start.nonce:
+                    self.greet(rival)
             case _ if self.upload:
                 handlers = {"Grant": self.upload.on_grant, "Wait": self.upload.on_wait, "Miss": self.upload.on_miss,
                             "Done": self.upload.on_done, "Refuse": self.upload.on_refuse}  # fmt: skip

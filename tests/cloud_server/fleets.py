@@ -1,8 +1,14 @@
 """What the tests of a server in a fleet share."""
 
-from lwfed.wire.messages import Hello
+from lwfed.wire.messages import Hello, Start
 
-HELLO = Hello(boot=1, lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
+
+def start(boot, process=None):
+    """That of the agent's process of this number."""
+    return Start(boot=boot, nonce=f"{boot if process is None else process:016x}")
+
+
+HELLO = Hello(start=start(1), lwfed="0", python="3", torch=None, machine="aarch64", cores=4, memory_mb=900, images=100, source="folder")
 
 
 def undisturbed(world, *settings, collapses=None):

@@ -8,7 +8,7 @@ from lwfed.wire import messages
 from lwfed.wire.messages import State, encode
 from lwfed.wire.topics import Topics
 
-from .fleets import HELLO, counted, of, undisturbed
+from .fleets import HELLO, counted, of, start, undisturbed
 
 TOPICS = Topics("default")
 
@@ -55,7 +55,7 @@ def test_a_flood_of_greetings_is_neither_queued_nor_written(world, said, monkeyp
     for name in ("admit", "note_double"):
         monkeypatch.setattr(store, name, noted(getattr(store, name), written))
     for boot in range(2, 3002):
-        evil.tell("hello", HELLO.model_copy(update={"boot": boot if boot % 2 else 1}))
+        evil.tell("hello", HELLO.model_copy(update={"start": start(boot if boot % 2 else 1)}))
     fleet.broker.pump()
     other.tell("hello", HELLO)
     fleet.broker.pump()
@@ -74,7 +74,7 @@ def test_a_device_that_comes_and_goes_does_not_fill_the_log(world, said):
     fleet = undisturbed(world, "rounds.min_devices=3")
     said.clear()
     for number in range(1200):
-        fleet.devices[0].tell("state", State(state="ready" if number % 2 else "lost", boot=1))
+        fleet.devices[0].tell("state", State(state="ready" if number % 2 else "lost", start=fleet.devices[0].start))
         fleet.now += 1 / MESSAGES_PER_S
         fleet.quiet()
     assert fleet.now > 59
@@ -103,7 +103,7 @@ def test_a_device_that_fails_and_starts_again_and_again_is_told_of_once_in_a_rou
     for boot in range(2, 60):
         fail = messages.Fail(run="demo", stage=1, round=1, code="memory", reason=f"out of memory, {boot}")
         fleet.devices[0].tell("fail", fail)
-        fleet.devices[0].tell("state", State(state="ready", boot=boot))
+        fleet.devices[0].tell("state", State(state="ready", start=start(boot)))
     fleet.quiet()
     assert len(of(said, "warning", code="memory")) == 1
     assert counted(fleet)["a"]["memory"] <= reception.STARTS_AT_ONCE + 1
@@ -114,7 +114,7 @@ def test_many_devices_that_come_back_at_once_are_all_heard(world, said, devices)
     fleet = world(f"rounds.min_devices={devices + 1}")
     fleet.start()
     need = messages.Need(blobs=tuple(messages.Want(id=f"{number:064x}", missing=None) for number in range(12)))
-    gone, back = (("state", State(state=state, boot=1)) for state in ("lost", "ready"))
+    gone, back = (("state", State(state=state, start=HELLO.start)) for state in ("lost", "ready"))
     device = fleet.broker.transport()
     device.open("all", None, lambda event: None)
     for kind, message in (("hello", HELLO), gone, back, ("hello", HELLO), *[("need", need)] * 10):  # repeated while the server was held up

@@ -1,6 +1,7 @@
 """The server and devices that lie, fail, leave, come back, or are two."""
 
 import json
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,9 +18,7 @@ from lwfed.wire import messages
 from lwfed.wire.inbox import SILENCE_S
 from lwfed.wire.upload import contribution_id
 
-from .fleets import of, undisturbed
-
-HELLO = messages.Hello(boot=1, lwfed="0", python="3", torch="2", machine="x86_64", cores=1, memory_mb=100, images=10, source="folder")
+from .fleets import HELLO, of, undisturbed
 
 
 def test_an_update_that_does_not_fit_is_refused_and_harms_nobody(world, said):
@@ -159,42 +158,86 @@ def test_who_answers_is_missed_by_nobody_however_long_it_takes(world, said):
 def test_an_agent_that_starts_again_is_no_second_one(world, said):
     fleet = undisturbed(world)
     device = fleet.devices[0]
+    first = device.start
     fleet.broker.cut(device.name)
     fleet.quiet()
     device.restart()
     fleet.quiet()
-    device.tell("state", messages.State(state="lost", boot=1))
+    device.tell("state", messages.State(state="lost", start=first))
     fleet.kill()
-    fleet.broker.retained["lwfed/default/d/a/up/state"] = messages.encode(messages.State(state="ready", boot=1))  # from before a power cut
+    fleet.broker.retained["lwfed/default/d/a/up/state"] = messages.encode(messages.State(state="ready", start=first))  # before a power cut
     fleet.start()
     fleet.finish()
     assert of(said, "warning") == []
     assert {device.doubled_s for device in fleet.course.store.devices()} == {None}
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("hello", HELLO.model_copy(update={"boot": 1})),
-        ("hello", HELLO.model_copy(update={"boot": 2, "machine": "aarch64"})),
-        ("state", messages.State(state="training", boot=1)),
-    ],
-)
-def test_two_agents_with_one_identity_are_told_apart_and_told(world, said, kind, message):
-    fleet = world()
-    fleet.start()
-    device = fleet.join("copied")
-    device.restart()
+@pytest.mark.parametrize("boot", [1, 2, 3], ids=["an earlier count", "the same count", "a later count"])
+def test_two_agents_with_one_identity_are_noticed_and_the_run_goes_on(world, said, boot):
+    fleet = undisturbed(world)
+    agent = fleet.join("copied")
+    agent.restart()
     fleet.quiet()
-    for _ in range(3):  # a broker that does not throw one of them out lets both speak
-        device.tell(kind, message)
-    fleet.quiet()
+    copy = fleet.join("copied", boot=boot)
+    for one in (agent, copy, agent):  # each throws the other out, as brokers do
+        assert of(said, "warning", code="double") == []
+        one.connect()
+        fleet.quiet()
+        if of(said, "warning", code="double"):
+            break
     (warning,) = of(said, "warning")
-    assert "two agents are device 0 (copied)" in warning["text"]
+    assert "two agents are device 2 (copied)" in warning["text"]
     assert "delete its --state" in warning["text"]
-    assert fleet.course.store.devices()[0].doubled_s is not None
-    assert "device 0 " in overview(fleet.root / "server")
+    assert [device.doubled_s is not None for device in fleet.course.store.devices()] == [False, False, True]
     assert "two agents were this device at " in overview(fleet.root / "server")
+    fleet.finish()
+
+
+def test_more_than_two_agents_with_one_identity_are_noticed(world, said):
+    fleet = undisturbed(world, "rounds.min_devices=4")
+    agents = [fleet.join("copied") for _ in range(3)]
+    assert of(said, "warning") == []
+    agents[0].connect()
+    fleet.quiet()
+    assert [one["code"] for one in of(said, "warning")] == ["double"]
+
+
+@pytest.mark.parametrize("boot", [1, 2])
+def test_a_device_whose_state_was_put_back_is_believed_and_no_second_one(world, said, boot):
+    """As on a read-only disk, where each start is the first or second one."""
+    fleet = undisturbed(world)
+    agent = fleet.join("put-back")
+    agent.restart()
+    for _ in range(10):
+        agent.tell("state", agent.state("stopped"), retain=True)
+        agent.transport.close()
+        fleet.quiet()
+        agent = fleet.join("put-back", boot=boot)
+        assert fleet.server._reception._fleet.members["put-back"].start == agent.start
+    fleet.finish()
+    assert of(said, "warning", code="double") == []
+
+
+def test_what_earlier_starts_said_makes_no_second_one_however_late_doubled_or_out_of_order_it_comes(world, said):
+    fleet = undisturbed(world, "rounds.min_devices=4")
+    agent = fleet.join("late")
+    said_before, counts = [], Random(1)
+    for _ in range(30):
+        agent.greet()
+        fleet.quiet()
+        said_before += [payload for _, topic, payload in fleet.broker.log if topic.startswith("lwfed/default/d/late/up/")]
+        fleet.broker.log.clear()
+        agent.tell("state", agent.state("stopped"), retain=True)
+        agent.boot = counts.randrange(4)  # put back, copied over, or none of that
+        agent.restart()
+        fleet.quiet()
+        for payload in counts.choices(said_before, k=5):
+            kind = "hello" if b"machine" in payload else "state"
+            agent.transport.publish(f"lwfed/default/d/late/up/{kind}", payload)
+        fleet.quiet()
+        fleet.now += 10
+    assert of(said, "warning", code="double") == []
+    assert agent.start == fleet.server._reception._fleet.members["late"].start
 
 
 def test_a_device_with_too_few_images_is_not_asked(world, said):
@@ -383,9 +426,9 @@ def test_a_run_that_goes_on_says_which_of_its_devices_is_lost(world, said):
 @pytest.mark.parametrize(
     ("images", "source", "says"),
     [
-        (10, "folder", "100 MB, 10 images)"),
-        (1797, "digits", "100 MB, 1797 images of digits before the split)"),
-        (0, "cifar10", "100 MB, images of cifar10)"),
+        (10, "folder", "900 MB, 10 images)"),
+        (1797, "digits", "900 MB, 1797 images of digits before the split)"),
+        (0, "cifar10", "900 MB, images of cifar10)"),
     ],
 )
 def test_the_images_of_a_set_that_is_split_are_not_said_to_be_the_device_s(world, said, images, source, says):

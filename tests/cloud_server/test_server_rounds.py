@@ -96,7 +96,7 @@ def test_a_device_that_returns_within_the_round_is_asked_at_once(world, said):
     fleet.broker.cut("b", reconnect=False)
     fleet.settle(until=lambda: fleet.now > 200)
     b.task = b.ready_at = None  # a power cut: what it was doing is lost
-    b.boot += 1
+    b.begin()
     fleet.devices.append(b)
     fleet.broker.restore("b")
     before = fleet.now

@@ -8,7 +8,7 @@ from lwfed.errors import StateError
 from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.wire.messages import Traffic
 
-from .fleets import HELLO
+from .fleets import HELLO, start
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "memory"])
@@ -81,7 +81,7 @@ def test_a_greeting_that_says_nothing_new_is_written_once_a_minute(opened, tiny)
     assert greeted(1000.0) == (1000.0, HELLO)
     assert greeted(1059.0) == (1000.0, HELLO)
     assert greeted(1060.0) == (1060.0, HELLO)
-    changed = HELLO.model_copy(update={"boot": 2})
+    changed = HELLO.model_copy(update={"start": start(2)})
     assert greeted(1061.0, changed) == (1061.0, changed)
     assert greeted(900.0, changed) == (900.0, changed)  # clocks are set back at times
 
@@ -92,7 +92,7 @@ def test_complaints_are_kept_by_device_and_replaced(store, opened, tiny):
         store.admit(name, HELLO)
     store.note_complaints({"a": {"flood": 900}, "b": {"stale": 1}})
     store.note_complaints({"a": {"flood": 901, "stale": 2}})
-    store.admit("a", HELLO.model_copy(update={"boot": 2}))
+    store.admit("a", HELLO.model_copy(update={"start": start(2)}))
     store.close()
     assert [device.complaints for device in opened().devices()] == [{"flood": 901, "stale": 2}, {"stale": 1}, {}]
 

@@ -16,7 +16,7 @@ from lwfed.transport.memory import MemoryBroker
 from lwfed.wire import messages, tensors, topics
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.inbox import Inbox
-from lwfed.wire.messages import Hello, Memory, Run, ServerState, State, Task
+from lwfed.wire.messages import Hello, Memory, Run, ServerState, Start, State, Task
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -120,13 +120,14 @@ class Device:
         self.places = Places(data, root / "images", root / "update.safetensors")
         held, spool = BlobStore(root / "model", durable=False), BlobStore(root / "updates", durable=False)
         work = Work(self.id, TOPICS, self.journal, held, spool, self.places, self.link)
+        self.start = Start(boot=self.journal.boot, nonce=f"{self.journal.boot:016x}")
         rest = {"python": "3", "torch": "2", "machine": "m", "cores": 1, "memory_mb": 1000, "images": 9, "source": "digits"}
-        hello = Hello(boot=self.journal.boot, lwfed="0", **rest)
+        hello = Hello(start=self.start, lwfed="0", **rest)
         self.session = Session(TOPICS, hello, self.journal, work, self.link, wait_s, now)
         for filter in TOPICS.for_device(self.id):
             self.link.subscribe(filter)
         self._do(self.session.begin())
-        will = Will(TOPICS.from_device(self.id, "state"), messages.encode(State(state="lost", boot=self.journal.boot)))
+        will = Will(TOPICS.from_device(self.id, "state"), messages.encode(State(state="lost", start=self.start)))
         self.link.open(self.id, will, self.queue.append)
 
     def step(self, now):

@@ -8,7 +8,7 @@ from lwfed.errors import ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
-from lwfed.wire.messages import Hello, State, Traffic
+from lwfed.wire.messages import Challenge, Hello, State, Traffic
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -21,8 +21,17 @@ def state(world):
 def test_it_greets_the_server_and_says_that_it_is_ready(world):
     server, device = world.joined()
     assert server.greeted == [device.id]
-    assert server.of(Hello)[0].boot == 1
-    assert (state(world).state, state(world).boot) == ("ready", 1)
+    assert server.of(Hello)[0].start == device.start
+    assert (state(world).state, state(world).start) == ("ready", device.start)
+
+
+def test_it_answers_who_asks_for_others_of_its_identity_by_a_greeting(world):
+    server, device = world.joined()
+    for rival in ("00ba11ad00ba11ad", device.start.nonce):  # which it is itself
+        server.send(device.id, Challenge(rival=rival))
+    world.settle()
+    assert [hello.rival for hello in server.of(Hello)] == [None, "00ba11ad00ba11ad"]
+    assert {hello.start for hello in server.of(Hello)} == {device.start}
 
 
 def test_it_waits_for_a_server_and_says_so_once(world):

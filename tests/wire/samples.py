@@ -24,6 +24,7 @@ REPORT = m.Report(
     execution=m.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64"),
 )
 CONTRIBUTION = "c0" * 16
+START = m.Start(boot=9, nonce="0123456789abcdef")
 
 SAMPLES: dict[str, m.Message] = {
     "server-state": m.ServerState(online=True, epoch=3),
@@ -42,9 +43,9 @@ SAMPLES: dict[str, m.Message] = {
         patches={"layer.2": (m.Patch(base="ef" * 32, blob=m.BlobRef(id="12" * 32, size=700)), m.Patch(base="34" * 32, blob=BLOB))},
         graphs={"onnx": m.BlobRef(id="56" * 32, size=1976), "onnx_int8": m.BlobRef(id="78" * 32, size=2230)},
     ),
-    "state": m.State(state="training", boot=9),
+    "state": m.State(state="training", start=START),
     "hello": m.Hello(
-        boot=9, lwfed="0.1.0", python="3.11.7", torch=None, machine="aarch64", cores=4, memory_mb=1848.5, images=500, source="folder"
+        start=START, lwfed="0.1.0", python="3.11.7", torch=None, machine="aarch64", cores=4, memory_mb=1848.5, images=500, source="folder"
     ),
     "beat": m.Beat(run="cifar10", stage=2, round=5, epoch=1, epochs=3, step=7, steps=42, loss=-0.125, rss_mb=301.25),
     "got": m.Got(chunks=4),
@@ -60,5 +61,6 @@ SAMPLES: dict[str, m.Message] = {
     "done": m.Done(contribution=CONTRIBUTION),
     "enrol": m.Enrol(secret="s3cr3t-" * 6 + "_", request="-----BEGIN CERTIFICATE REQUEST-----\n"),
     "admission": m.Admission(device="porch", certificate="-----BEGIN CERTIFICATE-----\n"),
+    "challenge": m.Challenge(rival=START.nonce),
     "refuse": m.Refuse(contribution=None, code="stale", reason="round 4 is over"),
 }

@@ -35,6 +35,7 @@ GRAPHS: Mapping[GraphEngine, int] = {
     "onnx_int8": 2230,
 }  # bytes, for width 192; some more or less for others
 DIGEST = "0" * 64
+START = m.Start(boot=1, nonce="0" * 16)
 DEVICE, CONTRIBUTION, WORKER = "device-00000000", DIGEST[:32], "w0"
 COUNT, REAL = 1_000_000, 1234.56  # as long, in digits, as what stands there
 LOSS = 1.2345678901234567
@@ -125,7 +126,7 @@ class Packets:
         )
         offer = m.Offer(contribution=CONTRIBUTION, **place, participant=0, manifest=manifest, report=report)
         fin = m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=COUNT, up=COUNT))
-        states = [m.State(state="training", boot=1), m.State(state="ready", boot=1)]
+        states = [m.State(state="training", start=START), m.State(state="ready", start=START)]
         up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
         return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))
 

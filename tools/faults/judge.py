@@ -4,7 +4,8 @@
    until its round is aggregated its update is on disk with its digest.
 2. Nothing is counted twice: a participant contributes once to a round, and what the coordinator counts is what the store holds.
 3. The run never goes back, over all starts of the server.
-4. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`Reference`).
+4. No device is taken for two.
+5. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`Reference`).
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ class Judge:
         for (stage, round, participant), count in Counter((one.stage, one.round, one.participant) for one in recorded).items():
             if count > 1:
                 self.blame(f"participant {participant} counts {count} times in stage {stage}, round {round}")
+        for device in course.store.devices():
+            if device.doubled_s is not None:
+                self.blame(f"participant {device.participant} was taken for two agents")
         found = {part: blob for (_, _), parts in course.store.checkpoints().items() for part, blob in parts.items()}
         if found | course.state.parts != found:
             self.blame("the model of the run is not that of its last checkpoints")

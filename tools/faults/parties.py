@@ -33,7 +33,7 @@ from lwfed.tools.faults.schedule import Kill, Point
 from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.memory import MemoryBroker, MemoryTransport
-from lwfed.wire.messages import Hello, State, encode
+from lwfed.wire.messages import Hello, Start, State, encode
 from lwfed.wire.topics import Topics
 
 EPOCH_S = 1e9  # Unix time when a schedule begins
@@ -345,7 +345,7 @@ class CannedAgent(VirtualDevice):
         journal = Journal(facts)
         folder = party.folder
         about = {"lwfed": "0", "python": "3", "torch": "canned", "machine": "canned", "source": "folder"}
-        hello = Hello(boot=journal.boot, cores=1, memory_mb=1000.0, images=20, **about)
+        hello = Hello(start=Start(boot=journal.boot, nonce=f"{party.starts:016x}"), cores=1, memory_mb=1000.0, images=20, **about)
         held, spool = BlobStore(folder / "model"), BlobStore(folder / "updates")
         places = Places("images", kept=folder / "images", out=folder / "update.safetensors")
         super().__init__(around.topics, hello, journal, held, spool, places, link, around.now)
@@ -357,7 +357,9 @@ class CannedAgent(VirtualDevice):
     def leave(self, now: float) -> None:
         """As an agent that is told to end: it says goodbye."""
         self._session.handle(Stop(), now)
-        self._transport.publish(self._topics.from_device(self.name, "state"), encode(State(state="stopped", boot=self._boot)), retain=True)
+        self._transport.publish(
+            self._topics.from_device(self.name, "state"), encode(State(state="stopped", start=self._start)), retain=True
+        )
 
     def end(self) -> None:
         """Its process is gone, and a worker ends with it."""

@@ -29,7 +29,7 @@ from lwfed.tools.load.link import Connections, PolledTransport
 from lwfed.tools.simulation.holdings import BorrowedBlobs, BorrowedPart
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.address import BrokerAddress
-from lwfed.wire.messages import Hello, Manifest
+from lwfed.wire.messages import Hello, Manifest, Start
 from lwfed.wire.topics import Topics
 
 READY = WorkerReady(torch="canned", machine="canned")
@@ -103,8 +103,9 @@ class LoadDevice(VirtualDevice):
         journal = Journal(MemoryFacts({"device": Identity(device=f"load-{number}", boot=0).model_dump_json()}))
         self._shelf = Shelf(fleet.model, fleet.open_parts)
         places = Places("canned", kept=fleet.folder / "images", out=fleet.folder / f"{number}.safetensors")
+        start = Start(boot=journal.boot, nonce=f"{number:016x}")
         hello = Hello(
-            boot=1, lwfed="0", python="3", torch="canned", machine="canned", cores=1, memory_mb=1000, images=IMAGES, source="folder"
+            start=start, lwfed="0", python="3", torch="canned", machine="canned", cores=1, memory_mb=1000, images=IMAGES, source="folder"
         )
         super().__init__(Topics("default"), hello, journal, self._shelf, fleet.spool, places, self.transport, now)
 

@@ -17,10 +17,10 @@ from lwfed.tools.simulation.holdings import BorrowedBlobs
 from lwfed.tools.simulation.pool import Pool, Post
 from lwfed.tools.simulation.virtual import VirtualDevice
 from lwfed.transport.memory import MemoryTransport
-from lwfed.wire.messages import Hello, Task
+from lwfed.wire.messages import Hello, Start, Task
 from lwfed.wire.topics import Topics
 
-BOOT = 1  # always: with the simulation the server is stopped and started, and what devices do goes on
+START = Start(boot=1, nonce=16 * "0")  # always: with the simulation the server is stopped and started, and what devices do goes on
 DROPPED_OUT = "DroppedOut"
 DROPPED = "it drops out of this round, as the simulation has drawn"
 
@@ -59,7 +59,7 @@ class SimulatedDevice(VirtualDevice):
         self._around = around
         kept = kept or {"facts": {}, "held": [], "dropped": None}
         self._dropped: list[int] | None = kept["dropped"]  # [stage, round]; asked for it once more, the device is back
-        identity = Identity(device=name, boot=BOOT - 1)  # which opening the journal counts up
+        identity = Identity(device=name, boot=START.boot - 1)  # which opening the journal counts up
         self._facts = MemoryFacts({**kept["facts"], "device": identity.model_dump_json()})
         self._blobs = BorrowedBlobs(around.lender, kept["held"])
         folder = around.folder / name

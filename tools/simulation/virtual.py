@@ -34,7 +34,7 @@ class VirtualDevice(ABC):
         now: float,
     ) -> None:
         self.name = journal.device
-        self._topics, self._boot, self._transport = topics, journal.boot, transport
+        self._topics, self._start, self._transport = topics, hello.start, transport
         work = Work(self.name, topics, journal, held, spool, places, transport)
         self._session = Session(topics, hello, journal, work, transport, FIRST_CONNECTION_S, now)
 
@@ -42,7 +42,7 @@ class VirtualDevice(ABC):
         """Connect; `take` gets the transport's events."""
         for filter in self._topics.for_device(self.name):
             self._transport.subscribe(filter)
-        will = Will(self._topics.from_device(self.name, "state"), encode(State(state="lost", boot=self._boot)))
+        will = Will(self._topics.from_device(self.name, "state"), encode(State(state="lost", start=self._start)))
         self._transport.open(self.name, will, take)
         self._execute(self._session.begin())
 

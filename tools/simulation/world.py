@@ -30,7 +30,7 @@ from lwfed.edge_agent.agent import check_data, make_hello
 from lwfed.edge_agent.events import Event, Tell, WorkerError, WorkerEvent
 from lwfed.errors import StateError, WorkerFailed
 from lwfed.tools.endings import leave, on_endings
-from lwfed.tools.simulation.device import BOOT, DROPPED, DROPPED_OUT, SimulatedDevice, Surroundings, arrival, drops_out
+from lwfed.tools.simulation.device import DROPPED, DROPPED_OUT, START, SimulatedDevice, Surroundings, arrival, drops_out
 from lwfed.tools.simulation.pool import Pool
 from lwfed.transport.memory import MemoryBroker
 from lwfed.wire.messages import Task
@@ -83,7 +83,7 @@ class World:
         self._progress_at = 0.0
         source, images = check_data(spec)
         self._data = source.path
-        self._hello = make_hello(BOOT, source, images)
+        self._hello = make_hello(START, source, images)
         self._drops = partial(drops_out, config.run.seed, probability=dropout)
 
     def run(self) -> None:
