@@ -17,9 +17,18 @@ async def _serve(host: str, port: int) -> None:
     from amqtt.broker import Broker
     from amqtt.contexts import BrokerConfig, ListenerConfig
 
+    class OneConnectionEach(Broker):
+        """Ends the connection of a client whose id another one takes (MQTT 3.1.1, section 3.1.4); amqtt leaves it there, deaf."""
+
+        async def _delete_session(self, client_id: str) -> None:
+            _, former = self._sessions.get(client_id, (None, None))
+            await super()._delete_session(client_id)
+            if former is not None:
+                await former.handle_connection_closed()
+
     plugins = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
     config = BrokerConfig(listeners={"default": ListenerConfig(bind=f"{host}:{port}")}, plugins=plugins)
-    await Broker(config).start()
+    await OneConnectionEach(config).start()
     await asyncio.Event().wait()
 
 
