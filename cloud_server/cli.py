@@ -77,7 +77,7 @@ def serve(
 @main.command()
 @click.argument("name")
 def enrol(name: str) -> None:
-    """Print a token by which a device becomes NAME, once and within 24 hours: `edge-agent enrol TOKEN` there.
+    """Print a token by which a device becomes NAME, once and within 24 hours: `edge-agent enrol -` there reads it.
 
     For the server of `serve --listen`, which may be running or not.
     """
@@ -86,7 +86,7 @@ def enrol(name: str) -> None:
 
     with opened_registry() as registry:
         click.echo(invite(Authority(authority_folder()), registry, name))
-    click.echo("good once, for 24 hours; on the device: edge-agent enrol TOKEN", err=True)
+    click.echo("good once, for 24 hours; on the device: edge-agent enrol -, and this line", err=True)
 
 
 @main.command()
@@ -103,15 +103,19 @@ def revoke(name: str) -> None:
 @database_option
 @json_option
 def status(state: Path | None, database: str | None, as_json: bool) -> None:
-    """Where runs stand: round, devices, results."""
+    """Where runs stand: round, devices, results; and who is invited or revoked."""
     from lwfed.cloud_server.overview import overview, overviews, runs_below
+    from lwfed.cloud_server.status import Admissions
 
-    between = "" if as_json else "\n"
     if database and not state:
-        click.echo(f"{between}\n".join(overviews(database, as_json)))
-        return
-    for number, root in enumerate([state] if state else runs_below(default_folder())):
-        click.echo((between if number else "") + overview(root, database, as_json))
+        found = overviews(database, as_json)
+    else:
+        admissions = None
+        if authority_folder().is_dir():
+            with opened_registry() as registry:
+                admissions = Admissions.of(registry)
+        found = [overview(root, database, admissions, as_json) for root in ([state] if state else runs_below(default_folder()))]
+    click.echo(("\n" if as_json else "\n\n").join(found))
 
 
 @main.command()

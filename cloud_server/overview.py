@@ -13,13 +13,14 @@ from pathlib import Path
 from lwfed.cloud_server import checkpoint, orders
 from lwfed.cloud_server.course import MODEL_FOLDER
 from lwfed.cloud_server.news import NAMES, codes_of, judgement
-from lwfed.cloud_server.status import Status, begun
+from lwfed.cloud_server.status import Admissions, Status, begun
 from lwfed.cloud_server.store import FILE_NAME, TIE_NAME, Tie, stored_runs
 from lwfed.cloud_server.telling import stop_reason
 from lwfed.console import counted, printable
 from lwfed.errors import StateError
 
 SHOWN_ROUNDS = 20  # of a stage
+GATED = Path("broker", "permissions.json")  # of a run that was served to devices of other machines
 Line = tuple[str, str]  # label, text
 
 
@@ -31,14 +32,15 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
-def overview(root: Path, database: str | None = None, as_json: bool = False) -> str:
+def overview(root: Path, database: str | None = None, admissions: Admissions | None = None, as_json: bool = False) -> str:
     """Where the run below `root` stands, as a few aligned lines, or one of JSON. Raises StateError when there is none."""
     if database is None and (tie := Tie.of(root)):
         if as_json:
             return json.dumps({"run": tie.run, "where": str(root), "database": tie.database})
         return f"{'run':<12}{tie.run}, of {root}, is kept in {tie.database}: add its --database"
     with stored_runs(root, database) as (store,):
-        return _shown(Status.of(store, str(root), len(orders.waiting(root))), as_json)
+        admitted = admissions if (root / GATED).is_file() else None
+        return _shown(Status.of(store, str(root), len(orders.waiting(root)), admitted), as_json)
 
 
 def overviews(database: str, as_json: bool = False) -> list[str]:
@@ -50,7 +52,7 @@ def overviews(database: str, as_json: bool = False) -> list[str]:
 def _shown(status: Status, as_json: bool) -> str:
     if as_json:
         return json.dumps(asdict(status))
-    lines = [*_course_lines(status), *_device_lines(status), *_result_lines(status)]
+    lines = [*_course_lines(status), *_device_lines(status), *_admission_lines(status.admissions), *_result_lines(status)]
     return "\n".join(f"{label:<12}{printable(text)}" for label, text in lines)
 
 
@@ -73,7 +75,7 @@ def _course_lines(status: Status) -> Iterator[Line]:
 
 def _device_lines(status: Status) -> Iterator[Line]:
     for device in status.devices:
-        there = f"{'' if status.served else 'was '}{device.presence}"
+        there = f"{'' if status.served or device.presence == 'revoked' else 'was '}{device.presence}"
         text = f"{there}; {device.device}, {device.machine}, last greeting {_minute(device.seen_s)}"
         if device.left_out:
             text += f"; left out of {counted(device.left_out, 'round')}"
@@ -82,6 +84,18 @@ def _device_lines(status: Status) -> Iterator[Line]:
         if device.complaints:
             text += f"; complaints: {codes_of(device.complaints)}"
         yield f"device {device.participant}", text
+
+
+def _admission_lines(admissions: Admissions | None) -> Iterator[Line]:
+    if admissions is None:
+        return
+    now_s = time.time()
+    invited = [
+        f"{name} (its token {'is good until' if expires_s > now_s else 'expired'} {_minute(expires_s)})"
+        for name, expires_s in admissions.invited.items()
+    ]
+    revoked = [f"{name} ({_minute(when_s)})" for name, when_s in admissions.revoked.items()]
+    yield from ((label, ", ".join(names)) for label, names in (("invited", invited), ("revoked", revoked)) if names)
 
 
 def _result_lines(status: Status) -> Iterator[Line]:

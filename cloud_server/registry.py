@@ -59,6 +59,11 @@ class Device:
     def admitted(self) -> bool:
         return self.certificate is not None and self.revoked_s is None
 
+    @property
+    def invited(self) -> bool:
+        """Whether it has a token, good or expired, and no certificate yet."""
+        return self.certificate is None and self.revoked_s is None
+
     def may_enrol(self, now_s: float) -> bool:
         """Whether its token is still good; until the device has come, the answer to it may have been lost."""
         return self.revoked_s is None and self.joined_s is None and now_s < self.expires_s

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from lwfed.cloud_server.registry import Registry
 from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.store import Judgement, Store
 from lwfed.cloud_server.telling import stop_reason
@@ -14,10 +15,24 @@ from lwfed.wire.messages import Phase
 
 
 @dataclass(frozen=True)
+class Admissions:
+    """Who may come to the server of `serve --listen`, beside those that have enrolled."""
+
+    invited: Mapping[str, float]  # name -> when its token expires, Unix time
+    revoked: Mapping[str, float]  # name -> when it was
+
+    @classmethod
+    def of(cls, registry: Registry) -> Admissions:
+        devices = registry.devices()
+        revoked = {one.name: one.revoked_s for one in devices if one.revoked_s is not None}
+        return cls({one.name: one.expires_s for one in devices if one.invited}, revoked)
+
+
+@dataclass(frozen=True)
 class DeviceStatus:
     participant: int
     device: str
-    presence: str  # here | away | gone, as last seen
+    presence: str  # here | away | gone, as last seen; or revoked
     machine: str
     seen_s: float  # Unix times
     doubled_s: float | None
@@ -71,9 +86,10 @@ class Status:
     judgements: tuple[JudgementStatus, ...]
     rounds: tuple[RoundStatus, ...]
     loss: float | None  # of the last of them
+    admissions: Admissions | None  # None: not a run of `serve --listen`
 
     @classmethod
-    def of(cls, store: Store, where: str, orders: int = 0) -> Status:
+    def of(cls, store: Store, where: str, orders: int = 0, admissions: Admissions | None = None) -> Status:
         config, state = begun(store), store.state
         rules, rounds = Rules.of(config), _rounds(store)
         return cls(
@@ -92,11 +108,12 @@ class Status:
             chosen=len(state.chosen),
             contributed=len(state.contributed),
             needed=state.needed,
-            devices=_devices(store, state, rounds),
+            devices=_devices(store, state, rounds, admissions.revoked if admissions else {}),
             scores=tuple(EvaluationStatus(*place, one.knn, one.probe) for place, one in store.scores().items()),
             judgements=tuple(JudgementStatus(**vars(one), stage=place[0], attempt=place[1]) for place, one in store.judgements().items()),
             rounds=rounds,
             loss=store.loss(rounds[-1].stage, rounds[-1].round) if rounds else None,
+            admissions=admissions,
         )
 
 
@@ -112,13 +129,13 @@ def _rounds(store: Store) -> tuple[RoundStatus, ...]:
     return tuple(RoundStatus(row.stage, row.round, contributed[row.stage, row.round].devices, tuple(row.left_out)) for row in closed)
 
 
-def _devices(store: Store, state: State, rounds: tuple[RoundStatus, ...]) -> tuple[DeviceStatus, ...]:
+def _devices(store: Store, state: State, rounds: tuple[RoundStatus, ...], revoked: Collection[str]) -> tuple[DeviceStatus, ...]:
     left_out = Counter(participant for one in rounds for participant in one.left_out)
     return tuple(
         DeviceStatus(
             participant=one.participant,
             device=one.id,
-            presence=state.devices.get(one.participant, "gone"),
+            presence="revoked" if one.id in revoked else state.devices.get(one.participant, "gone"),
             machine=one.hello.machine,
             seen_s=one.seen_s,
             doubled_s=one.doubled_s,

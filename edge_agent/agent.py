@@ -100,7 +100,7 @@ class Agent:
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
         self._start = Start(boot=self._journal.boot, nonce=secrets.token_hex(8))
         hello = make_hello(self._start, source, images)
-        self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic())
+        self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic(), join.device is not None)
 
     def run(self) -> None:
         """Until SIGINT or SIGTERM; raises what makes it impossible to go on."""

@@ -104,7 +104,8 @@ def join(
 def enrol_device(token: str, name: str, state: Path | None, wait_s: float) -> None:
     """Become the device that `cloud-server enrol` printed TOKEN for; then `join` needs no address.
 
-    Makes a key, which stays here, and gets a certificate for it. TOKEN - reads it from the standard input.
+    Makes a key, which stays here, and gets a certificate for it. With - the token is read from the standard input, and shows
+    in no list of processes.
     """
     from lwfed.edge_agent.enrolment import enrol
     from lwfed.locks import locked_state

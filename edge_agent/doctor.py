@@ -27,7 +27,8 @@ import psutil
 
 from lwfed.child import describe_exit
 from lwfed.data import open_source
-from lwfed.errors import LwfedError
+from lwfed.edge_agent.session import REVOKED
+from lwfed.errors import Forbidden, LwfedError
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Connected, Disconnected, Event, Transport
 
@@ -212,7 +213,7 @@ def _mqtt(address: BrokerAddress, transport: Transport) -> Check:
             case Connected():
                 return Check("broker.mqtt", "ok", f"{address} lets this device in")
             case Disconnected(reason):
-                return Check("broker.mqtt", "fail", str(reason))
+                return Check("broker.mqtt", "fail", str(reason), REVOKED if isinstance(reason, Forbidden) else "")
     except queue.Empty:
         pass
     finally:

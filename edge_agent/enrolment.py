@@ -65,7 +65,7 @@ def find_way(url: str | None, connection: Connection, state: Path) -> Way:
     """
     identity = load(state)
     if url is None and identity is None:
-        raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol TOKEN`")
+        raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol -`")
     address = BrokerAddress.parse(url or (identity.broker if identity else ""))
     if identity is None or not address.tls or connection != Connection():
         return Way(address, connection)

@@ -15,7 +15,7 @@ from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, 
 from lwfed.edge_agent.handover import Link
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
-from lwfed.errors import InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
+from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
 from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.wire import messages, topics
@@ -28,6 +28,7 @@ from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 GREET_S = 15.0  # connected without an order of the server for so long: greet it again
 SAVE_BYTES, SAVE_S = 65_536, 5.0  # what of the traffic a kill makes forget; an idle device writes nothing
+REVOKED = "it may have been revoked (`cloud-server status` says so): then enrol it anew, by another name and with another --state"
 GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
 
 
@@ -69,7 +70,10 @@ class TrafficCount:
 
 
 class Session:
-    def __init__(self, fleet: Topics, hello: Hello, journal: Journal, work: Work, link: Link, wait_s: float, now: float) -> None:
+    def __init__(
+        self, fleet: Topics, hello: Hello, journal: Journal, work: Work, link: Link, wait_s: float, now: float, enrolled: bool = False
+    ) -> None:
+        self._enrolled = enrolled
         self._topics, self._hello, self._journal, self._work = fleet, hello, journal, work
         self._device = journal.device
         self._link, self._traffic = link, TrafficCount(journal, link)
@@ -139,7 +143,10 @@ class Session:
         self._connected, self._quiet_until = False, None
         self._greeting.stop()
         self._lose_server()
-        known, self._reason = self._reason is not None, reason
+        if self._enrolled and isinstance(reason, Forbidden):
+            reason = Forbidden(f"{reason}; {REVOKED}")
+        known = self._reason is not None and (isinstance(self._reason, Forbidden) or not isinstance(reason, Forbidden))
+        self._reason = reason
         if self._give_up_at is not None and isinstance(reason, Refused):
             return [Exit(reason)]
         if known:

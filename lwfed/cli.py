@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lwfed.errors import LwfedError
+from lwfed.errors import LwfedError, hide_tokens
 
 if TYPE_CHECKING:
     from lwfed.transport.address import BrokerAddress
@@ -26,12 +26,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Program(click.Group):
     """A group of commands in which an LwfedError ends as ``error: ...`` on stderr and the exit code of its class.
 
-    Commands are listed in the order in which they were added.
+    Commands are listed in the order in which they were added. No error repeats a token.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = hide_tokens(error.message)
+            raise
         except LwfedError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)

@@ -19,6 +19,7 @@
             ├── Unreachable         69   no connection to the broker (EX_UNAVAILABLE), try again later
             ├── PortInUse           75   something else listens there (EX_TEMPFAIL)
             └── Refused             77   the broker refuses us (EX_NOPERM)
+                ├── Forbidden       77   it lets us in, but not to our topics
                 └── Untrusted       77   its certificate is not of an authority that we trust, or of another host
 
 A message says what happened, with which value, and what to do next. The command line prints it after
@@ -28,11 +29,22 @@ restarted on 2, 65, 66, 71, 72, 73, 76, 77 and 78: nothing changes until somebod
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+_TOKEN = re.compile(r"[\w.-]*eyJ[\w.=-]{20,}")  # lwfed1.eyJ..., JSON in base64url; perhaps not all of it
+
+
+def hide_tokens(text: str) -> str:
+    """The text without what looks like a token, which may have been given where something else belongs."""
+    return _TOKEN.sub("(a token)", text)
 
 
 class LwfedError(Exception):
     exit_code = 1
+
+    def __str__(self) -> str:
+        return hide_tokens(super().__str__())
 
 
 class ConfigError(LwfedError):
@@ -107,6 +119,10 @@ class PortInUse(TransportError):
 
 class Refused(TransportError):
     exit_code = 77
+
+
+class Forbidden(Refused):
+    pass
 
 
 class Untrusted(Refused):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, hide_tokens
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 PASSWORD_VARIABLE = "LWFED_MQTT_PASSWORD"  # noqa: S105 - the name of a variable
@@ -26,6 +26,8 @@ class BrokerAddress:
     @classmethod
     def parse(cls, url: str) -> BrokerAddress:
         """Raises ConfigError that says how an address is written."""
+        if hide_tokens(url) != url:
+            raise ConfigError("this is a token, not the address of a broker: `edge-agent enrol -` takes it, from its standard input")
         try:
             parts = urlsplit(url.strip())
         except ValueError:

@@ -21,7 +21,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from lwfed.errors import Refused, TransportError, Unreachable
+from lwfed.errors import Forbidden, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress, Credentials
 from lwfed.transport.base import Received, Will
 from lwfed.transport.mqtt_errors import UNSUPPORTED_VERSION, explain_disconnect, explain_failure, explain_refusal, hangs_up
@@ -220,7 +220,7 @@ class Session:
     def _on_subscribe(self, _c: Any, _u: Any, number: int, reasons: list[ReasonCode], _p: Any) -> None:
         if any(reason.is_failure for reason in reasons):
             name = self.settings.credentials.username or self.settings.client_id
-            self.drop(Refused(f"{self.settings.address} does not let {name!r} subscribe: check the permissions of that user"))
+            self.drop(Forbidden(f"{self.settings.address} does not let {name!r} subscribe: check the permissions of that user"))
             return
         self._unconfirmed.discard(number)
         self._when_subscribed()
@@ -232,7 +232,7 @@ class Session:
 
     def _on_publish(self, _c: Any, _u: Any, _number: int, reason: ReasonCode, _p: Any) -> None:
         if reason.is_failure:
-            self.drop(Refused(f"{self.settings.address} does not let us publish ({reason}): check the permissions of our user"))
+            self.drop(Forbidden(f"{self.settings.address} does not let us publish ({reason}): check the permissions of our user"))
         else:
             self.carried += 1
             self._owner.on_sent()

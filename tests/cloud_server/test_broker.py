@@ -11,7 +11,7 @@ import pytest
 from lwfed.cloud_server import broker as managed
 from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
 from lwfed.errors import PortInUse, Unreachable
-from lwfed.transport.base import Connected, Received
+from lwfed.transport.base import Connected, Disconnected, Received
 from lwfed.transport.mqtt import MqttTransport
 from lwfed.wire.messages import MAX_MESSAGE_BYTES
 from lwfed.wire.upload import PACKET_MARGIN_BYTES
@@ -51,6 +51,25 @@ def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, t
     exchange(one)
     if kind == "embedded":
         assert (tmp_path / "broker" / "broker.log").read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_client_of_an_id_throws_out_the_first(broker, kind):
+    one = broker(kind)
+    one.start()
+    clients = [MqttTransport(one.address) for _ in range(2)]
+    events = [queue.SimpleQueue() for _ in clients]
+    try:
+        for client, seen in zip(clients, events, strict=True):
+            client.subscribe("to/both")
+            client.open("the-same", None, seen.put)
+            assert isinstance(seen.get(timeout=10), Connected)
+        assert isinstance(events[0].get(timeout=10), Disconnected)
+        clients[1].publish("to/both", b"heard")
+        assert any(isinstance(events[1].get(timeout=10), Received) for _ in range(2))
+    finally:
+        for client in clients:
+            client.close()
 
 
 def listening(broker):

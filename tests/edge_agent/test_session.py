@@ -4,7 +4,7 @@ from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
 from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.session import SAVE_BYTES, SAVE_S, TrafficCount
-from lwfed.errors import ProtocolMismatch, Refused, Unreachable
+from lwfed.errors import Forbidden, ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
@@ -54,6 +54,18 @@ def test_it_greets_again_after_a_reconnection_and_after_a_restart_of_the_server(
     again = world.start_server(epoch=2)
     world.settle()
     assert again.greeted == [device.id]
+
+
+@pytest.mark.parametrize("enrolled", [True, False])
+def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, enrolled):
+    device = world.start_device(enrolled=enrolled)
+    world.settle()
+    for reason in (Refused("the session was ended"), Forbidden("no topics"), Forbidden("no topics"), Unreachable("gone")):
+        device.queue.append(Disconnected(reason))
+        world.settle()
+    first, second = device.texts("disconnected")
+    assert "the session was ended" in first
+    assert ("no topics" in second, "revoked" in second) == (True, enrolled)
 
 
 def test_no_first_connection_within_the_wait_ends_with_the_reason(world):

@@ -1,3 +1,4 @@
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -5,6 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from lwfed.cli import Connection, Program, connection_options, json_option, setting_option
+from lwfed.cloud_server.cli import main as cloud_server
+from lwfed.cloud_server.registry import Registry
+from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.errors import ConfigError, LwfedError, Refused
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.mqtt import MqttTransport
@@ -66,3 +70,43 @@ def test_files_for_tls_without_tls_are_a_mistake():
 def test_a_password_file_that_cannot_be_read_is_a_mistake():
     with pytest.raises(ConfigError, match="nowhere"):
         Connection(username="me", password_file=Path("nowhere")).transport(BrokerAddress("localhost", 1883))
+
+
+TOKEN = "lwfed1.eyJob3N0IjoiZ2FyZGVuIiwic2VjcmV0IjoieCJ9.MIIBaTCCAQ-_x.0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (edge_agent, ["join", TOKEN, "--data", "digits"]),
+        (edge_agent, ["join", TOKEN[3:], "--data", "digits"]),
+        (edge_agent, ["join", "mqtt://localhost", "--data", TOKEN]),
+        (edge_agent, ["join", "mqtt://localhost", "--data", "digits", "--name", TOKEN]),
+        (edge_agent, ["doctor", f"mqtts://{TOKEN}"]),
+        (edge_agent, ["enrol", TOKEN, TOKEN]),
+        (edge_agent, ["enrol", f"{TOKEN}0"]),
+        (edge_agent, [TOKEN]),
+        (cloud_server, ["serve", "--config", "demo", "--broker", TOKEN]),
+        (cloud_server, ["serve", "--config", "demo", "--listen", TOKEN]),
+        (cloud_server, ["serve", "--config", TOKEN]),
+        (cloud_server, ["serve", "--config", "demo", "--set", f"run.name={TOKEN}"]),
+        (cloud_server, ["status", "--state", TOKEN]),
+        (cloud_server, ["revoke", TOKEN]),
+    ],
+)
+def test_no_error_repeats_a_token(program, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "cloud-server" / "_authority"
+    folder.mkdir(parents=True)
+    with closing(Registry(folder)):
+        result = CliRunner().invoke(program, words)
+    assert result.exit_code not in (0, 1)
+    assert "eyJ" not in result.output
+
+
+def test_who_joins_by_a_token_hears_how_to_enrol_and_names_like_it_are_names():
+    result = CliRunner().invoke(edge_agent, ["join", TOKEN, "--data", "digits"])
+    assert result.stderr.splitlines() == [
+        "error: this is a token, not the address of a broker: `edge-agent enrol -` takes it, from its standard input"
+    ]
+    assert BrokerAddress.parse("mqtts://lwfed1.example.com").host == "lwfed1.example.com"

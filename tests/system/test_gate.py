@@ -1,7 +1,9 @@
 """Devices of other machines: enrolment, permissions and revocation, over a real mosquitto and real TLS."""
 
 import contextlib
+import json
 import queue
+import re
 import signal
 import socket
 import ssl
@@ -398,17 +400,25 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     server = start("cloud-server", "serve", "--config", "demo", *sets, "--listen", f"localhost:{free_ports()}", "--json")
     assert server.wait_for("broker", kind="mosquitto")["url"].startswith("mqtts://localhost:")
     token = call(cloud_server, "enrol", "porch").stdout.strip()
-    assert call(edge_agent, "enrol", token).stdout.startswith("enrolled as porch")
+    assert CliRunner().invoke(edge_agent, ["enrol", "-"], input=f"{token}\n").stdout.startswith("enrolled as porch")
     device = start("edge-agent", "join", "--data", "digits", "--json")
     assert device.wait_for("joined")["device"] == "porch"
     server.wait_for("device", status="joined", device="porch")
     before = time.monotonic()
     assert call(cloud_server, "revoke", "porch").exit_code == 0
     assert "Administrative action" in device.wait_for("disconnected")["reason"]
+    assert "it may have been revoked (`cloud-server status` says so)" in device.wait_for("disconnected")["reason"]
     assert time.monotonic() - before < 5
     server.wait_for("device", status="is revoked", device="porch")
     monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
-    assert "does not let" in call(edge_agent, "doctor").stdout
+    assert re.search("does not let.*may have been revoked", call(edge_agent, "doctor").stdout, re.DOTALL)
+    assert call(cloud_server, "enrol", "shed").exit_code == 0
+    shown = call(cloud_server, "status").stdout
+    assert re.search(r"device 0    revoked; porch,.*\ninvited     shed \(its token is good .*\nrevoked     porch \(", shown)
+    found = json.loads(call(cloud_server, "status", "--json").stdout)
+    admissions = found["admissions"]
+    assert [one["presence"] for one in found["devices"]] == ["revoked"]
+    assert ([*admissions["invited"]], [*admissions["revoked"]]) == (["shed"], ["porch"])
     again = call(cloud_server, "enrol", "porch")
     assert (again.exit_code, "choose another name" in again.stderr) == (73, True)
     assert (device.end(), server.end()) == (0, 0)
