@@ -17,7 +17,7 @@ async def _serve(host: str, port: int) -> None:
     from amqtt.broker import Broker
     from amqtt.contexts import BrokerConfig, ListenerConfig
 
-    class OneConnectionEach(Broker):
+    class OneConnectionEach(Broker):  # type: ignore[misc]  # amqtt is not typed
         """Ends the connection of a client whose id another one takes (MQTT 3.1.1, section 3.1.4); amqtt leaves it there, deaf."""
 
         async def _delete_session(self, client_id: str) -> None:

@@ -33,7 +33,7 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = hide_tokens(error.message)
+            error.message = hide_tokens(error.message)  # type: ignore[misc]
             raise
         except LwfedError as error:
             click.echo(f"error: {error}", err=True)
