@@ -6,9 +6,10 @@ rounding of a micro-batch are part of what the bits of an update depend on.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from lwfed.models import fitting
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.backbones import load_encoder
 from lwfed.models.local import Images
-from lwfed.models.prefix import Prefix, make_prefix
+from lwfed.models.prefix import KEPT_AS, SESSIONS, Prefix, make_prefix
 from lwfed.models.step import Means, Terms
 from lwfed.plan import GraphEngine, PrefixEngine, StagePlan, part_of
 
-ONNX_BYTES = 60e6  # of ONNX Runtime, with sessions and a trial
+ONNX_BYTES = 30e6  # of ONNX Runtime and its code, beside sessions; until it can be measured
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def find_means(
     `budget_mb` is what this process may take in all; None: a share of what is available. Raises Unfit.
     """
     search = _Search(config, stage, tensors, images, budget_mb)
+    search.check()
     if next(iter(tensors.values())).device.type != "cpu":
         return search.on_gpu()
     if not search.plan.frozen_layers:
@@ -87,43 +89,62 @@ class _Search:
     def plan(self) -> StagePlan:
         return self.config.plan(self.stage)
 
-    def on_gpu(self) -> Found:
-        held, room = self._memory()
-        fitted = self._fit(None, torch.cuda.mem_get_info(self._device)[0], room)
-        return self._found(fitted, None, "a GPU, on which torch runs all layers", held)
+    def check(self) -> None:
+        """That there is room for the weights alone, before anything is computed. Raises Unfit."""
+        least = fitting.weights_bytes(self.tensors, self.plan.trained)
+        room = self._memory()[1] if self._device.type == "cpu" else self._gpu_room()
+        if least > room:
+            raise self._explained(fitting.unfit(least, room))
 
-    def with_torch(self, reason: str) -> Found:
-        held, room = self._memory()
-        fitted = self._fit(None, room)
+    def on_gpu(self) -> Found:
+        need, (held, room) = self._need("torch", fitting.CODE_BYTES), self._memory()
+        means = Means(None, self._micro_batch(need, self._gpu_room()))
+        return self._found(means, "a GPU, on which torch runs all layers", held, need.features, room)
+
+    def with_torch(self, reason: str, code: float | None = None) -> Found:
+        """`code`: bytes of libraries that training maps, where they have been measured."""
+        need = self._need("torch", self._code("torch") if code is None else code)
         if self.config.train.micro_batch is not None and self.config.model.backbone in CONVOLUTIONAL:
             reason += "; batches whole, for this backbone has statistics of the batch"
-        return self._found(fitted, None, reason, held + fitted.takes)
+        return self._on_cpu(need, None, reason)
 
     def with_onnx(self, graphs: Mapping[GraphEngine, Path]) -> Found:
         """Where it has room, and a trial finds it fit; as torch does otherwise."""
+        wanted = self.config.train.prefix
+        candidates = [engine for engine in graphs if wanted in ("auto", engine)]
+        code = self._code("onnx_int8" if "onnx_int8" in candidates else "torch")
+        engines: tuple[PrefixEngine, ...] = ("torch", *candidates)
+        expected = {engine: self._need(engine, code + ONNX_BYTES + SESSIONS.get(engine, 0.0) * self._frozen_bytes) for engine in engines}
         held, room = self._memory()
-        try:
-            fitted = self._fit(None, room - ONNX_BYTES)
-        except Unfit:
-            return self.with_torch("too little memory for ONNX Runtime")
-        least, layers = held + ONNX_BYTES + fitted.takes, self.plan.frozen_layers
-        trial = self._tokens(fitted.micro_batch)
-        chosen = make_prefix(load_encoder(self.config.model, self.tensors), len(layers), self.config.train.prefix, graphs, trial)
-        del trial
-        engine, reason = chosen.prefix.engine, chosen.reason
+        over = {engine: self._over(need, room) for engine, need in expected.items()}
+        fit = {engine: graphs[engine] for engine in candidates if over[engine] <= 0}
+        refused = [self._too_much(engine, over[engine]) for engine in (engines if fit else candidates) if over[engine] > 0]
+        if refused and not fit:
+            return self.with_torch("; ".join(refused), code)
+        sizes = {engine: self._micro_batch(expected[engine], room) for engine in fit}
+        trial, encoder = self._tokens(min(sizes.values(), default=1)), load_encoder(self.config.model, self.tensors)
+        chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, torch_fits=over["torch"] <= 0)
+        del encoder
+        engine, reason = chosen.prefix.engine, "; ".join([chosen.reason, *refused])
         if engine != "torch":
-            weights = 4 * sum(tensor.numel() for name, tensor in self.tensors.items() if part_of(name) in layers)
-            held, room = self._memory()
-            with contextlib.suppress(Unfit):
-                fitted = self._fit(chosen.prefix, room + weights)
-                return self._found(fitted, chosen.prefix, reason, max(least, held - weights + fitted.takes))
-            reason = f"{engine} leaves too little memory"
-        del chosen
-        return self.with_torch(reason)
+            need = self._need(engine, code + fitting.mapped_by(partial(chosen.prefix, trial, ())))
+            if (more := self._over(need, self._memory()[1])) <= 0:
+                return self._on_cpu(need, chosen.prefix, reason, held + expected[engine].of(sizes[engine]))
+            reason = self._too_much(engine, more)
+        del chosen, trial
+        return self.with_torch(reason, code)
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self.config.train.batch_size, len(self.images))
+
+    @property
+    def _terms(self) -> Terms:
+        return Terms(self.config.alignment, self.config.train.proximal)
 
     @property
     def _drawn(self) -> int:
@@ -137,6 +158,14 @@ class _Search:
         train = self.config.train
         return self._drawn * train.features_mb > 0 and train.features_in == "memory"
 
+    @property
+    def _frozen_bytes(self) -> float:
+        """Of the weights of the frozen layers in float32."""
+        return 4.0 * sum(tensor.numel() for name, tensor in self.tensors.items() if part_of(name) in self.plan.frozen_layers)
+
+    def _gpu_room(self) -> float:
+        return float(torch.cuda.mem_get_info(self._device)[0])
+
     def _memory(self) -> tuple[float, float]:
         """Bytes that this process cannot do without, and that it may take beside them."""
         give_back()
@@ -144,42 +173,50 @@ class _Search:
         held = resident_mb() * MB
         return held, own_share_bytes() if self.budget_mb is None else self.budget_mb * MB - held
 
-    def _fit(self, prefix: Prefix | None, room: float, main: float | None = None) -> _Fit:
-        """Within bytes of `room`; `main` has those of main memory, where training takes others."""
-        config, trained, means = self.config, self.plan.trained, Means(prefix)
-        batch_size, terms = min(config.train.batch_size, len(self.images)), Terms(config.alignment, config.train.proximal)
+    def _need(self, engine: PrefixEngine, beside: float) -> fitting.Need:
+        """With frozen layers by `engine`; libraries, and what the engine is yet to take, are `beside`."""
+        kept_as, parts = KEPT_AS.get(engine, torch.float32), self.plan.trained
+        need = fitting.measure(self.config, self.tensors, parts, self._terms, self._batch_size, kept_as, self._drawn)
+        return need.plus(beside, freed=0.0 if engine == "torch" else self._frozen_bytes)
 
-        def choose(need: fitting.Need) -> tuple[fitting.Need, int]:
-            return need, fitting.micro_batch(config, need, batch_size, self._device, room)
+    def _code(self, engine: PrefixEngine) -> float:
+        """Bytes of libraries that training maps, measured. Raises Unfit where not even training by `engine` would have room."""
+        self._micro_batch(self._need(engine, fitting.CODE_BYTES), self._memory()[1])
+        return fitting.code_bytes(self.config, self.tensors, self.plan.trained, self._terms)
 
+    def _micro_batch(self, need: fitting.Need, room: float) -> int:
         try:
-            if (least := fitting.weights_bytes(self.tensors, trained)) > room:
-                raise fitting.unfit(least, room)
-            bare = fitting.measure(config, self.tensors, trained, terms, batch_size, means, self._drawn)
-            need, size = choose(bare.plus(fitting.CODE_BYTES))  # before a trial, for which there has to be room too
-            if main is None:
-                need, size = choose(bare.plus(fitting.code_bytes(config, self.tensors, trained, terms, means)))
+            return fitting.micro_batch(self.config, need, self._batch_size, self._device, room)
         except Unfit as error:
-            way = "free memory" if self.budget_mb is None else "raise the memory budget"
-            raise Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size") from None
-        left = room - need.of(size) if main is None else main
-        return _Fit(size, need.of(size), need.features if self._in_memory and need.features <= left else 0.0)
+            raise self._explained(error) from None
 
-    def _found(self, fitted: _Fit, prefix: Prefix | None, reason: str, needs: float) -> Found:
-        """`needs`: bytes of this process, but for features."""
-        if self._in_memory and not fitted.features_bytes:
+    def _explained(self, error: Unfit) -> Unfit:
+        way = "free memory" if self.budget_mb is None else "raise the memory budget"
+        return Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size")
+
+    def _over(self, need: fitting.Need, room: float) -> float:
+        """Bytes of what is needed at least that have no room."""
+        return need.of(fitting.sizes(self.config, need, self._batch_size, self._device)[-1]) - room
+
+    def _too_much(self, engine: PrefixEngine, over: float) -> str:
+        return f"{engine} would take {math.ceil(over / MB)} MB more than {'there is' if self.budget_mb is None else 'the budget'}"
+
+    def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0) -> Found:
+        """`least`: bytes without which this would not have been tried."""
+        held, room = self._memory()
+        means = Means(prefix, self._micro_batch(need, room))
+        takes = need.of(means.micro_batch)
+        return self._found(means, reason, max(least, held + takes), need.features, room - takes)
+
+    def _found(self, means: Means, reason: str, needs: float, features: float, left: float) -> Found:
+        """`needs`: bytes of this process, but for `features`, which have room in what is `left`."""
+        kept = features if self._in_memory and features <= left else 0.0
+        if self._in_memory and not kept:
             reason += "; features in a file, for memory has no room for them"
-        return Found(Means(prefix, fitted.micro_batch), reason, (needs + fitted.features_bytes) / MB, fitted.features_bytes)
+        return Found(means, reason, (needs + kept) / MB, kept)
 
     @torch.no_grad()
     def _tokens(self, count: int) -> Tensor:
         """What the stem gives for some images."""
         some = torch.from_numpy(np.array(self.images[:count]))
         return load_encoder(self.config.model, self.tensors).stem(some / 255)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    micro_batch: int
-    takes: float  # bytes of training, without features
-    features_bytes: float  # of memory; 0: they go to a file, or there are none

@@ -1,15 +1,15 @@
 """What a local call takes of a device's memory, and how it is made to fit: measured on the model itself, not assumed.
 
 Most of it does not depend on how many images go through the layers at a time: the process as it is, weights with gradients
-and moments, the images, the prefix's tokens of a whole batch, and what heads and loss keep. The rest grows with the micro-batch:
-what its layers keep, or, where that is more, what its views take while they are made. A pass of two images through the real
-layers tells both.
+and moments, the images, and the prefix's tokens of a whole batch. Heads and loss keep something of a whole batch as well, for a
+while. In the rest of a step there is what grows with the micro-batch: what its layers keep, and what its views take while they are
+made, for allocators do not give the one's place to the other. A pass of two images through the real layers tells all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import psutil
@@ -22,7 +22,7 @@ from lwfed.errors import Unfit
 from lwfed.models.allocator import let_code_go
 from lwfed.models.features import Layout
 from lwfed.models.ssl import METHODS
-from lwfed.models.step import AT_ONCE, Batch, Branches, Means, Terms, draw_batch, kept_for_backward, prepare, train_step, views_at_once
+from lwfed.models.step import Batch, Branches, Means, Terms, draw_batch, kept_for_backward, prepare, train_step, views_at_once
 from lwfed.plan import part_of
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
@@ -30,8 +30,8 @@ GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
-HEAP_BYTES = 24e6  # what allocators hold beside tensors
-CODE_BYTES = 48e6  # of torch, which only training maps; where it has not been measured
+HEAP_BYTES = 8e6  # what allocators hold beside tensors
+CODE_BYTES = 48e6  # of torch, which only training maps; where it cannot be measured
 TRIAL_IMAGES = 4
 
 
@@ -39,18 +39,22 @@ TRIAL_IMAGES = 4
 class Need:
     """Bytes of a local call, above what the process holds before it."""
 
-    fixed: float
+    fixed: float  # from the first trial on
     per_image: float  # of the micro-batch, kept by the layers
+    whole: float = 0.0  # of a whole batch, for the length of a step
+    loss: float = 0.0  # of a whole batch, for heads and loss
     view: float = 0.0  # one of one image, in float32
     batch_size: int = 0
     features: float = 0.0  # of all views that are used again, where memory keeps them
+    freed: float = 0.0  # that the process holds no longer, once training begins
 
-    def plus(self, extra: float) -> Need:
-        return replace(self, fixed=self.fixed + extra)
+    def plus(self, extra: float, freed: float = 0.0) -> Need:
+        return replace(self, fixed=self.fixed + extra, freed=freed)
 
     def of(self, micro_batch: int) -> float:
         block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
-        return SPARE * (self.fixed + max(VIEW_COPIES * block, block + micro_batch * self.per_image))
+        layers = VIEW_COPIES * block + micro_batch * self.per_image
+        return SPARE * self.fixed + max(0.0, SPARE * (self.whole + max(self.loss, layers)) - self.freed)
 
 
 def measure(
@@ -59,28 +63,27 @@ def measure(
     trained: Iterable[str],
     terms: Terms,
     batch_size: int,
-    means: Means = AT_ONCE,
+    kept_as: torch.dtype = torch.float32,
     drawn: int = 0,
 ) -> Need:
     """What training the parts `trained` of the model `tensors` takes with batches of `batch_size`, libraries' code left out.
 
-    `drawn` pairs of views and patches are drawn ahead, to be used again.
+    The prefix's tokens are `kept_as` such numbers; `drawn` pairs of views and patches are drawn ahead, to be used again.
     """
-    branches, batch = _trial(config, tensors, trained, terms, means, 2)
+    branches, batch = _trial(config, tensors, trained, terms, 2)
     images = batch.images
     kept = kept_for_backward(branches, batch, config)
     weights = 4 * sum(tensor.numel() for tensor in branches.trained)
-    token_bytes = ((branches.prefix and branches.prefix.kept_as) or torch.float32).itemsize
     copies = 6 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
     views = METHODS[config.ssl.method].view_count
     numbers = 0 if kept.tokens is None else math.prod(kept.tokens)
     features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).bytes
     return Need(
-        fixed=HEAP_BYTES
-        + copies * weights
-        + batch_size * (images[0].nbytes + views * (numbers * token_bytes + kept.heads))
-        + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
+        fixed=HEAP_BYTES + copies * weights,
         per_image=kept.layers,
+        whole=batch_size * (images[0].nbytes + views * numbers * kept_as.itemsize)
+        + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
+        loss=batch_size * kept.heads + 4 * METHODS[config.ssl.method].matrices * batch_size**2,
         view=4 * images[0].numel(),
         batch_size=batch_size,
         features=min(features, config.train.features_mb * 1e6),
@@ -93,19 +96,30 @@ def weights_bytes(tensors: Mapping[str, Tensor], trained: Iterable[str]) -> floa
     return 4 * 4 * sum(tensor.numel() for name, tensor in tensors.items() if part_of(name) in parts)
 
 
-def code_bytes(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means = AT_ONCE) -> float:
+def code_bytes(config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms) -> float:
     """Of libraries, what training maps of them that this process could do without: measured by a step with a few images, in pieces.
+
+    What that step leaves behind in memory, training needs not take any more.
+    """
+    pieces = None if config.model.backbone in CONVOLUTIONAL else TRIAL_IMAGES // 2
+
+    def step() -> None:
+        branches, batch = _trial(config, tensors, trained, terms, TRIAL_IMAGES, pieces)
+        train_step(branches, batch, 0.0, config, terms)
+
+    return mapped_by(step)
+
+
+def mapped_by(run: Callable[[], object]) -> float:
+    """Bytes of libraries that `run` maps.
 
     How much the system maps at a time depends on how its cache holds the files: of ones just installed, several times as
     much as after a restart.
     """
     let_code_go()
-    if not (before := _mapped_bytes()):
-        return CODE_BYTES
-    pieces = None if config.model.backbone in CONVOLUTIONAL else TRIAL_IMAGES // 2
-    branches, batch = _trial(config, tensors, trained, terms, replace(means, micro_batch=pieces), TRIAL_IMAGES)
-    train_step(branches, batch, 0.0, config, terms)
-    return max(0, _mapped_bytes() - before)
+    before = _mapped_bytes()
+    run()
+    return max(0, _mapped_bytes() - before) if before else CODE_BYTES
 
 
 def _mapped_bytes() -> int:
@@ -114,9 +128,9 @@ def _mapped_bytes() -> int:
 
 
 def _trial(
-    config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, means: Means, count: int
+    config: RunConfig, tensors: Mapping[str, Tensor], trained: Iterable[str], terms: Terms, count: int, pieces: int | None = None
 ) -> tuple[Branches, Batch]:
-    branches = prepare(config, tensors, trained, terms, means=means)
+    branches = prepare(config, tensors, trained, terms, means=Means(micro_batch=pieces))
     model = config.model
     images = torch.zeros(count, model.channels, model.image_size, model.image_size, dtype=torch.uint8, device=branches.online.device)
     return branches, draw_batch(config, 0, 0, images, branches.prefix_layers)
@@ -133,12 +147,18 @@ def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.de
 
     Raises Unfit when not even one fits, or not as many as are prescribed.
     """
+    possible = sizes(config, need, batch_size, device)
+    for size in possible:
+        if need.of(size) <= room:
+            return size
+    raise unfit(need.of(possible[-1]), room)
+
+
+def sizes(config: RunConfig, need: Need, batch_size: int, device: torch.device) -> range:
+    """Numbers of images at a time that `train.micro_batch` allows, the best one first."""
     size = piece_size(config, batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
     least = 1 if config.train.micro_batch == "auto" and config.model.backbone not in CONVOLUTIONAL else size
-    for fitting in range(size, least - 1, -1):
-        if need.of(fitting) <= room:
-            return fitting
-    raise unfit(need.of(least), room)
+    return range(size, least - 1, -1)
 
 
 def unfit(takes: float, room: float) -> Unfit:

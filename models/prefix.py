@@ -30,6 +30,8 @@ from lwfed.models.vit import EPS, Block, VisionTransformer
 from lwfed.plan import GraphEngine, PrefixEngine
 
 TOLERANCE: Mapping[GraphEngine, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
+KEPT_AS: Mapping[PrefixEngine, torch.dtype] = {"onnx_int8": torch.float16}  # tokens, until they are used; others as they are
+SESSIONS: Mapping[PrefixEngine, float] = {"onnx": 1.0, "onnx_int8": 1 / 3}  # bytes of them, for each of the layers' weights in float32
 TRIAL_S = 0.3  # for timing one engine
 
 Array = npt.NDArray[Any]
@@ -40,14 +42,12 @@ class Prefix(Protocol):
     """Frozen layers: what the stem gives -> what the last of them gives, without gradients."""
 
     engine: PrefixEngine
-    kept_as: torch.dtype | None  # how tokens are kept until they have been used; None: as they are
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor: ...
 
 
 class TorchPrefix:
     engine: PrefixEngine = "torch"
-    kept_as: torch.dtype | None = None
 
     def __init__(self, encoder: Encoder, layers: int) -> None:
         self._encoder, self._layers = encoder, layers
@@ -65,7 +65,6 @@ class OnnxPrefix:
 
         int8 = engine == "onnx_int8"
         self.engine: PrefixEngine = engine
-        self.kept_as: torch.dtype | None = torch.float16 if int8 else None  # rounding that is far finer than int8's
         content = graph.read_bytes()
         if onnx_file.read(content) != _graph(encoder.blocks[0], int8):
             raise InvalidPayload("it computes something else than this layer")
@@ -86,11 +85,17 @@ class Chosen:
 
 
 def make_prefix(
-    encoder: Encoder, layers: int, wanted: PrefixEngine | Literal["auto"], graphs: Mapping[GraphEngine, Path], trial: Tensor
+    encoder: Encoder,
+    layers: int,
+    wanted: PrefixEngine | Literal["auto"],
+    graphs: Mapping[GraphEngine, Path],
+    trial: Tensor,
+    torch_fits: bool = True,
 ) -> Chosen:
     """The engine `wanted`, or the fastest of those within tolerance; torch where nothing else will do.
 
-    `trial` [micro-batch, tokens, width] is what the stem gives for some images; `graphs` are of one of its layers.
+    `trial` [micro-batch, tokens, width] is what the stem gives for some images; `graphs` are of one of its layers. Torch is
+    no candidate for the fastest unless `torch_fits` into memory.
     """
     plain = TorchPrefix(encoder, layers)
     if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
@@ -119,9 +124,10 @@ def make_prefix(
             seconds[engine] = taken
         del made, tried
         give_back()
-    if wanted != "auto":
+    if torch_fits and wanted == "auto":
+        seconds["torch"] = _time(plain, trial)
+    if not seconds:
         return Chosen(plain, "; ".join(refused))
-    seconds["torch"] = _time(plain, trial)
     best = min(seconds, key=lambda engine: seconds[engine])
     speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
     again = (plain, 0) if best == "torch" else _attempt(encoder, layers, best, candidates[best], lambda made: made(trial, ()))

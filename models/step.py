@@ -26,7 +26,7 @@ from lwfed.models.ema import Target, branch
 from lwfed.models.encoder import Encoder, freeze
 from lwfed.models.heads import load_network
 from lwfed.models.optimiser import AdamW
-from lwfed.models.prefix import Prefix, TorchPrefix
+from lwfed.models.prefix import KEPT_AS, Prefix, TorchPrefix
 from lwfed.models.ssl import METHODS, alignment
 from lwfed.models.views import ViewParams, augment
 from lwfed.plan import STEM, in_model_order, part_of
@@ -185,6 +185,7 @@ def backward(branches: Branches, batch: Batch, config: RunConfig, terms: Terms =
     if math.isfinite(value):
         loss.backward()  # type: ignore[no-untyped-call]
         if not whole:
+            give_back()
             for view, one in zip(views, found, strict=True):
                 run.take_back(view, one.grad)
     return value
@@ -200,19 +201,25 @@ def frozen_tokens(branches: Branches, batch: Batch, config: RunConfig, number: i
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one view of one image, until it has been taken back."""
+    """Of one image, until it has been taken back."""
 
-    tokens: tuple[int, ...] | None  # shape of what the frozen prefix gives; None without one
-    layers: float  # bytes that a graph through the trained layers holds
-    heads: float  # bytes that one through heads and loss holds
+    tokens: tuple[int, ...] | None  # shape of what the frozen prefix gives for a view; None without one
+    layers: float  # bytes that a graph through the trained layers holds, of a view
+    heads: float  # bytes that one through heads and loss holds, of all views
 
 
 def kept_for_backward(branches: Branches, batch: Batch, config: RunConfig) -> Kept:
     """Measured by the graphs of one view of `batch`."""
-    run, method = _Run(branches, batch, config), METHODS[config.ssl.method]
+    run, method, online = _Run(branches, batch, config), METHODS[config.ssl.method], branches.online
     view = View(0, run.frozen(0))
-    found, layers = _graph_bytes(branches.online, lambda: run.represent(view, graph=True))
-    _, heads = _graph_bytes(branches.online, lambda: method.project(branches.online, found.detach().requires_grad_()))
+    found, layers = _graph_bytes(online, lambda: run.represent(view, graph=True))
+    views = [found.detach().clone().requires_grad_() for _ in batch.views]
+
+    def loss() -> Tensor:
+        projected = [method.project(online, one) for one in views]
+        return method.loss(online, views, projected, [one.detach() for one in projected], config.ssl)
+
+    _, heads = _graph_bytes(online, loss)
     count = len(batch.images)
     return Kept(None if view.tokens is None else tuple(view.tokens.shape[1:]), layers / count, heads / count)
 
@@ -282,7 +289,7 @@ class _Run:
                     return prefix(self._stem(self._online, number, rows), self._batch.skip)
                 return prefix(known[number][rows].to(self._dtype), {*self._batch.skip, *range(passed)})
 
-        return self._cat(tokens, prefix.kept_as or self._dtype)
+        return self._cat(tokens, KEPT_AS.get(prefix.engine, self._dtype))
 
     def key(self, network: Encoder, view: View) -> Tensor:
         """z [B, D] of a branch that takes no gradients."""

@@ -24,6 +24,7 @@ class Method(ABC):
 
     view_count = 2
     has_target = False  # whether keys of a target branch are compared with
+    matrices = 0  # of [B, B] in float32 that the loss holds at most, on its way back
     sees_pixels = False  # whether a representation depends on the view beyond what the encoder makes of it
 
     def draw_views(self, config: RunConfig, count: int, generator: torch.Generator) -> tuple[ViewParams, ...]:

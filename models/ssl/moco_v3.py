@@ -25,6 +25,7 @@ def info_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 class MoCoV3(Method):
     has_target = True
+    matrices = 6
 
     def loss(
         self, network: Encoder, found: Sequence[Tensor], projected: Sequence[Tensor], keys: Sequence[Tensor], ssl: SslSection

@@ -22,6 +22,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 class SimClr(Method):
+    matrices = 12
+
     def loss(
         self, network: Encoder, found: Sequence[Tensor], projected: Sequence[Tensor], keys: Sequence[Tensor], ssl: SslSection
     ) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.edge_agent import worker
-from lwfed.edge_agent.means import Found, find_means
+from lwfed.edge_agent.means import Found, _Search, find_means
 from lwfed.edge_agent.worker import Worker
 from lwfed.errors import StateError, Unfit
-from lwfed.models import fitting
+from lwfed.models import fitting, prefix
 from lwfed.models.features import Folder
 from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
+from lwfed.models.prefix import SESSIONS
 from lwfed.models.step import Means
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
@@ -77,6 +79,66 @@ def test_an_engine_that_is_asked_for_is_used(graphs, engine):
 def test_auto_says_how_fast_each_is(graphs):
     found = means(config("train.prefix=auto"), 3, graphs)
     assert all(f"{engine} " in found.reason for engine in ("torch", "onnx", "onnx_int8"))
+
+
+class Room:
+    """Memory as a test says, in which libraries and ONNX Runtime take nothing; `search` plans the last stage."""
+
+    def __init__(self, monkeypatch, prefix):
+        monkeypatch.setattr(fitting, "CODE_BYTES", 0.0)
+        monkeypatch.setattr(fitting, "code_bytes", lambda *_: 0.0)
+        monkeypatch.setattr(fitting, "mapped_by", lambda run: self.mapped)
+        monkeypatch.setattr("lwfed.edge_agent.means.ONNX_BYTES", 0.0)
+        monkeypatch.setattr("lwfed.edge_agent.means._Search._memory", lambda _: (0.0, self.bytes))
+        self.config, self.bytes, self.mapped = config(f"train.prefix={prefix}", "train.micro_batch=4"), AMPLE_MB * 1e6, 0.0
+
+    def needs(self, engine, beside=0.0):
+        images = np.zeros((20, 3, 8, 8), dtype=np.uint8)
+        search = _Search(self.config, 3, init_parts(self.config, self.config.plan(3).present), images, AMPLE_MB)
+        return search._need(engine, beside + SESSIONS.get(engine, 0.0) * search._frozen_bytes).of(4)
+
+
+@needs_onnx
+def test_an_engine_without_room_is_refused_with_what_it_lacks(graphs, monkeypatch):
+    room = Room(monkeypatch, "auto")
+    room.bytes = room.needs("torch")
+    monkeypatch.setattr("lwfed.edge_agent.means.ONNX_BYTES", 9.5e6)
+    lacks = [math.ceil((room.needs(engine, 9.5e6) - room.bytes) / 1e6) for engine in ("onnx", "onnx_int8")]
+    assert means(room.config, 3, graphs).reason == "; ".join(
+        f"{engine} would take {lack} MB more than the budget" for engine, lack in zip(("onnx", "onnx_int8"), lacks, strict=True)
+    )
+    assert means(room.config, 3, graphs, budget_mb=None).reason.endswith("MB more than there is")
+    room.bytes += 1e6 * max(lacks)
+    assert "would take" not in means(room.config, 3, graphs).reason
+
+
+@needs_onnx
+def test_int8_trains_where_torch_has_no_room(graphs, monkeypatch):
+    """Its tokens are half as large."""
+    room = Room(monkeypatch, "auto")
+    room.bytes = room.needs("torch") - 1
+    assert room.needs("onnx_int8") < room.bytes
+    found = means(room.config, 3, graphs)
+    assert (found.engine, found.needs_mb * 1e6 <= room.bytes) == ("onnx_int8", True)
+    assert "; torch would take 1 MB more than the budget" in found.reason
+
+
+@needs_onnx
+def test_an_engine_that_takes_more_than_foreseen_is_let_go(graphs, monkeypatch):
+    sessions = []
+    make = prefix.OnnxPrefix.__init__
+
+    def remember(self, *given):
+        sessions.append(weakref.ref(self))
+        make(self, *given)
+
+    monkeypatch.setattr(prefix.OnnxPrefix, "__init__", remember)
+    room = Room(monkeypatch, "onnx_int8")
+    room.bytes, room.mapped = room.needs("torch") + 1e6, 3e6
+    found = means(room.config, 3, graphs)
+    lacks = math.ceil((room.needs("onnx_int8", 3e6) - room.bytes) / 1e6)
+    assert (found.engine, found.reason) == ("torch", f"onnx_int8 would take {lacks} MB more than the budget")
+    assert [one() for one in sessions] == [None]
 
 
 def test_without_onnx_runtime_training_goes_on_with_torch(tmp_path, monkeypatch):

@@ -8,15 +8,14 @@ from lwfed.config import load_config
 from lwfed.errors import Unfit
 from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, SPARE, VIEW_COPIES, Need, measure, micro_batch
 from lwfed.models.initial import init_parts
-from lwfed.models.prefix import TorchPrefix
-from lwfed.models.step import AT_ONCE, METHOD_ALONE, Means, Terms
+from lwfed.models.step import METHOD_ALONE, Terms
 
 CPU = torch.device("cpu")
 
 
-def need(config, stage, batch=8, means=AT_ONCE, terms=METHOD_ALONE):
+def need(config, stage, batch=8, terms=METHOD_ALONE, **how):
     plan = config.plan(stage)
-    return measure(config, init_parts(config, plan.present), plan.trained, terms, batch, means)
+    return measure(config, init_parts(config, plan.present), plan.trained, terms, batch, **how)
 
 
 def test_a_layer_holds_what_its_operations_save(tiny):
@@ -28,28 +27,16 @@ def test_a_layer_holds_what_its_operations_save(tiny):
     assert floor <= found <= 1.5 * floor + 4 * heads * tokens * tokens * 2
 
 
-def test_more_trained_layers_hold_more_and_a_larger_batch_only_more_that_is_fixed(tiny):
+def test_more_trained_layers_hold_more_and_a_larger_batch_only_more_of_a_whole_one(tiny):
     one, three = need(tiny(), 3), need(tiny("stages.strategy=progressive"), 3)
     assert three.per_image == pytest.approx(3 * one.per_image, rel=0.1)
     small, large = need(tiny(), 3, batch=8), need(tiny(), 3, batch=16)
-    assert large.per_image == small.per_image
-    heads_and_tokens = large.fixed - small.fixed
-    assert heads_and_tokens > 8 * 2 * 4 * 16 * 4, "two views of tokens, at least"
-    assert small.fixed - heads_and_tokens > 0, "weights, gradients and moments"
+    assert (large.per_image, large.fixed) == (small.per_image, small.fixed)
+    assert large.whole - small.whole == small.whole > 8 * 2 * 4 * 16 * 4, "two views of tokens, at least"
 
 
 def test_half_of_the_precision_is_half_of_the_tokens(tiny):
-    config, plan = tiny(), tiny().plan(3)
-    tensors = init_parts(config, plan.present)
-
-    class Half(TorchPrefix):
-        kept_as = torch.float16
-
-    from lwfed.models.backbones import load_encoder
-
-    halved = measure(config, tensors, plan.trained, METHOD_ALONE, 8, Means(Half(load_encoder(config.model, tensors), 2)))
-    whole = measure(config, tensors, plan.trained, METHOD_ALONE, 8)
-    assert whole.fixed - halved.fixed == 8 * 2 * 4 * 16 * 2
+    assert need(tiny(), 3).whole - need(tiny(), 3, kept_as=torch.float16).whole == 8 * 2 * 4 * 16 * 2
 
 
 def test_alignment_holds_further_branches(tiny):
@@ -72,20 +59,37 @@ def test_the_micro_batch_is_as_prescribed_or_what_is_fast_and_fits(tiny, wanted,
     assert micro_batch(config, Need(1e6, PIECE_BYTES / 16), 100, CPU, room) == expected
 
 
+def test_a_loss_that_compares_all_images_takes_matrices_of_them(tiny):
+    def quadratic(method):
+        few, many = (need(tiny(f"ssl.method={method}"), 2, batch=count).loss for count in (100, 200))
+        return (many - 2 * few) / (4 * (200**2 - 2 * 100**2))
+
+    assert [quadratic(method) for method in ("byol", "moco_v3", "simclr")] == [0, 6, 12]
+
+
+def test_heads_and_loss_take_their_share_when_layers_have_gone():
+    assert Need(1e6, per_image=1e5, loss=3e5).of(4) == Need(1e6, 1e5).of(4)
+    assert Need(1e6, per_image=1e5, loss=5e5).of(4) == pytest.approx(SPARE * (1e6 + 5e5))
+
+
 def test_views_take_their_share_while_they_are_made():
     """A block of them is made at a time, of which transforms hold copies; large images come in small blocks."""
     small, large = Need(0, 1e4, view=12e3, batch_size=512), Need(0, 1e4, view=6e5, batch_size=512)
     copies = SPARE * VIEW_COPIES
-    assert small.of(8) == pytest.approx(copies * 64 * 12e3)
-    assert large.of(8) == pytest.approx(copies * 8 * 6e5), "6 are 4 MB"
-    assert small.of(512) == pytest.approx(copies * 512 * 12e3)
-    assert Need(0, 1e6, view=12e3, batch_size=512).of(100) == pytest.approx(SPARE * (100 * 1e6 + 100 * 12e3)), "layers keep more"
-    assert Need(0, 1e4, view=12e3, batch_size=5).of(5) == pytest.approx(copies * 5 * 12e3)
+    assert small.of(8) == pytest.approx(copies * 64 * 12e3 + SPARE * 8 * 1e4)
+    assert large.of(8) == pytest.approx(copies * 8 * 6e5 + SPARE * 8 * 1e4), "6 are 4 MB"
+    assert small.of(512) == pytest.approx(copies * 512 * 12e3 + SPARE * 512 * 1e4)
+    assert Need(0, 1e4, view=12e3, batch_size=5).of(5) == pytest.approx(copies * 5 * 12e3 + SPARE * 5 * 1e4)
+
+
+def test_what_training_frees_makes_room_for_what_only_training_takes():
+    takes = Need(fixed=1e6, per_image=1e5, whole=2e6)
+    assert takes.plus(5e5, freed=1e6).of(4) == pytest.approx(takes.of(4) + SPARE * 5e5 - 1e6)
+    assert takes.plus(0, freed=1e9).of(4) == pytest.approx(SPARE * 1e6), "a trial before it takes the rest"
 
 
 def test_views_drawn_ahead_are_counted(tiny):
-    config, plan = tiny(), tiny().plan(2)
-    few, many = (measure(config, init_parts(config, plan.present), plan.trained, METHOD_ALONE, 8, drawn=count).fixed for count in (0, 1000))
+    few, many = (need(tiny(), 2, drawn=count).whole for count in (0, 1000))
     boxes_and_order, amounts_and_sigma, flags = 8 * 8, 5 * 4, 4
     assert many - few == 2 * 1000 * 2 * (boxes_and_order + amounts_and_sigma + flags)
 

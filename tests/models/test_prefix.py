@@ -104,6 +104,9 @@ def test_auto_takes_the_fastest_that_is_near_enough(encoder, graphs, monkeypatch
     chosen = make_prefix(model, 3, "auto", graphs, tokens(model))
     assert chosen.prefix.engine == "onnx"
     assert "onnx_int8: off by" in chosen.reason
+    speeds["torch"] = 0.1
+    assert make_prefix(model, 3, "auto", graphs, tokens(model)).prefix.engine == "torch"
+    assert make_prefix(model, 3, "auto", graphs, tokens(model), torch_fits=False).prefix.engine == "onnx"
     assert make_prefix(model, 3, "onnx_int8", graphs, tokens(model)).prefix.engine == "torch"
 
 
