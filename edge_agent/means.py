@@ -7,7 +7,7 @@ rounding of a micro-batch are part of what the bits of an update depend on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class _Search:
         wanted = self.config.train.prefix
         candidates = [engine for engine in graphs if wanted in ("auto", engine)]
         code = self._code("onnx_int8" if "onnx_int8" in candidates else "torch")
-        engines: tuple[PrefixEngine, ...] = ("torch", *candidates)
+        engines: Sequence[PrefixEngine] = ["torch", *candidates] if wanted == "auto" else candidates
         expected = {engine: self._need(engine, code + ONNX_BYTES + SESSIONS.get(engine, 0.0) * self._frozen_bytes) for engine in engines}
         held, room = self._memory()
         over = {engine: self._over(need, room) for engine, need in expected.items()}
@@ -123,7 +123,7 @@ class _Search:
             return self.with_torch("; ".join(refused), code)
         sizes = {engine: self._micro_batch(expected[engine], room) for engine in fit}
         trial, encoder = self._tokens(min(sizes.values(), default=1)), load_encoder(self.config.model, self.tensors)
-        chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, torch_fits=over["torch"] <= 0)
+        chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, torch_fits=over.get("torch", 0.0) <= 0)
         del encoder
         engine, reason = chosen.prefix.engine, "; ".join([chosen.reason, *refused])
         if engine != "torch":
@@ -204,9 +204,9 @@ class _Search:
     def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0) -> Found:
         """`least`: bytes without which this would not have been tried."""
         held, room = self._memory()
-        means = Means(prefix, self._micro_batch(need, room))
-        takes = need.of(means.micro_batch)
-        return self._found(means, reason, max(least, held + takes), need.features, room - takes)
+        size = self._micro_batch(need, room)
+        takes = need.of(size)
+        return self._found(Means(prefix, size), reason, max(least, held + takes), need.features, room - takes)
 
     def _found(self, means: Means, reason: str, needs: float, features: float, left: float) -> Found:
         """`needs`: bytes of this process, but for `features`, which have room in what is `left`."""

@@ -1,5 +1,6 @@
 """A real training process keeps to its budget, by the kernel's high-water mark."""
 
+import importlib.util
 import queue
 import re
 
@@ -11,6 +12,7 @@ from lwfed.config import load_config
 from lwfed.edge_agent import events, worker
 from lwfed.edge_agent.process import TrainingProcess
 from lwfed.edge_agent.resources import share_mb
+from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
@@ -40,12 +42,14 @@ def order(tmp_path):
     }  # fmt: skip
 
 
-def train(order, budget_mb):
-    """How a new process ends that may take so much beside what it has when it is ready; and what it may take."""
+def train(order, budget_mb, heard=None):
+    """How a new process ends that may take so much beside what it has when it is ready; and what it may take. `heard` collects events."""
     said = queue.SimpleQueue()
     process = TrainingProcess(said.put, threads=1)
     try:
         while not isinstance(event := process.hear(said.get(timeout=60)), events.WorkerDone | events.WorkerError | events.WorkerOver):
+            if heard is not None:
+                heard.append(event)
             if isinstance(event, events.WorkerReady):
                 budget_mb += psutil.Process(process.pid).memory_info().rss / 1e6
                 process.train({**order, "budget_mb": budget_mb + share_mb()}, 0.5)
@@ -64,6 +68,23 @@ def test_training_in_little_more_than_it_needs_keeps_to_the_budget(order):
     if done.memory.peak_source != "VmHWM":
         pytest.skip("this system has no clear_refs")
     assert budget_mb - 60 < done.memory.peak_mb <= budget_mb
+
+
+@pytest.mark.parametrize(("prefix", "views"), [("torch", 1), ("onnx", "fresh"), ("onnx_int8", "fresh")])
+def test_what_is_planned_is_hardly_more_than_what_is_used_and_never_less(order, tmp_path, prefix, views):
+    if prefix != "torch" and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        pytest.skip("ONNX Runtime is not installed: pip install 'lwfed[onnx]'")
+    if prefix != "torch":
+        order["graphs"] = {engine: str(file) for engine, file in make_graphs(CONFIG.model, [prefix], tmp_path).items()}
+    train_section = CONFIG.train.model_copy(update={"prefix": prefix, "views_per_round": views})
+    (tmp_path / "config").write_bytes(CONFIG.model_copy(update={"train": train_section}).to_bytes())
+    heard = []
+    done, _ = train(order, 1000, heard)
+    planned = next(event for event in heard if isinstance(event, events.WorkerPlanned))
+    assert planned.prefix == prefix
+    if done.memory.peak_source != "VmHWM":
+        pytest.skip("this system has no clear_refs")
+    assert done.memory.peak_mb <= planned.needs_mb <= 1.2 * done.memory.peak_mb
 
 
 def test_a_process_beyond_its_budget_says_so_once(monkeypatch):
