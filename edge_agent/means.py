@@ -29,7 +29,7 @@ from lwfed.models.prefix import KEPT_AS, SESSIONS, Prefix, make_prefix
 from lwfed.models.step import Means, Terms
 from lwfed.plan import GraphEngine, PrefixEngine, StagePlan, part_of
 
-ONNX_BYTES = 30e6  # of ONNX Runtime and its code, beside sessions; until it can be measured
+ONNX_BYTES = 26e6  # of ONNX Runtime and its code, beside sessions; until it can be measured
 
 
 @dataclass(frozen=True)

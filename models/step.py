@@ -165,6 +165,7 @@ def train_step(branches: Branches, batch: Batch, lr: float, config: RunConfig, t
         branches.optimiser.step(lr)
         if branches.target is not None:
             branches.target.update(config.ssl.momentum)
+    give_back()
     return value
 
 
@@ -234,7 +235,7 @@ def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tenso
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its graph, an output that its own operation keeps would never be let go
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         return forward(), total

@@ -1,11 +1,14 @@
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
 from lwfed.config import load_config
 from lwfed.errors import Unfit
+from lwfed.models import fitting, step
 from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, SPARE, VIEW_COPIES, Need, measure, micro_batch
 from lwfed.models.initial import init_parts
 from lwfed.models.step import METHOD_ALONE, Terms
@@ -37,6 +40,21 @@ def test_more_trained_layers_hold_more_and_a_larger_batch_only_more_of_a_whole_o
 
 def test_half_of_the_precision_is_half_of_the_tokens(tiny):
     assert need(tiny(), 3).whole - need(tiny(), 3, kept_as=torch.float16).whole == 8 * 2 * 4 * 16 * 2
+
+
+def test_measuring_leaves_no_weights_behind(tiny, monkeypatch):
+    made, copies = step.prepare, []
+
+    def remember(*given, **how):
+        branches = made(*given, **how)
+        copies.extend(weakref.ref(tensor) for tensor in branches.trained)
+        return branches
+
+    monkeypatch.setattr(fitting, "prepare", remember)
+    need(tiny(), 2)
+    gc.collect()
+    assert copies
+    assert not any(one() is not None for one in copies)
 
 
 def test_alignment_holds_further_branches(tiny):
