@@ -120,7 +120,10 @@ class _Search:
         fit = {engine: graphs[engine] for engine in candidates if over[engine] <= 0}
         refused = [self._too_much(engine, over[engine]) for engine in (engines if fit else candidates) if over[engine] > 0]
         if refused and not fit:
-            return self.with_torch("; ".join(refused), code)
+            try:
+                return self.with_torch("; ".join(refused), code)
+            except Unfit as error:
+                raise Unfit("; ".join([str(error), *refused])) from None
         sizes = {engine: self._micro_batch(expected[engine], room) for engine in fit}
         trial, encoder = self._tokens(min(sizes.values(), default=1)), load_encoder(self.config.model, self.tensors)
         chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, torch_fits=over.get("torch", 0.0) <= 0)

@@ -110,6 +110,9 @@ def test_an_engine_without_room_is_refused_with_what_it_lacks(graphs, monkeypatc
     assert means(room.config, 3, graphs, budget_mb=None).reason.endswith("MB more than there is")
     room.bytes += 1e6 * max(lacks)
     assert "would take" not in means(room.config, 3, graphs).reason
+    room.bytes = room.needs("torch") - 1
+    with pytest.raises(Unfit, match=r"lower train\.batch_size; onnx would take \d+ MB more .*; onnx_int8 would take \d+ MB more than the"):
+        means(room.config, 3, graphs)
 
 
 @needs_onnx
