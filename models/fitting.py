@@ -30,7 +30,7 @@ GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
-HEAP_BYTES = 8e6  # what allocators hold beside tensors
+HEAP_BYTES = 12e6  # what allocators hold beside tensors; a few MB more after sixty steps than after two
 CODE_BYTES = 48e6  # of torch, which only training maps; where it cannot be measured
 TRIAL_IMAGES = 4
 
