@@ -29,6 +29,7 @@ from lwfed.cloud_server.events import (
     Paused,
     Prepared,
     Present,
+    RanShort,
     Reconnected,
     Restarted,
     Resumed,
@@ -79,7 +80,8 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
     def others(known: Mapping[int, str]) -> dict[int, str]:
         return {participant: text for participant, text in known.items() if participant != event.participant}
 
-    return _proceed(rules, replace(state, failed=others(state.failed), unfit=others(state.unfit)), now)
+    retried = tuple(one for one in state.retried if one != event.participant)
+    return _proceed(rules, replace(state, failed=others(state.failed), unfit=others(state.unfit), retried=retried), now)
 
 
 def _prepared(rules: Rules, state: State, event: Prepared, now: float) -> Result:
@@ -108,6 +110,13 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
         raise IllegalEvent(event, state)
     failed = {**state.failed, event.participant: "refused" if event.refused else "failed"}
     return _proceed(rules, replace(state, failed=failed), now)
+
+
+def _ran_short(rules: Rules, state: State, event: RanShort, now: float) -> Result:
+    if event.participant in state.retried or event.participant not in state.owing:
+        return _cannot_train(rules, state, CannotTrain(event.participant, refused=False), now)
+    asked, retried = {**state.asked, event.participant: now}, (*state.retried, event.participant)
+    return _proceed(rules, replace(state, asked=asked, retried=tuple(sorted(retried))), now)
 
 
 def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
@@ -205,6 +214,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("waiting", TimeUp): _waited,
     ("training", Contributed): _contributed,
     ("training", CannotTrain): _cannot_train,
+    ("training", RanShort): _ran_short,
     ("training", Unfit): _unfit,
     ("training", TimeUp): _overdue,
     ("aggregating", Aggregated): _aggregated,
@@ -302,7 +312,7 @@ def _cleared(state: State) -> State:
 
 def _between_rounds(state: State) -> State:
     """Without what is of one round."""
-    return replace(state, chosen=(), contributed={}, failed={}, needed=0, asked={}, stragglers=())
+    return replace(state, chosen=(), contributed={}, failed={}, retried=(), needed=0, asked={}, stragglers=())
 
 
 def _with(notices: Sequence[Notice], result: Result) -> Result:

@@ -76,6 +76,13 @@ class CannotTrain(Event):
 
 
 @dataclass(frozen=True)
+class RanShort(Event):
+    """A device ran out of memory, and has planned to take less: it is asked once more in the round."""
+
+    participant: int
+
+
+@dataclass(frozen=True)
 class Unfit(Event):
     """A chosen device turned out to be none that can train, in this round or a later one: the round goes on with another in its place."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lwfed.cloud_server.complaints import Complaints
 from lwfed.cloud_server.course import Course, Write
-from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, Restarted, Unfit
+from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, RanShort, Restarted, Unfit
 from lwfed.cloud_server.fleet import Fleet, Member
 from lwfed.cloud_server.limits import Buckets
 from lwfed.cloud_server.news import News
@@ -212,13 +212,22 @@ class Reception:
         return known and place == self._place and self._course.state.phase == "training"
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
-        if member.participant in self._course.state.owing:
-            unfit = fail.code in ("data", "unfit")  # no later round brings it images, or memory
-            text = f"device {member.participant} cannot train in this round ({fail.code}): {fail.reason}"
-            self.complain(member.id, fail.code, text + ("; it is not asked again until it is restarted" if unfit else ""))
-            self._fleet.remind(member.participant)  # should it be asked again after the deadline
-            reason = fail.reason or "it cannot train"
-            self._apply(Unfit(member.participant, reason) if unfit else CannotTrain(member.participant, refused=False), now, None)
+        participant, state = member.participant, self._course.state
+        if participant not in state.owing:
+            return
+        event: Event
+        text = f"device {participant} cannot train in this round ({fail.code}): {fail.reason}"
+        match fail.code:
+            case "data" | "unfit":  # no later round brings it images, or memory
+                event, text = Unfit(participant, fail.reason or "it cannot train"), f"{text}; it is not asked again until it is restarted"
+            case "memory" if participant not in state.retried:
+                event = RanShort(participant)
+                text = f"device {participant} ran out of memory: {fail.reason}; it is asked once more, to take less"
+            case _:
+                event = CannotTrain(participant, refused=False)
+        self.complain(member.id, fail.code, text)
+        self._fleet.remind(participant)  # at once, or should it be asked again after the deadline
+        self._apply(event, now, None)
 
     def _on_offer(self, member: Member, offer: Offer, now: float) -> list[Command]:
         if self._course.store.has_contribution(offer.contribution):  # perhaps of an earlier round: no sign of work in this one

@@ -136,6 +136,7 @@ class State:
     needed: int = 0  # contributions that make the round valid
     contributed: dict[int, str] = field(default_factory=dict)  # participant -> contribution
     failed: dict[int, str] = field(default_factory=dict)  # participant -> "failed" | "refused"
+    retried: tuple[int, ...] = ()  # asked once more in the round, after they ran out of memory
     unfit: dict[int, str] = field(default_factory=dict)  # participant -> why it is not asked until it begins anew
     pace: dict[int, float] = field(default_factory=dict)  # participant -> seconds from its task to its update, the last time
     asked: dict[int, float] = field(default_factory=dict)  # participant -> when it was chosen; absent where a restart came between
@@ -192,7 +193,7 @@ class State:
         for key in ("devices", "contributed", "failed", "unfit", "losses", "pace", "asked"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         data["patches"] = {part: tuple((base, blob) for base, blob in steps) for part, steps in data["patches"].items()}
-        return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "stragglers")}})
+        return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "stragglers", "retried")}})
 
 
 def with_presence(state: State, participant: int, presence: Presence) -> State:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lwfed.child import END_KINDS
 from lwfed.errors import LwfedError
 from lwfed.plan import PrefixEngine
 from lwfed.transport.base import Event as TransportEvent
@@ -85,10 +86,14 @@ class WorkerDone:
 
 @dataclass(frozen=True)
 class WorkerError:
-    """It raised, or died, which `kind` "died" says."""
+    """It raised, or its process ended."""
 
-    kind: str  # class name of the exception
+    kind: str  # class name of the exception, or how it ended: one of END_KINDS
     message: str
+
+    @property
+    def ended(self) -> bool:
+        return self.kind in END_KINDS
 
 
 @dataclass(frozen=True)

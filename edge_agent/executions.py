@@ -11,17 +11,23 @@ from lwfed.edge_agent.events import Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal
 from lwfed.wire.messages import Execution, Task
 
+LEAST_IMAGES = 4  # at a time: fewer save little, and are slow
+
 
 class Executions:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
     def fixed(self, task: Task, config: RunConfig, ready: WorkerReady) -> dict[str, Any] | None:
-        """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine."""
+        """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine.
+
+        What takes the least memory holds for any, with features in a file.
+        """
         before = self._journal.execution(task.run, task.stage)
-        if before is None or (before.torch, before.machine) != (ready.torch, _machine(config, ready)):
+        least = self._journal.takes_least(task.run, task.stage)
+        if before is None or (not least and (before.torch, before.machine) != (ready.torch, _machine(config, ready))):
             return None
-        return {"prefix": before.prefix, "micro_batch": before.micro_batch}
+        return {"prefix": before.prefix, "micro_batch": before.micro_batch} | ({"features_in": "file"} if least else {})
 
     def fix(self, task: Task, config: RunConfig, ready: WorkerReady, planned: WorkerPlanned) -> list[Effect]:
         """Before the first step of the stage; a later change is said."""
@@ -47,20 +53,31 @@ class Executions:
         text = f"this stage began with {was} and goes on with {is_now} ({planned.reason}): its updates cannot be repeated bit for bit"
         return [Tell("warning", text)]
 
-    def take_less(self, task: Task, config: RunConfig, why: str) -> list[Effect] | None:
-        """Plan half of the micro-batch for the next try, and say so; None where that is not possible."""
+    def take_least(self, task: Task, config: RunConfig, why: str) -> list[Effect] | None:
+        """From now on compute the stage with the least memory that it can take, and say so; None where it is done so already."""
         before = self._journal.execution(task.run, task.stage)
         if before is None:
             return []  # before anything was planned: perhaps others took the memory
-        if before.micro_batch == 1 or config.model.backbone in CONVOLUTIONAL:
+        least = before.model_copy(update={"prefix": "torch", "micro_batch": _least_images(before, config)})
+        train, reuses = config.train, config.plan(task.stage).frozen and config.train.views_per_round != "fresh"
+        in_memory = bool(reuses) and train.features_in == "memory"
+        if self._journal.takes_least(task.run, task.stage) or (least == before and not in_memory):
             return None
-        less = before.model_copy(update={"micro_batch": before.micro_batch // 2})
-        self._journal.fix_execution(task.run, task.stage, less)
-        text = (
-            f"stage {task.stage} goes on with {counted(less.micro_batch, 'image')} at a time instead of {before.micro_batch}, {why}: "
-            "its updates cannot be repeated bit for bit"
-        )
-        return [Tell("warning", text, {"micro_batch": less.micro_batch})]
+        self._journal.take_least(task.run, task.stage, least)
+        changes = {
+            f"frozen layers by torch instead of {before.prefix}": least.prefix != before.prefix,
+            f"{counted(least.micro_batch, 'image')} at a time instead of {before.micro_batch}": least.micro_batch != before.micro_batch,
+            "features of views that are used again in a file": in_memory,
+        }
+        text = f"stage {task.stage} goes on with the least memory, {why}: {', '.join(change for change, made in changes.items() if made)}"
+        if least != before:
+            text += "; its updates cannot be repeated bit for bit"
+        return [Tell("warning", text, {"prefix": least.prefix, "micro_batch": least.micro_batch})]
+
+
+def _least_images(before: Execution, config: RunConfig) -> int:
+    """At a time. Backbones with statistics of the batch take it whole."""
+    return before.micro_batch if config.model.backbone in CONVOLUTIONAL else min(before.micro_batch, LEAST_IMAGES)
 
 
 def _machine(config: RunConfig, ready: WorkerReady) -> str:

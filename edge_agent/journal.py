@@ -42,6 +42,12 @@ class Taken(Record):
     rounds: Annotated[tuple[Ordinal, ...], Field(min_length=1, max_length=2)]
 
 
+class Least(Record):
+    """The last stage that there was too little memory for, as it was computed first."""
+
+    stage: Ordinal
+
+
 class Seen(Record):
     """The newest announcement that was obeyed."""
 
@@ -146,6 +152,15 @@ class Journal:
 
     def fix_execution(self, run: str, stage: int, execution: Execution) -> None:
         with self._facts.transaction():
+            self._put(f"execution {run} {stage}", execution)
+
+    def takes_least(self, run: str, stage: int) -> bool:
+        """Whether the stage is computed with the least memory, since there was too little for another execution."""
+        return self._read(f"least {run}", Least) == Least(stage=stage)
+
+    def take_least(self, run: str, stage: int, execution: Execution) -> None:
+        with self._facts.transaction():
+            self._put(f"least {run}", Least(stage=stage))
             self._put(f"execution {run} {stage}", execution)
 
     def baseline_mb(self, torch: str) -> float | None:

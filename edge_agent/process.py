@@ -60,7 +60,7 @@ class TrainingProcess:
             return self._translate(said.data)
         self._child.close()
         self.next_sample = None
-        return events.WorkerError("died", f"the training process {said.reason}")
+        return events.WorkerError(said.kind, f"the training process {said.reason}")
 
     def end(self) -> None:
         self._child.kill()

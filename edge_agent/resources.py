@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
+from lwfed.control_groups import GROUPS, HIERARCHIES, OWN, Hierarchy, own_groups
 from lwfed.wire.messages import MAX_CURVE, Memory, Reading
 
 MB = 1e6
@@ -124,37 +124,12 @@ def own_share_bytes() -> float:
     return SHARE * available_bytes()
 
 
-@dataclass(frozen=True)
-class Hierarchy:
-    """How one version of control groups says memory."""
-
-    controller: str  # as /proc/self/cgroup has it
-    root: str  # below the groups
-    limits: tuple[str, ...]
-    taken: str
-    reclaimable: str  # of memory.stat: cached files, which give way when memory is wanted
-
-
-HIERARCHIES = (
-    Hierarchy("", "", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
-    Hierarchy("memory", "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def available_bytes(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+def available_bytes(own: Path = OWN, groups: Path = GROUPS) -> float:
     """What this process may still take: of the system's memory, and of the limits of its control groups (both versions)."""
     found = float(psutil.virtual_memory().available)
-    try:
-        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
-    except OSError:
-        return found
     for hierarchy in HIERARCHIES:
-        root = groups / hierarchy.root
-        for own in (path for _, controllers, path in lines if hierarchy.controller in controllers.split(",")):
-            group = root / own.lstrip("/")
-            for one in (group, *group.parents):
-                if one.is_relative_to(root):
-                    found = min(found, _left_bytes(one, hierarchy))
+        for group in own_groups(hierarchy, own, groups):
+            found = min(found, _left_bytes(group, hierarchy))
     return max(0.0, found)
 
 

@@ -34,10 +34,12 @@ from lwfed.wire.sizes import largest_bytes
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
+MAX_KILLED = 3  # training processes of one task, before it fails
 FAIL_CODES: Mapping[str, FailCode] = {
     "DataError": "data",
     "MissingDependency": "data",
     "OutOfMemory": "memory",
+    "out of memory": "memory",
     "Unfit": "unfit",
     "Diverged": "diverged",
     "ConfigError": "config",
@@ -93,11 +95,12 @@ class Work:
         self._next_beat = float("-inf")
         self._losses: list[float] = []  # of the present epoch
         self._over = False  # the present task has taken more than its budget
+        self._killed = 0  # training processes that somebody ended in the present task
         self._to_fetch = 0
         self._few_said_in: str | None = None  # run
         self._executions, self._pathfinder = Executions(journal), Pathfinder(held)
         self._ways: dict[str, Way] = {}  # to the parts of the present round
-        self._distrusts_graphs = False  # a training process that had some has died
+        self._distrusts_graphs = False  # a training process that had some has crashed
 
     @property
     def busy(self) -> bool:
@@ -142,7 +145,7 @@ class Work:
             return [_set_aside(task, run)] if run is not None and known is None else []
         effects = self._give_up()
         self.handover.ask()
-        self._task, self._phase = task, "called"
+        self._task, self._phase, self._killed = task, "called", 0
         self._journal.begin(task)
         said = {"run": task.run, "stage": task.stage, "round": task.round, "participant": task.participant}
         return [*effects, Tell("task", f"{where(task)}: this device trains", said)]
@@ -197,8 +200,10 @@ class Work:
             case events.WorkerError("InvalidPayload", message) if self._job is not None and self._pathfinder.doubt(self._job.ways):
                 self._job, self._phase = None, "called"
                 return [*self._end_worker(), Tell("warning", f"{message}; the whole parts are fetched instead")]
+            case events.WorkerError("killed") if self._job is not None and self._killed < MAX_KILLED:
+                return self._begin_again(self._job.task, event)
             case events.WorkerError():
-                return self._fail(self._job.task, event) if self._job is not None else self._end_worker(died=event.kind == "died")
+                return self._fail(self._job.task, event) if self._job is not None else self._end_worker(event.ended)
 
     # Towards training
 
@@ -312,10 +317,10 @@ class Work:
             effects = self.handover.begin(job.task, event.file, Report(**said, execution=execution), job.config.transfer.chunk_bytes)
         except ConfigError as error:
             return self._fail(job.task, events.WorkerError("ConfigError", str(error)))
-        if self._over:
-            effects += self._executions.take_less(job.task, job.config, "to keep to --memory-budget") or []
         self._job, self._task, self._phase = None, None, "idle"
         self._linger_until = now + job.config.worker.linger_s
+        if self._over and (least := self._executions.take_least(job.task, job.config, "to keep to --memory-budget")):
+            effects += [*least, *self._end_worker()]  # whose memory holds what is not wanted any more
         return few + effects
 
     def _say_few(self, job: Job, event: events.WorkerDone) -> list[Effect]:
@@ -326,14 +331,20 @@ class Work:
         text = f"{event.images} images are fewer than train.batch_size {batch}: this device trains on batches of {event.images}"
         return [Tell("images", text, {"images": event.images, "batch_size": batch})]
 
+    def _begin_again(self, task: Task, event: events.WorkerError) -> list[Effect]:
+        """The training process was killed, with memory left: what it was doing gives the same bits in another one."""
+        self._killed += 1
+        self._job, self._phase = None, "called"
+        return [*self._end_worker(ended=True), Tell("warning", f"{event.message}; {where(task)} begins again")]
+
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again, but not where images are the trouble."""
-        effects = self._end_worker(died=event.kind == "died")
-        code = FAIL_CODES.get(event.kind, "memory" if "out of memory" in event.message else "worker")
+        effects = self._end_worker(event.ended)
+        code = FAIL_CODES.get(event.kind, "worker")
         if code == "memory" and self._job is not None:
-            less = self._executions.take_less(task, self._job.config, "since memory ran out")
-            code, effects = ("unfit", effects) if less is None else ("memory", effects + less)
-        if code == "worker" and event.kind == "died" and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
+            least = self._executions.take_least(task, self._job.config, "since memory ran out")
+            code, effects = ("unfit", effects) if least is None else ("memory", effects + least)
+        if event.kind == "crashed" and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
             self._distrusts_graphs = True
             effects.append(Tell("warning", "ONNX Runtime may be the cause: until this agent is restarted, torch runs frozen layers"))
         self._give_up()
@@ -353,9 +364,9 @@ class Work:
         self._task, self._job, self._phase = None, None, "idle"
         return effects
 
-    def _end_worker(self, died: bool = False) -> list[Effect]:
+    def _end_worker(self, ended: bool = False) -> list[Effect]:
         had, self._worker, self._ready, self._linger_until = self._worker, None, None, None
-        return [EndWorker()] if had is not None and not died else []
+        return [EndWorker()] if had is not None and not ended else []
 
     def _send(self, kind: str, message: Beat | Fail) -> Send:
         return Send(self._topics.from_device(self._device, kind), encode(message))

@@ -4,7 +4,8 @@ In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "da
        "after": the last earlier round of the stage whose update the server took, or null,
        "parts": {part: file, or {"base": file, "patches": [file], "id": digest of what they make of it}},
        "graphs": {engine: file}, without weights, for ONNX Runtime,
-       "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, or null: to be chosen,
+       "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, with {"features_in": "file"} where memory
+       has run out; or null: to be chosen,
        "budget_mb": for this process, or null}
 Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
@@ -137,7 +138,7 @@ class Worker:
         stage, fixed = data["stage"], data["execution"]
         layers = config.plan(stage).frozen_layers
         key = config.digest, stage, len(images.pixels), data["graphs"], *(_name(data["parts"].get(part)) for part in layers)
-        if self._found is not None and (self._found[0] != key or fixed not in (None, self._found[1].fixed)):
+        if self._found is not None and (self._found[0] != key or not _keeps(self._found[1], fixed)):
             self._found = self._memory = None  # let the old engine go before there is a new one
         known = self._found and self._found[1]
         parts = trainer.load_parts(config, stage, sources, layers if known and known.engine != "torch" else ())
@@ -165,7 +166,7 @@ class Worker:
         except Unfit as error:
             if config.train.micro_batch != "auto":
                 raise
-            found = find({"prefix": fixed["prefix"]})
+            found = find({**fixed, "micro_batch": "auto"})
             return replace(found, reason=f"{found.reason}; not as before, for {error}")
 
     def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source], found: Found, say: Say) -> FeatureCache | None:
@@ -215,6 +216,12 @@ def _sources(config: RunConfig, data: Json, say: Say) -> dict[str, trainer.Sourc
     if files:
         say({"event": "patched", "files": files})
     return found
+
+
+def _keeps(found: Found, fixed: Json | None) -> bool:
+    """Whether it does all that is prescribed."""
+    done = {**found.fixed, "features_in": "memory" if found.features_bytes else "file"}
+    return fixed is None or fixed.items() <= done.items()
 
 
 def _left_on(folder: Path, budget_mb: float | None, found: Found) -> float:

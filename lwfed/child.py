@@ -17,12 +17,16 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from lwfed.control_groups import OomKills
 from lwfed.errors import LwfedError
 
 Json = dict[str, Any]
 OUTPUT_VARIABLE = "LWFED_CHILD_OUTPUT"  # the file descriptor that a child writes its lines to
+EndKind = Literal["out of memory", "killed", "crashed", "exit"]  # killed: by somebody, with the memory that it had
+END_KINDS: tuple[EndKind, ...] = get_args(EndKind)
+CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Said:
 @dataclass(frozen=True)
 class Ended:
     child: Child
-    reason: str  # for people: exit code or signal, and what it usually means
+    kind: EndKind
+    reason: str  # for people: exit code or signal, and what it means
 
 
 class Child:
@@ -44,7 +49,7 @@ class Child:
         self, module: str, deliver: Callable[[Said | Ended], None], env: Mapping[str, str] | None = None, within: Sequence[str] = ()
     ) -> None:
         """`within` is a command that becomes the one that follows it, such as one that limits memory first."""
-        self._deliver = deliver
+        self._deliver, self._oom_kills = deliver, OomKills()
         ours, theirs = os.pipe()
         self._lines = open(ours, "rb")  # noqa: SIM115 - closed by `close`
         try:
@@ -89,14 +94,26 @@ class Child:
         for line in self._lines:
             with contextlib.suppress(ValueError):  # the last line of a child that was killed may be cut off
                 self._deliver(Said(self, json.loads(line)))
-        self._deliver(Ended(self, describe_exit(self._process.wait())))
+        code, no_memory = self._process.wait(), self._oom_kills.happened()
+        self._deliver(Ended(self, kind_of_end(code, no_memory), describe_exit(code, no_memory)))
 
 
-def describe_exit(code: int) -> str:
+def kind_of_end(code: int, no_memory: bool | None) -> EndKind:
+    """`no_memory`: the kernel has ended processes for want of memory since this one began; None: it does not say."""
+    if code >= 0:
+        return "exit"
+    if code == -signal.SIGKILL and no_memory is not False:
+        return "out of memory"
+    return "crashed" if -code in CRASHES else "killed"
+
+
+def describe_exit(code: int, no_memory: bool | None = None) -> str:
+    """For people; `no_memory` is as of `kind_of_end`."""
     if code >= 0:
         return f"ended with exit code {code}: what it said last is above; `edge-agent doctor` checks torch"
+    killed = {True: "the device ran out of memory", False: "somebody did that, for memory had not run out"}
     hints = {
-        signal.SIGKILL: "probably killed because the device ran out of memory",
+        signal.SIGKILL: killed.get(no_memory, "probably killed because the device ran out of memory"),
         signal.SIGILL: "torch was built for another processor: see `edge-agent doctor`",
     }
     return f"ended by {signal.Signals(-code).name}" + (f": {hints[signal.Signals(-code)]}" if -code in hints else "")
@@ -128,8 +145,13 @@ def serve(handle: Handler, hello: Json) -> None:
         except LwfedError as error:
             say({"event": "error", "kind": type(error).__name__, "message": str(error)})
         except Exception as error:  # the border of the process: whatever it is, the parent must hear of it
-            kind = "OutOfMemory" if isinstance(error, MemoryError) or "allocate memory" in str(error) else "WorkerFailed"
-            say({"event": "error", "kind": kind, "message": f"{type(error).__name__}: {error}"})
+            say({"event": "error", "kind": kind_of_error(error), "message": f"{type(error).__name__}: {error}"})
+
+
+def kind_of_error(error: Exception) -> str:
+    """Of one that is not ours. Lack of memory has no class that libraries agree on: torch and ONNX Runtime say it in words."""
+    words = any(said in str(error) for said in ("allocate memory", "out of memory"))
+    return "OutOfMemory" if isinstance(error, MemoryError) or words else "WorkerFailed"
 
 
 def _feed(lines: queue.Queue[bytes]) -> None:

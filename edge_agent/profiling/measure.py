@@ -225,7 +225,7 @@ class _Run:
             except queue.Empty:
                 continue
             if isinstance(said, Ended):
-                raise _failed("died", said.reason)
+                raise _failed(said.kind, said.reason)
             return said.data
 
     def _hear(self, said: Json) -> None:
@@ -245,8 +245,8 @@ class _Run:
 
 
 def _failed(kind: str, message: str) -> Exception:
-    memory = kind in ("OutOfMemory", "Unfit") or "out of memory" in message
-    return DidNotFit(message) if memory else WorkerFailed(f"the measured process failed: {message}")
+    memory = ("OutOfMemory", "Unfit", "out of memory")
+    return DidNotFit(message) if kind in memory else WorkerFailed(f"the measured process failed: {message}")
 
 
 def _ask(order: Json) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Process:
     def send(self, job):
         self.script.jobs.append(job)
         answer = self.script.answers.pop(0)
-        self.script.events.put(Ended(self, "ended by SIGKILL") if answer == "dies" else Said(self, answer))
+        self.script.events.put(Ended(self, "killed", "ended by SIGKILL") if answer == "dies" else Said(self, answer))
 
     def kill(self):
         pass

@@ -169,7 +169,8 @@ class Device:
         self.queue.append(events.WorkerReady(torch=torch, machine="x86"))
 
     def planned(self, order):
-        fixed = order["execution"] or {"prefix": "torch", "micro_batch": 16}
+        fixed = {"prefix": "torch", "micro_batch": 16} | (order["execution"] or {})
+        fixed.pop("features_in", None)
         self.queue.append(events.WorkerPlanned(**fixed, reason="as configured", needs_mb=250.0))
 
     def finish(self, content=b"update" * 1000):
@@ -211,14 +212,14 @@ class World:
             self.now += 0.05
         self.broker.pump()
 
-    def joined(self):
-        server, device = self.start_server(), self.start_device()
+    def joined(self, **options):
+        server, device = self.start_server(**options), self.start_device()
         self.settle(0.2)
         return server, device
 
-    def training(self, stage=1, round=1):
+    def training(self, stage=1, round=1, **options):
         """A device whose worker has been told to train."""
-        server, device = self.joined()
+        server, device = self.joined(**options)
         server.announce(stage=stage, round=round)
         server.assign(device.id, stage=stage, round=round)
         self.settle(2)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lwfed import child
 from lwfed.config import load_config
 from lwfed.console import Console
+from lwfed.control_groups import OomKills
 from lwfed.data.load import device_images
 from lwfed.edge_agent import trainer
 from lwfed.edge_agent.agent import JOURNAL, LEAST_TORCH_MB, Agent, Join, check_budget, torch_version
@@ -132,18 +134,63 @@ def paths(server):
     return {part: server.store.path(ref.id) for part, ref in server.parts.items()}
 
 
-def test_a_worker_that_is_killed_is_reported_and_the_agent_stays(host, capsys):
+def kill_while_it_trains(agent):
+    if agent._process is not None and agent.server.of(Beat):
+        os.kill(agent._process.pid, signal.SIGKILL)
+        return True
+    return False
+
+
+@pytest.fixture
+def vmstat(tmp_path, monkeypatch):
+    """What the kernel says about itself."""
+    file = tmp_path / "proc" / "vmstat"
+    file.parent.mkdir()
+    file.write_text("pgfault 7\noom_kill 3\n")
+    monkeypatch.setattr(child, "OomKills", lambda: OomKills(file.parent, tmp_path / "cgroup"))
+    return file
+
+
+def test_a_worker_that_somebody_kills_in_the_middle_of_a_task_leaves_the_same_update(host, capsys, vmstat):
+    killed = []
+
     def script(agent):
         assign_once(agent)
-        if agent._process is not None and not agent.server.of(Fail):
-            os.kill(agent._process.pid, signal.SIGKILL)
-        if agent.server.of(Fail):
+        if not killed and kill_while_it_trains(agent):
+            killed.append(agent._process.pid)
+        if agent.server.received and agent._journal.update is None:
             stop()
 
     agent = host(script)
     agent.run()
-    assert agent.server.of(Fail)[0].code == "memory"
-    assert "out of memory" in capsys.readouterr().out
+    assert killed
+    assert not agent.server.of(Fail)
+    (warning,) = [line["text"] for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["event"] == "warning"]
+    assert "ended by SIGKILL: somebody did that" in warning
+    assert "stage 1, round 1 begins again" in warning
+    images = device_images("digits", CONFIG, 0).pixels
+    undisturbed = trainer.train(CONFIG, 1, 1, 0, trainer.load_parts(CONFIG, 1, paths(agent.server)), images)[0]
+    assert agent.server.received == [tensors.encode(undisturbed)]
+
+
+def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_reported_and_the_next_takes_less(host, capsys, vmstat):
+    def script(agent):
+        server = agent.server
+        assign_once(agent)
+        if not server.of(Fail) and agent._process is not None and server.of(Beat):
+            vmstat.write_text("pgfault 9\noom_kill 4\n")
+            kill_while_it_trains(agent)
+        if server.of(Fail) and agent._journal.task is None and not server.received:
+            server.assign(server.greeted[0])
+        if server.received and agent._journal.update is None:
+            stop()
+
+    agent = host(script)
+    agent.run()
+    assert [fail.code for fail in agent.server.of(Fail)] == ["memory"]
+    assert "the device ran out of memory" in agent.server.of(Fail)[0].reason
+    assert "goes on with the least memory, since memory ran out: 4 images at a time instead of 32" in capsys.readouterr().out
+    assert agent.server.of(Offer)[0].report.execution.micro_batch == 4
 
 
 CRASHES = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"

@@ -181,9 +181,9 @@ def test_the_published_baseline_is_measured_the_same_way(state, micro_batch):
 @pytest.mark.parametrize(
     ("kind", "message", "error"),
     [
-        ("died", "ended by SIGKILL: probably killed because the device ran out of memory", DidNotFit),
+        ("out of memory", "ended by SIGKILL: the device ran out of memory", DidNotFit),
         ("OutOfMemory", "MemoryError: ", DidNotFit),
-        ("died", "ended by SIGILL", WorkerFailed),
+        ("crashed", "ended by SIGILL", WorkerFailed),
         ("DataError", "no images", WorkerFailed),
     ],
 )

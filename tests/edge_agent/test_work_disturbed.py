@@ -1,6 +1,7 @@
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerRecomputes, WorkerWarning
+from lwfed.config import load_config
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerOver, WorkerPlanned, WorkerRecomputes, WorkerWarning
 from lwfed.wire import messages
 from lwfed.wire.messages import Fail, Offer, State
 from lwfed.wire.topics import Topics
@@ -33,7 +34,7 @@ def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
     server.assign(device.id, round=2)
     server.announce("waiting" if phase == "called" else "training", round=2, content=b"newer" * 1000)
     world.settle(0.5)
-    device.queue.append(WorkerError("died", "ended by SIGKILL: out of memory"))
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
     world.settle(0.5)
     assert not server.of(Fail)
     assert device.journal.task.round == 2
@@ -49,9 +50,10 @@ def test_the_death_of_an_idle_worker_does_not_fail_the_next_task(world, phase):
         ("DataError", "3 images", "data"),
         ("Diverged", "nan", "diverged"),
         ("OutOfMemory", "no memory", "memory"),
-        ("died", "ended by SIGKILL: probably killed because the device ran out of memory", "memory"),
+        ("out of memory", "ended by SIGKILL", "memory"),
         ("Unfit", "stage 1 takes 900 MB more", "unfit"),
-        ("died", "ended by SIGILL", "worker"),
+        ("crashed", "ended by SIGILL", "worker"),
+        ("exit", "ended with exit code 1: out of memory, says somebody", "worker"),
         ("InvalidPayload", "wrong shape", "worker"),
     ],
 )
@@ -67,8 +69,8 @@ def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, ki
     assert device.worker[-1] == StartWorker(1)
 
 
-@pytest.mark.parametrize(("message", "left_out"), [("ended by SIGSEGV", True), ("ended by SIGKILL: ... out of memory", False)])
-def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarted(world, message, left_out):
+@pytest.mark.parametrize(("kind", "left_out"), [("crashed", True), ("exit", False), ("out of memory", False)])
+def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarted(world, kind, left_out):
     server, device = world.joined()
     graphs = {"onnx": server.store.put(b"graph")}
     orders = []
@@ -79,7 +81,7 @@ def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarte
         device.ready()
         world.settle(0.2)
         orders.append(device.worker[-1].order)
-        device.queue.append(WorkerError("died", message))
+        device.queue.append(WorkerError(kind, "ended by a signal"))
         world.settle()
     assert [set(order["graphs"]) for order in orders] == [{"onnx"}, *[set() if left_out else {"onnx"}] * 2]
     said = [text for text in device.texts("warning") if text.startswith("ONNX Runtime may be the cause")]
@@ -95,27 +97,90 @@ def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarte
     assert set(device.worker[-1].order["graphs"]) == {"onnx"}
 
 
-def test_after_memory_ran_out_each_try_takes_less_until_there_is_nothing_to_leave_out(world):
+def test_a_task_whose_training_process_was_killed_begins_again_as_it_was_and_nobody_hears_of_it(world):
     server, device = world.training()
-    sizes, codes = [], []
-    while "unfit" not in codes:
-        planned = device.journal.execution("demo", 1)
-        sizes.append(planned.micro_batch)
-        device.queue.append(WorkerError("died", "ended by SIGKILL: probably killed because the device ran out of memory"))
+    for _ in range(3):
+        device.queue.append(WorkerError("killed", "the training process ended by SIGKILL"))
         world.settle()
-        codes = [fail.code for fail in server.of(Fail)]
-        server.assign(device.id)
-        world.settle(2)
+        assert device.worker[-1] == StartWorker(1)
         device.ready()
         world.settle(0.2)
-    assert sizes == [16, 8, 4, 2, 1]
-    assert codes == ["memory"] * 4 + ["unfit"]
-    assert "not asked again until it is restarted" in device.texts("warning")[-1]
-    said = [text for text in device.texts("warning") if "at a time instead of" in text]
-    assert (
-        said[0] == "stage 1 goes on with 8 images at a time instead of 16, since memory ran out: its updates cannot be repeated bit for bit"
+    first, *repeated = [effect.order for effect in device.worker if isinstance(effect, Train)]
+    assert repeated == [{**first, "execution": {"prefix": "torch", "micro_batch": 16}}] * 3
+    assert device.texts("warning") == ["the training process ended by SIGKILL; stage 1, round 1 begins again"] * 3
+    assert not server.of(Fail)
+    device.queue.append(WorkerError("killed", "the training process ended by SIGKILL"))
+    world.settle()
+    assert [fail.code for fail in server.of(Fail)] == ["worker"]
+    server.assign(device.id)
+    world.settle(2)
+    device.finish()
+    world.settle(2)
+    assert server.received
+    assert server.of(Offer)[0].report.execution.micro_batch == 16
+
+
+def test_a_training_process_that_is_killed_while_it_starts_is_started_again(world):
+    server, device = world.joined()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    device.queue.append(WorkerError("killed", "the training process ended by SIGKILL"))
+    world.settle()
+    assert device.worker == [StartWorker(1)] * 2
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] is None
+    assert not server.of(Fail)
+
+
+RICH = {"prefix": "onnx_int8", "micro_batch": 16, "needs_mb": 300.0}
+LEAST = {"prefix": "torch", "micro_batch": 4, "features_in": "file"}
+
+
+def test_after_memory_ran_out_the_stage_takes_the_least_and_where_that_is_too_much_none(world):
+    server, device = world.training(stage=2)
+    device.queue.append(WorkerPlanned(**RICH, reason="a trial"))
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    text = (
+        "stage 2 goes on with the least memory, since memory ran out: frozen layers by torch instead of onnx_int8, "
+        "4 images at a time instead of 16; its updates cannot be repeated bit for bit"
     )
-    assert len(said) == 4
+    assert text in device.texts("warning")
+    server.assign(device.id, stage=2)
+    world.settle(2)
+    device.ready(torch="2.10")
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] == LEAST, "whatever computes it"
+    device.queue.append(WorkerError("OutOfMemory", "no memory"))
+    world.settle()
+    assert [fail.code for fail in server.of(Fail)] == ["memory", "unfit"]
+    assert "not asked again until it is restarted" in device.texts("warning")[-1]
+    server.announce(stage=3)
+    server.assign(device.id, stage=3)
+    world.settle(2)
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] is None, "another stage is another matter"
+
+
+def test_features_leave_memory_where_all_else_takes_the_least_already(world):
+    reused = load_config("demo", ["transfer.chunk_bytes=1024", "train.views_per_round=2", "train.features_in=memory"])
+    server, device = world.training(stage=2, config=reused)
+    device.queue.append(WorkerPlanned(prefix="torch", micro_batch=4, reason="little memory", needs_mb=300.0))
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    text = "stage 2 goes on with the least memory, since memory ran out: features of views that are used again in a file"
+    assert text in device.texts("warning")
+    server.assign(device.id, stage=2)
+    world.settle(2)
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] == LEAST
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    assert [fail.code for fail in server.of(Fail)] == ["memory", "unfit"]
 
 
 def test_a_round_that_takes_more_than_the_budget_is_finished_as_it_began_and_the_next_takes_less(world):
@@ -126,14 +191,19 @@ def test_a_round_that_takes_more_than_the_budget_is_finished_as_it_began_and_the
     device.finish()
     world.settle(2)
     assert server.of(Offer)[0].report.execution.micro_batch == 16
-    assert "8 images at a time instead of 16, to keep to --memory-budget" in device.texts("warning")[-1]
+    assert "with the least memory, to keep to --memory-budget: 4 images at a time instead of 16" in device.texts("warning")[-1]
+    assert device.worker[-1] == EndWorker(), "only its end gives back what the rich plan held"
     server.announce(round=2)
     server.assign(device.id, round=2)
     world.settle(2)
-    assert device.worker[-1].order["execution"]["micro_batch"] == 8
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] == LEAST
+    device.queue.append(WorkerOver(310.0, 300.0))
     device.finish()
     world.settle(2)
-    assert device.journal.execution("demo", 1).micro_batch == 8, "the next round was within the budget"
+    assert server.of(Offer)[1].report.execution.micro_batch == 4
+    assert "310 MB for training" in device.texts("warning")[-1], "nothing smaller is left, and the round counts"
 
 
 def test_how_a_stage_is_computed_is_told_once_and_prescribed_from_then_on(world):

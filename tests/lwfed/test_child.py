@@ -4,10 +4,11 @@ import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lwfed.child import Child, Ended, describe_exit
+from lwfed.child import Child, Ended, describe_exit, kind_of_error
 
 HERE = str(Path(__file__).parent)
 LONG_S = 30
@@ -41,13 +42,34 @@ def test_an_error_is_said_and_the_child_goes_on(child, events):
     assert events.get(timeout=LONG_S).data["text"] == "still here"
 
 
-def test_its_death_is_an_event_that_names_the_likely_cause(child, events):
-    child.send({"do": "die", "signal": "SIGKILL"})
+@pytest.mark.parametrize(
+    ("signal", "risen", "kind", "cause"),
+    [
+        ("SIGKILL", True, "out of memory", "ran out of memory"),
+        ("SIGKILL", False, "killed", "memory had not run out"),
+        ("SIGKILL", None, "out of memory", "probably"),
+        ("SIGSEGV", True, "crashed", "SIGSEGV"),
+        ("SIGTERM", True, "killed", "SIGTERM"),
+    ],
+)
+def test_its_death_is_an_event_that_names_the_likely_cause(events, monkeypatch, signal, risen, kind, cause):
+    monkeypatch.setattr("lwfed.child.OomKills", lambda: SimpleNamespace(happened=lambda: risen))
+    child = Child("echo_child", events.put, env={"PYTHONPATH": HERE})
+    assert events.get(timeout=LONG_S).data == {"event": "ready"}
+    child.send({"do": "die", "signal": signal})
     ended = events.get(timeout=LONG_S)
     assert isinstance(ended, Ended)
-    assert "SIGKILL" in ended.reason
-    assert "out of memory" in ended.reason
+    assert ended.kind == kind
+    assert signal in ended.reason
+    assert cause in ended.reason
     child.send({"do": "echo", "text": "to nobody"})  # must not raise
+    child.close()
+
+
+def test_a_library_that_finds_no_memory_says_so_in_its_own_words():
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("Failed to allocate memory")):
+        assert kind_of_error(error) == "OutOfMemory"
+    assert kind_of_error(KeyError("memory")) == "WorkerFailed"
 
 
 def test_a_line_cut_off_by_its_death_is_no_event(child, events):

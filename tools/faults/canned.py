@@ -7,7 +7,7 @@ somebody else gives other bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -105,6 +105,12 @@ def receive(order: Mapping[str, Any], config: RunConfig) -> tuple[Model, WorkerP
     return model, WorkerPatched(tuple(made.values())) if made else None
 
 
+def planned(order: Mapping[str, Any]) -> WorkerPlanned:
+    """As prescribed, or as it likes."""
+    fixed = order["execution"] or {}
+    return replace(PLANNED, **{key: value for key, value in fixed.items() if key in ("prefix", "micro_batch")})
+
+
 def train(order: Mapping[str, Any], config: RunConfig, model: Model) -> WorkerDone:
     """What it does then."""
     stage, round, participant = order["stage"], order["round"], order["participant"]
@@ -153,8 +159,8 @@ class ServerWorker:
         match self._fails():
             case None:
                 self._deliver(Said(child, getattr(self, f"_{job['do']}")(job)))
-            case "died":
-                self._deliver(Ended(child, "was ended by SIGKILL"))
+            case "killed":
+                self._deliver(Ended(child, "killed", "was ended by SIGKILL"))
             case kind:
                 self._deliver(Said(child, {"event": "error", "kind": kind, "message": "as the schedule says"}))
 

@@ -38,6 +38,7 @@ from lwfed.wire.topics import Topics
 
 EPOCH_S = 1e9  # Unix time when a schedule begins
 RESTART_S = 5.0  # after which a service starts again what has ended by itself
+MEMORY = ("out of memory", "OutOfMemory")  # kinds of failures
 KEEP_ALIVE_S = 90.0  # until a broker misses a client that has vanished
 RESTARTED = (TransportError, WorkerFailed, Diverged)  # errors after which docs/EXIT_CODES.md lets a service start again
 
@@ -277,6 +278,7 @@ class DeviceParty(Party):
         self._disks = 0
         self._facts: dict[str, str] = {}
         self._agent: CannedAgent | None = None
+        self.ran_short = False  # a worker of it has run out of memory
         self._new_disk()
 
     @property
@@ -385,10 +387,14 @@ class CannedAgent(VirtualDevice):
         self._later((0.1, 20.0), lambda: self._finish(order, model))
         if patched is not None:
             self._say(patched)
-        self._say(canned.PLANNED)
+        planned = canned.planned(order)
+        if planned != canned.PLANNED and not self._party.ran_short:
+            raise RuntimeError(f"a device whose memory never ran out plans {planned}")
+        self._say(planned)
 
     def _finish(self, order: Mapping[str, Any], model: canned.Model) -> None:
         if kind := self._party.next_failure():
+            self._party.ran_short |= kind in MEMORY
             self._say(WorkerError(kind, "as the schedule says"))
             return
         done = canned.train(order, self._around.config, model)

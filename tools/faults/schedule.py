@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
+from lwfed.child import END_KINDS
 from lwfed.config import RunConfig
 from lwfed.seeds import derive
 
@@ -180,7 +181,7 @@ def _broker_crash(random: Random, at_s: float, calm_s: float, devices: int) -> B
 
 def _fail(random: Random, at_s: float, calm_s: float, devices: int) -> Fail:
     party = _party(random, devices)
-    kinds = ("died", "RuntimeError") if party == SERVER else ("died", "OutOfMemory", "Diverged", "DataError", "RuntimeError")
+    kinds = ("killed", "RuntimeError") if party == SERVER else (*END_KINDS, "OutOfMemory", "Diverged", "DataError", "RuntimeError")
     return Fail(at_s, party, tuple(random.choice(kinds) for _ in range(random.randint(1, 3))))
 
 

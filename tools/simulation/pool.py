@@ -11,12 +11,13 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lwfed.child import END_KINDS
 from lwfed.config import RunConfig
 from lwfed.edge_agent.events import WorkerDone, WorkerError, WorkerEvent, WorkerReady
 from lwfed.edge_agent.process import FromChild, TrainingProcess
 from lwfed.errors import WorkerFailed
 
-OURS = ("died", "OutOfMemory", "WorkerFailed")  # errors that are of this machine and not of what is simulated
+OURS = (*END_KINDS, "OutOfMemory", "WorkerFailed")  # errors that are of this machine and not of what is simulated
 
 Client = Hashable
 Post = Callable[[Any, WorkerEvent], None]
