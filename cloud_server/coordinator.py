@@ -113,10 +113,12 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
 
 
 def _ran_short(rules: Rules, state: State, event: RanShort, now: float) -> Result:
-    if event.participant in state.retried or event.participant not in state.owing:
+    if event.participant not in state.owing:
+        raise IllegalEvent(event, state)
+    if event.participant in state.retried:
         return _cannot_train(rules, state, CannotTrain(event.participant, refused=False), now)
-    asked, retried = {**state.asked, event.participant: now}, (*state.retried, event.participant)
-    return _proceed(rules, replace(state, asked=asked, retried=tuple(sorted(retried))), now)
+    asked, retried = {**state.asked, event.participant: now}, tuple(sorted((*state.retried, event.participant)))
+    return _proceed(rules, replace(state, asked=asked, retried=retried), now)
 
 
 def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:

@@ -79,6 +79,7 @@ class News:
         who = "no further device" if state.contributed else "no device"
         how = {"failed": "failed", "refused": "was refused"}
         lost = [f"device {one} {how.get(state.failed.get(one, ''), 'has left')}" for one in state.chosen if one not in state.contributed]
+        lost += [f"device {one} is not fit for it" for one in state.unfit]
         waits = any(there != "gone" and one in state.failed for one, there in state.devices.items())  # to be asked at the deadline
         mend = f"the next try is in {_duration(state.deadline - now)}, or when one is mended and started again"
         self.warning(f"{who} can train in this round: {_listed(lost)}; {mend if waits else 'mend one and start it again'}")

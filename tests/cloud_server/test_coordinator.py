@@ -18,6 +18,7 @@ from lwfed.cloud_server.events import (
     Paused,
     Prepared,
     Present,
+    RanShort,
     Restarted,
     Resumed,
     Started,
@@ -105,6 +106,7 @@ EVENTS = st.one_of(
     st.builds(Absent, st.integers(0, 3), st.booleans()),
     st.builds(Restarted, st.integers(0, 3)),
     st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
+    st.builds(RanShort, st.integers(0, 3)),
     st.builds(Unfit, st.integers(0, 3), st.just("no images")),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),
@@ -155,6 +157,7 @@ def check(rules, before, state, collapsed):
         assert len(state.contributed) >= state.needed >= 1
     assert (state.due is not None) == (state.phase == "training" or (state.phase == "waiting" and not state.paused))
     assert set(state.stragglers) <= set(state.chosen)
+    assert not state.retried or state.chosen
     if state.paused:
         assert state.phase != "training" or before.phase == "training", "no round begins"
     if before.suspended and state.suspended:

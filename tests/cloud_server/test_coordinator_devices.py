@@ -17,6 +17,7 @@ from lwfed.cloud_server.events import (
     IllegalEvent,
     Prepared,
     Present,
+    RanShort,
     Reconnected,
     Restarted,
     Started,
@@ -117,6 +118,27 @@ def test_a_device_that_was_started_again_is_asked_again(refused):
     state = after(RULES, state, Absent(0, for_good=True), Restarted(0), Present(0))
     assert state.expected == (0, 1)
     assert after(RULES, state, Contributed(0, "x"), Contributed(1, "y")).phase == "aggregating"
+
+
+def test_a_device_that_ran_short_of_memory_is_expected_once_more_in_each_round():
+    state = after(RULES, training(), RanShort(0), now=7.0)
+    assert state.expected == (0, 1)
+    assert (state.asked, state.retried) == ({0: 7.0, 1: 0.0}, (0,))
+    assert State.from_json(state.to_json()) == state
+    for gone in (after(RULES, state, RanShort(0)), after(RULES, state, Absent(0, for_good=True))):
+        assert gone.expected == (1,)
+    failed = after(RULES, state, RanShort(0))
+    assert failed.failed == {0: "failed"}
+    assert after(RULES, failed, Restarted(0), RanShort(0)).expected == (0, 1), "begun anew it may have more"
+    done = after(RULES, state, Contributed(0, "x"), Contributed(1, "y"), Aggregated({}, 1.0), Calibrated({}))
+    assert (done.round, done.retried) == (2, ())
+    assert after(RULES, done, RanShort(1)).expected == (0, 1)
+
+
+def test_who_is_not_waited_for_cannot_run_short():
+    state = after(RULES, training(), Contributed(0, "x"))
+    with pytest.raises(IllegalEvent):
+        advance(RULES, state, RanShort(0), 0.0)
 
 
 def test_once_begun_a_quorum_is_enough_in_every_later_round():

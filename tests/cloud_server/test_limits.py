@@ -106,7 +106,7 @@ def test_a_device_that_fails_and_starts_again_and_again_is_told_of_once_in_a_rou
         fleet.devices[0].tell("state", State(state="ready", start=start(boot)))
     fleet.quiet()
     assert len(of(said, "warning", code="memory")) == 1
-    assert counted(fleet)["a"]["memory"] <= reception.STARTS_AT_ONCE + 1
+    assert counted(fleet)["a"]["memory"] <= reception.STARTS_AT_ONCE + 2  # once more after the last start that is believed
 
 
 @pytest.mark.parametrize("devices", [100, pytest.param(1000, marks=pytest.mark.slow)])

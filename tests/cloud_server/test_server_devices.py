@@ -352,25 +352,78 @@ def test_a_device_that_goes_while_the_broker_is_down_holds_up_no_run(world):
 def test_a_device_that_failed_is_asked_again_after_the_deadline(world, said):
     fleet = world("rounds.min_devices=1")
     fleet.start()
-    device = fleet.join("moody", fails=1)
+    device = fleet.join("moody", fails=1, code="worker")
     fleet.settle(until=lambda: len(device.tasks) >= 2)
     assert fleet.now >= 100
-    assert "out of memory" in of(said, "warning")[0]["text"]
+    assert "out of worker" in of(said, "warning")[0]["text"]
     fleet.finish()
+
+
+def warnings(said):
+    return [one["text"].split("warning")[1].strip() for one in of(said, "warning")]
+
+
+NEXT_TRY = "no device can train in this round: device 0 failed; the next try is in 100 s, or when one is mended and started again"
 
 
 def test_a_device_that_was_mended_and_started_again_is_asked_at_once(world, said):
     fleet = world("rounds.min_devices=1")
     fleet.start()
-    device = fleet.join("mended", fails=1)
+    device = fleet.join("mended", fails=1, code="worker")
     fleet.settle(until=lambda: len(device.tasks) == 1 and device.task is None)
     fleet.quiet()
-    text = "no device can train in this round: device 0 failed; mend one and start it again"
-    assert [one["text"].split("warning")[1].strip() for one in of(said, "warning")][1:] == [text]
+    assert warnings(said)[1:] == [NEXT_TRY]
     device.restart()
     fleet.finish()
     assert fleet.now < 30
     assert len(device.tasks) == 5
+
+
+def test_only_who_is_asked_no_more_has_to_be_mended_for_the_round(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("poor", fails=1, code="unfit")
+    fleet.settle(until=lambda: len(device.tasks) == 1 and device.task is None)
+    fleet.quiet()
+    assert warnings(said)[1:] == ["no device can train in this round: device 0 is not fit for it; mend one and start it again"]
+
+
+def test_a_device_that_ran_out_of_memory_is_asked_once_more_at_once(world, said):
+    fleet = world("rounds.min_devices=2", "rounds.quorum=1")
+    fleet.start()
+    devices = [fleet.join(name, fails=1) for name in ("one", "other")]
+    fleet.finish()
+    assert fleet.now < 30
+    assert [device.tasks for device in devices] == [[(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)]] * 2
+    assert warnings(said) == [
+        f"device {number} ran out of memory: out of memory; it is asked once more, to take less (said once in a round)" for number in (0, 1)
+    ]
+
+
+def test_a_device_that_runs_out_of_memory_twice_counts_as_failed_until_the_deadline(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("short", fails=3)
+    fleet.settle(until=lambda: len(device.tasks) == 2 and device.task is None)
+    fleet.quiet()
+    assert warnings(said)[1:] == [NEXT_TRY]
+    fleet.settle(until=lambda: len(device.tasks) >= 3)
+    assert fleet.now >= 100
+    fleet.settle(until=lambda: len(device.tasks) >= 4)
+    assert fleet.now >= 200, "once more in the round, however long that is"
+    fleet.finish()
+
+
+def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("short", fails=2)
+    fleet.settle(until=lambda: len(device.tasks) == 2)
+    fleet.kill()
+    fleet.start()
+    assert fleet.course.state.retried == (0,)
+    fleet.finish()
+    assert fleet.now >= 100
 
 
 def test_a_device_whose_update_was_refused_is_asked_again_when_it_was_started_again(world, said):
