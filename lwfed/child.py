@@ -111,9 +111,13 @@ def describe_exit(code: int, no_memory: bool | None = None) -> str:
     """For people; `no_memory` is as of `kind_of_end`."""
     if code >= 0:
         return f"ended with exit code {code}: what it said last is above; `edge-agent doctor` checks torch"
-    killed = {True: "the device ran out of memory", False: "somebody did that, for memory had not run out"}
+    killed = {
+        True: "the device ran out of memory",
+        False: "somebody did that, for memory had not run out",
+        None: "probably because the device ran out of memory",
+    }
     hints = {
-        signal.SIGKILL: killed.get(no_memory, "probably killed because the device ran out of memory"),
+        signal.SIGKILL: killed[no_memory],
         signal.SIGILL: "torch was built for another processor: see `edge-agent doctor`",
     }
     return f"ended by {signal.Signals(-code).name}" + (f": {hints[signal.Signals(-code)]}" if -code in hints else "")

@@ -316,6 +316,22 @@ def test_features_in_memory_live_as_long_as_the_plan_of_their_stage(tmp_path):
     assert device.worker._memory is not held
 
 
+@needs_onnx
+def test_what_takes_the_least_memory_leaves_onnx_runtime_and_memory_for_features_alone(tmp_path, graphs):
+    device = Device(tmp_path, config(*REUSED, "train.prefix=onnx", "train.features_in=memory"), 3, graphs)
+    device.train(1)
+    assert (device.planned[0]["prefix"], device.worker._memory is None) == ("onnx", False)
+    least = {"prefix": "torch", "micro_batch": 4, "features_in": "file"}
+    device.train(2, least)
+    assert device.planned[1] == {"prefix": "torch", "micro_batch": 4}
+    assert device.worker._memory is None
+    assert list((tmp_path / "kept" / "features").iterdir())
+    found = device.worker._found[1]
+    assert (found.means.prefix, found.features_bytes) == (None, 0)
+    device.train(3, least)
+    assert device.worker._found[1] is found, "one plan for the stage"
+
+
 def test_features_that_another_engine_or_micro_batch_gave_are_computed_anew_and_that_is_said(tmp_path):
     for stage, size, said in ((2, 4, 0), (3, 4, 0), (3, 8, 1), (3, 8, 0)):
         device = Device(tmp_path, config(*REUSED, f"train.micro_batch={size}"), stage)
