@@ -11,7 +11,7 @@ from lwfed.edge_agent.events import Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal
 from lwfed.wire.messages import Execution, Task
 
-LEAST_IMAGES = 4  # at a time: fewer save little, and are slow
+LEAST_IMAGES = 4  # at a time: one saves 2 % more in stage 12 of ViT-Tiny with batches of 128, and takes twice as long
 
 
 class Executions:

@@ -43,7 +43,7 @@ class Taken(Record):
 
 
 class Least(Record):
-    """The last stage that there was too little memory for, as it was computed first."""
+    """The last stage for which there was too little memory, computed as it was at first."""
 
     stage: Ordinal
 
@@ -159,6 +159,7 @@ class Journal:
         return self._read(f"least {run}", Least) == Least(stage=stage)
 
     def take_least(self, run: str, stage: int, execution: Execution) -> None:
+        """From now on it is `execution`."""
         with self._facts.transaction():
             self._put(f"least {run}", Least(stage=stage))
             self._put(f"execution {run} {stage}", execution)
