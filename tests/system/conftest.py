@@ -63,8 +63,16 @@ class Program:
                 self._fresh.put(None)
                 pytest.fail(f"{self.name} ended without saying {event} {fields}:\n{self.transcript()}")
             self.said.append(said)
-            if said["event"] == event and all(said.get(key) == value for key, value in fields.items()):
+            if _is(said, event, fields):
                 return said
+
+    def has_said(self, event, **fields):
+        """Whether it has said that by now; `wait_for` looks at what comes later only."""
+        with contextlib.suppress(queue.Empty):
+            while (said := self._fresh.get_nowait()) is not None:
+                self.said.append(said)
+            self._fresh.put(None)
+        return any(_is(said, event, fields) for said in self.said)
 
     def transcript(self):
         return "\n".join([said["text"] for said in self.said] + self.errors)
@@ -84,6 +92,10 @@ class Program:
         """Wait for its own end; the exit code."""
         self.process.wait(LONG_S)
         return self.end()
+
+
+def _is(said, event, fields):
+    return said["event"] == event and all(said.get(key) == value for key, value in fields.items())
 
 
 @contextlib.contextmanager
@@ -125,20 +137,20 @@ class Fleet:
     """
 
     def __init__(self, start, root, port, *, broker="embedded", settings=(), way=None, before=()):
-        self._start, self._root, self.port, self._broker = start, root, port, broker
+        self._start, self.root, self.port, self._broker = start, root, port, broker
         self._way, self._before = way or (lambda number: port), before
         self._settings = [f"--set={setting}" for setting in (*SMALL, *settings)]
 
     def server(self):
         return self._start(
             "cloud-server", "serve", "--config", "demo", *self._settings, "--broker", self._broker, "--port", self.port,
-            "--state", self._root / "server", "--until-done", "--json", before=self._before,
+            "--state", self.root / "server", "--until-done", "--json", before=self._before,
         )  # fmt: skip
 
     def device(self, number, data="digits"):
         return self._start(
             "edge-agent", "join", f"mqtt://127.0.0.1:{self._way(number)}", "--data", data, "--name", f"device-{number}",
-            "--state", self._root / f"device-{number}", "--wait", 60, "--json", before=self._before,
+            "--state", self.root / f"device-{number}", "--wait", 60, "--json", before=self._before,
         )  # fmt: skip
 
     def begin(self):

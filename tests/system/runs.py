@@ -12,9 +12,8 @@ SMALLER = (
     *(f"transfer.chunk_bytes={CHUNK_BYTES}", f"transfer.window={WINDOW}", "transfer.codec=int8"),
     *("train.epochs=1", "train.batch_size=256", "calibration.every=never", "evaluation.data=null"),
 )
-FOUR_ROUNDS = (*SMALLER, "model.depth=1", "stages.rounds_per_stage=4")
 TWO_STAGES = (*SMALLER, "model.depth=2", "stages.rounds_per_stage=2")
-PLACES = {FOUR_ROUNDS: ((1, 1), (1, 2), (1, 3)), TWO_STAGES: ((1, 1), (1, 2), (2, 1))}  # stage and round, all but the last
+PLACES = ((1, 1), (1, 2), (2, 1))  # stage and round of these, all but the last
 
 
 @dataclass

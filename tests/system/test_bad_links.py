@@ -59,7 +59,7 @@ def namespace():
 def test_a_network_that_is_gone_for_seconds_changes_no_bit(namespace, start, tmp_path, undisturbed):
     """Nobody is told that a connection broke: packets are lost until the kernel sends them again."""
     server, devices = Fleet(start, tmp_path, free_port(), settings=TWO_STAGES, before=namespace).begin()
-    for place in PLACES[TWO_STAGES]:
+    for place in PLACES:
         server.wait_for("round", stage=place[0], round=place[1])
         subprocess.run([*namespace, "ip", "link", "set", "lo", "down"], check=True)
         time.sleep(4)

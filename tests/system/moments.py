@@ -1,0 +1,175 @@
+"""Kills that hit what they are meant for.
+
+The victim is stopped (SIGSTOP) again and again. While it stands still, what is on disk and what was said tell where it is in the run:
+there it is killed, anywhere else it goes on. So no moment is guessed by time, and a kill that was made is one that has hit.
+"""
+
+import json
+import sqlite3
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lwfed.cloud_server.rounds import State
+
+STEP_S = 0.002  # that the victim runs between two looks
+COURSE = ("preparing", "measuring", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished")
+PHASES = {  # in the order of a round -> where the server is meanwhile
+    "preparing": "preparing",
+    "prepared": "preparing",  # the worker has written something that the server has not taken over
+    "measuring": "measuring",  # what there is to compare with, before any training
+    "fetching": "training",  # chunks are on their way down, some are there
+    "starting": "training",  # the agent's worker runs, and has not planned yet
+    "training": "training",  # an epoch is done
+    "sending": "training",  # chunks are on their way up, some are there
+    "aggregating": "aggregating",
+    "calibrating": "calibrating",
+    "calibrated": "calibrating",  # as prepared
+    "evaluating": "evaluating",
+    "exporting": "finished",  # and the encoder was not announced
+}
+BEFORE_DEVICES = ("preparing", "prepared", "measuring")  # in stage 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    party: str  # agent | agent's worker | server | server's worker | broker
+    phase: str
+    place: tuple[int, int]  # stage, round
+    device: int = 0  # of the two, whose agent or worker it is
+    look: int = 1  # the one that kills, of those that find the victim there
+    epoch: int = 1  # done, of training
+
+    @property
+    def order(self):
+        return self.place, list(PHASES).index(self.phase)
+
+    @property
+    def early(self):
+        return self.place == (1, 1) and self.phase in BEFORE_DEVICES
+
+
+class Watch:
+    """Where the run below `root` is; `server` and `devices` are its programs, replaced by whoever starts them anew."""
+
+    def __init__(self, root, server):
+        self.server, self.devices = server, []
+        self._root = root
+
+    def strike(self, moment):
+        """SIGKILL at that moment. Fails when the run, or the server, has passed it."""
+        found, seen = 0, {}
+        while True:
+            state = self._state()
+            if state is not None and _passed(state, moment):
+                pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
+            if state is not None and (state.stage, state.round) == moment.place and (victim := self._victim(moment)):
+                with suppress(psutil.NoSuchProcess):  # workers and brokers come and go
+                    found += _stopped(victim) and self._holds(moment, seen)
+                    if found == moment.look:
+                        victim.kill()
+                        return
+                    victim.resume()
+            if self.server.process.poll() is not None:
+                pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+            time.sleep(STEP_S)
+
+    def _victim(self, moment):
+        match moment.party:
+            case "server":
+                return psutil.Process(self.server.process.pid)
+            case "agent":
+                return psutil.Process(self.devices[moment.device].process.pid)
+            case "server's worker":
+                return _child(self.server, "lwfed.cloud_server.worker")
+            case "agent's worker":
+                return _child(self.devices[moment.device], "lwfed.edge_agent.worker")
+            case "broker":
+                return _child(self.server, "mosquitto", "lwfed.cloud_server.embedded")
+
+    def _holds(self, moment, seen):
+        """Whether the victim, which stands still, is where it is to be killed; `seen` remembers what looks before have seen."""
+        state = self._state()
+        if state is None or (state.stage, state.round) != moment.place or _phase(state) != PHASES[moment.phase]:
+            return False
+        match moment.phase:
+            case "prepared" | "calibrated":
+                return any((self._root / "server" / "work").glob("*"))
+            case "fetching":
+                numbers = [moment.device] if moment.party == "agent" else range(len(self.devices))
+                return any([_arriving(self._home(number) / "model", seen) for number in numbers])
+            case "starting":
+                return self._fact(moment, "task") and not self._fact(moment, f"execution demo {state.stage}")
+            case "training":
+                done = {"stage": state.stage, "round": state.round, "epoch": moment.epoch}
+                return self.devices[moment.device].has_said("training", **done) and self._fact(moment, "task")
+            case "sending" if moment.party == "agent":
+                return self._fact(moment, "update")
+            case "sending":
+                return _arriving(self._root / "server" / "updates", seen)
+            case "exporting":
+                return not self.server.has_said("finished")
+        return True
+
+    def _home(self, number):
+        return self._root / f"device-{number + 1}"
+
+    def _fact(self, moment, key):
+        """Whether the journal of the device has it."""
+        return _read(self._home(moment.device) / "journal.sqlite", "SELECT value FROM facts WHERE key = ?", key) is not None
+
+    def _state(self):
+        """What is stored of the coordinator; None while there is nothing to be read."""
+        text = _read(self._root / "server" / "run.sqlite", "SELECT state FROM runs")
+        return None if text is None else State.from_json(text)
+
+
+def _phase(state):
+    return "measuring" if state.phase == "evaluating" and not state.trained else state.phase
+
+
+def _passed(state, moment):
+    return ((state.stage, state.round), COURSE.index(_phase(state))) > (moment.place, COURSE.index(PHASES[moment.phase]))
+
+
+def _read(path, query, *parameters):
+    with suppress(sqlite3.OperationalError):  # not there yet, or within a transaction that lets nobody look
+        database = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=0)
+        try:
+            row = database.execute(query, parameters).fetchone()
+        finally:
+            database.close()
+        return row and row[0]
+    return None
+
+
+def _arriving(folder, seen):
+    """Whether a part there has more bytes than when it was first seen, and is still no whole blob."""
+    more = False
+    for path in folder.glob("parts/*.part"):
+        with suppress(FileNotFoundError):
+            here = len(path.read_bytes().replace(b"\0", b""))
+            more |= here > seen.setdefault(path, here)
+    return more
+
+
+def _child(program, *names):
+    """The child of `program` that runs one of those modules or programs, if there is one now."""
+    for child in psutil.Process(program.process.pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            words = child.cmdline()
+            if words and (Path(words[0]).name in names or words[2:3] and words[2] in names):
+                return child
+    return None
+
+
+def _stopped(process):
+    """SIGSTOP, and the end of whatever the kernel was doing for it; False for one that has ended."""
+    process.suspend()
+    while (status := process.status()) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+        pass
+    return status == psutil.STATUS_STOPPED
