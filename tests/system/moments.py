@@ -4,7 +4,6 @@ The victim is stopped (SIGSTOP) again and again. While it stands still, what is 
 there it is killed, anywhere else it goes on. So no moment is guessed by time, and a kill that was made is one that has hit.
 """
 
-import json
 import sqlite3
 import time
 from contextlib import suppress
@@ -63,20 +62,21 @@ class Watch:
     def strike(self, moment):
         """SIGKILL at that moment. Fails when the run, or the server, has passed it."""
         found, seen = 0, {}
-        while True:
+        while self.server.process.poll() is None:
             state = self._state()
             if state is not None and _passed(state, moment):
                 pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
-            if state is not None and (state.stage, state.round) == moment.place and (victim := self._victim(moment)):
+            if state is not None and (state.stage, state.round) == moment.place:
                 with suppress(psutil.NoSuchProcess):  # workers and brokers come and go
-                    found += _stopped(victim) and self._holds(moment, seen)
+                    victim = self._victim(moment)
+                    found += victim is not None and _stopped(victim) and self._holds(moment, seen)
                     if found == moment.look:
                         victim.kill()
                         return
-                    victim.resume()
-            if self.server.process.poll() is not None:
-                pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+                    if victim is not None:
+                        victim.resume()
             time.sleep(STEP_S)
+        pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
 
     def _victim(self, moment):
         match moment.party:
@@ -101,7 +101,7 @@ class Watch:
                 return any((self._root / "server" / "work").glob("*"))
             case "fetching":
                 numbers = [moment.device] if moment.party == "agent" else range(len(self.devices))
-                return any([_arriving(self._home(number) / "model", seen) for number in numbers])
+                return any(_arriving(self._home(number) / "model", seen) for number in numbers)
             case "starting":
                 return self._fact(moment, "task") and not self._fact(moment, f"execution demo {state.stage}")
             case "training":
@@ -129,6 +129,7 @@ class Watch:
 
 
 def _phase(state):
+    """That of the coordinator, which evaluates before any training too."""
     return "measuring" if state.phase == "evaluating" and not state.trained else state.phase
 
 
@@ -162,7 +163,7 @@ def _child(program, *names):
     for child in psutil.Process(program.process.pid).children():
         with suppress(psutil.Error):  # it has just ended
             words = child.cmdline()
-            if words and (Path(words[0]).name in names or words[2:3] and words[2] in names):
+            if words and (Path(words[0]).name in names or (words[2:3] and words[2] in names)):
                 return child
     return None
 

@@ -1,5 +1,6 @@
 """Real processes that are killed: every run ends, with the bits of one that nothing disturbed."""
 
+import re
 import signal
 from dataclasses import replace
 from itertools import product
@@ -10,7 +11,7 @@ import pytest
 from lwfed.cloud_server.broker import find_mosquitto
 
 from .conftest import digest_of_result
-from .moments import Moment, Watch
+from .moments import PHASES, Moment, Watch
 
 BROKERS = [
     "embedded",
@@ -19,9 +20,9 @@ BROKERS = [
 EPOCHS, RUNS = 3, 10
 WHOLE = (  # calibrated after each round, evaluated at each stage's end
     *("transfer.chunk_bytes=1024", "transfer.window=2", "transfer.codec=int8", f"train.epochs={EPOCHS}", "train.batch_size=128"),
-    *("rounds.quorum=1.0", "rounds.deadline_s=5"),  # who loses its worker is asked again at the deadline
+    *("rounds.quorum=1.0", "rounds.deadline_s=2"),  # who loses its worker is asked again at the deadline
 )
-ONE_STAGE = (*WHOLE, "model.depth=1", "stages.rounds_per_stage=2")
+ONE_STAGE = (*WHOLE, "model.depth=1", "stages.rounds_per_stage=2", "train.epochs=2", "calibration.epochs=1")
 TWO_STAGES = (*WHOLE, "model.depth=2", "stages.rounds_per_stage=2")
 
 BEGINS, ALL, ENDS, LAST = ((1, 1), (2, 1)), tuple(product((1, 2), (1, 2))), ((1, 2), (2, 2)), ((2, 2),)
@@ -38,27 +39,46 @@ PLACES = {  # party -> phase -> stages and rounds, of TWO_STAGES
 
 
 def disturbed(fleet, settings, broker, moments):
-    """Digest of a run in which those are killed, and, but for workers and the broker, started again."""
+    """Digest of a run in which those are killed; agents and the server are started again, the others by who started them."""
     fleet = fleet(broker=broker, settings=settings)
     watch = Watch(fleet.root, fleet.server())
-    moments = sorted(moments, key=lambda moment: moment.order)
-    for moment in moments:
+    for moment in sorted(moments, key=lambda moment: moment.order):
         if not moment.early and not watch.devices:
             watch.devices = fleet.join(watch.server)
         watch.strike(moment)
         if moment.party == "agent":
             assert watch.devices[moment.device].end() == -signal.SIGKILL
             watch.devices[moment.device] = fleet.device(moment.device + 1)
+            look_back(watch.devices[moment.device], moment)
         elif moment.party == "server":
             assert watch.server.end() == -signal.SIGKILL
             watch.server = fleet.server()
-            watch.server.wait_for("run", status="finished" if moment.phase == "exporting" else "resumed")
+            look_back(watch.server, moment)
     digest = digest_of_result(watch.server)
+    finish(watch)
+    return digest
+
+
+def look_back(again, moment):
+    """What it says when it begins again names the place where it was killed."""
+    stage, round = moment.place
+    if moment.party == "agent":
+        event, said = ("update", "is waiting to be") if moment.phase == "sending" else ("warning", "was interrupted")
+        assert re.search(rf"stage {stage}, round {round} {said}", again.wait_for(event)["text"])
+    elif moment.phase == "exporting":
+        again.wait_for("run", status="finished")
+    else:
+        phase = PHASES[moment.phase].replace("measuring", "evaluating")
+        said = rf"goes on at stage {stage} of \d, round {round} of \d, {phase} \("
+        assert re.search(said, again.wait_for("run", status="resumed")["text"])
+
+
+def finish(watch):
+    """The programs that the watch knows by now lived until their own end."""
     assert watch.server.result() == 0
     for device in watch.devices:
         assert device.process.poll() is None, device.transcript()
         assert device.end() == 0
-    return digest
 
 
 def drawn(random, moment):
@@ -79,10 +99,10 @@ def dealt():
 
 FEW = {  # what differs between brokers is of the server alone: each sees to some of it
     "embedded": (
-        Moment("server", "measuring", (1, 1)),
-        Moment("agent", "training", (1, 1), device=1, epoch=2),
+        Moment("agent", "training", (1, 1)),
         Moment("broker", "sending", (1, 1)),
         Moment("server", "calibrating", (1, 2)),
+        Moment("server", "exporting", (1, 2)),
     ),
     "mosquitto": (
         Moment("agent's worker", "starting", (1, 1)),
@@ -96,6 +116,20 @@ FEW = {  # what differs between brokers is of the server alone: each sees to som
 @pytest.mark.parametrize("broker", BROKERS)
 def test_killed_agents_servers_and_brokers_change_no_bit_of_the_result(fleet, undisturbed, broker):
     assert disturbed(fleet, ONE_STAGE, broker, FEW[broker]) == undisturbed(ONE_STAGE).digest
+
+
+@pytest.mark.slow
+def test_an_agent_survives_a_worker_that_is_killed_in_training(fleet):
+    """It blames want of memory and takes half as many images at a time: other bits, but no update is missing."""
+    fleet = fleet(settings=ONE_STAGE)
+    watch = Watch(fleet.root, fleet.server())
+    watch.devices = fleet.join(watch.server)
+    watch.strike(Moment("agent's worker", "training", (1, 1)))
+    watch.devices[0].wait_for("warning", micro_batch=64)
+    watch.devices[0].wait_for("warning", code="memory")
+    for round in (1, 2):
+        watch.server.wait_for("round", status="closed", round=round, devices=2)
+    finish(watch)
 
 
 @pytest.mark.slow
