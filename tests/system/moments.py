@@ -57,26 +57,38 @@ class Watch:
 
     def __init__(self, root, server):
         self.server, self.devices = server, []
-        self._root = root
+        self._root, self._reached = root, (0, 0)
 
     def strike(self, moment):
         """SIGKILL at that moment. Fails when the run, or the server, has passed it."""
-        found, seen = 0, {}
+        found, seen, victim = 0, {}, None
         while self.server.process.poll() is None:
-            state = self._state()
-            if state is not None and _passed(state, moment):
-                pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
-            if state is not None and (state.stage, state.round) == moment.place:
-                with suppress(psutil.NoSuchProcess):  # workers and brokers come and go
-                    victim = self._victim(moment)
-                    found += victim is not None and _stopped(victim) and self._holds(moment, seen)
+            time.sleep(STEP_S)
+            if not self._has_reached(moment.place):
+                continue
+            try:
+                victim = victim or self._victim(moment)
+                if victim is not None:
+                    _stop(victim)
+                state = self._state()
+                if victim is not None:
+                    found += self._holds(moment, state, seen)
                     if found == moment.look:
                         victim.kill()
                         return
-                    if victim is not None:
-                        victim.resume()
-            time.sleep(STEP_S)
+                    victim.resume()
+                if state is not None and _passed(state, moment):
+                    pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
+            except psutil.NoSuchProcess:  # workers and brokers come and go
+                victim = None
         pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+
+    def _has_reached(self, place):
+        """Nobody is stopped before; looked up until it is so."""
+        if place > self._reached:
+            state = self._state()
+            self._reached = self._reached if state is None else (state.stage, state.round)
+        return place <= self._reached
 
     def _victim(self, moment):
         match moment.party:
@@ -91,9 +103,8 @@ class Watch:
             case "broker":
                 return _child(self.server, "mosquitto", "lwfed.cloud_server.embedded")
 
-    def _holds(self, moment, seen):
+    def _holds(self, moment, state, seen):
         """Whether the victim, which stands still, is where it is to be killed; `seen` remembers what looks before have seen."""
-        state = self._state()
         if state is None or (state.stage, state.round) != moment.place or _phase(state) != PHASES[moment.phase]:
             return False
         match moment.phase:
@@ -168,9 +179,9 @@ def _child(program, *names):
     return None
 
 
-def _stopped(process):
-    """SIGSTOP, and the end of whatever the kernel was doing for it; False for one that has ended."""
+def _stop(process):
+    """SIGSTOP, and the end of whatever the kernel was doing for it. Raises NoSuchProcess for one that has ended."""
     process.suspend()
-    while (status := process.status()) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-        pass
-    return status == psutil.STATUS_STOPPED
+    while (status := process.status()) != psutil.STATUS_STOPPED:
+        if status == psutil.STATUS_ZOMBIE:
+            raise psutil.NoSuchProcess(process.pid)

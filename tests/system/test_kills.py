@@ -84,7 +84,7 @@ def finish(watch):
 def drawn(random, moment):
     """The same phase, at another point within it."""
     long = moment.phase in OF_SERVER
-    return replace(moment, device=random.randrange(2), epoch=random.randrange(1, EPOCHS), look=random.randint(1, 10) if long else 1)
+    return replace(moment, device=random.randrange(2), epoch=random.randrange(1, EPOCHS), look=random.randint(1, 5) if long else 1)
 
 
 def dealt():
