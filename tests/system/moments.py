@@ -6,7 +6,7 @@ there it is killed, anywhere else it goes on. So no moment is guessed by time, a
 
 import sqlite3
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,38 +57,33 @@ class Watch:
 
     def __init__(self, root, server):
         self.server, self.devices = server, []
-        self._root, self._reached = root, (0, 0)
+        self._root = root
 
     def strike(self, moment):
         """SIGKILL at that moment. Fails when the run, or the server, has passed it."""
         found, seen, victim = 0, {}, None
         while self.server.process.poll() is None:
             time.sleep(STEP_S)
-            if not self._has_reached(moment.place):
+            if self._is_far_from(moment):
                 continue
-            try:
-                victim = victim or self._victim(moment)
-                if victim is not None:
-                    _stop(victim)
-                state = self._state()
-                if victim is not None:
-                    found += self._holds(moment, state, seen)
-                    if found == moment.look:
-                        victim.kill()
-                        return
-                    victim.resume()
-                if state is not None and _passed(state, moment):
-                    pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
-            except psutil.NoSuchProcess:  # workers and brokers come and go
-                victim = None
+            with suppress(psutil.NoSuchProcess), ExitStack() as standing:
+                if moment.party == "server's worker":  # what a warm one does is done in a moment: the server must not take it
+                    standing.enter_context(_stopped(psutil.Process(self.server.process.pid)))
+                if victim is None or not victim.is_running():
+                    victim = self._victim(moment)
+                standing.enter_context(_stopped(victim))
+                found += self._holds(moment, self._state(), seen)
+                if found == moment.look:
+                    victim.kill()
+                    return
+            if (state := self._state()) is not None and _passed(state, moment):
+                pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
         pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
 
-    def _has_reached(self, place):
-        """Nobody is stopped before; looked up until it is so."""
-        if place > self._reached:
-            state = self._state()
-            self._reached = self._reached if state is None else (state.stage, state.round)
-        return place <= self._reached
+    def _is_far_from(self, moment):
+        """Devices train in an earlier round, or have not begun: nobody need be stopped."""
+        state = self._state()
+        return state is None or (state.phase in ("waiting", "training") and (state.stage, state.round) < moment.place)
 
     def _victim(self, moment):
         match moment.party:
@@ -170,18 +165,24 @@ def _arriving(folder, seen):
 
 
 def _child(program, *names):
-    """The child of `program` that runs one of those modules or programs, if there is one now."""
+    """The child of `program` that runs one of those modules or programs. Raises NoSuchProcess while there is none."""
     for child in psutil.Process(program.process.pid).children():
-        with suppress(psutil.Error):  # it has just ended
+        with suppress(psutil.NoSuchProcess):  # it has just ended
             words = child.cmdline()
             if words and (Path(words[0]).name in names or (words[2:3] and words[2] in names)):
                 return child
-    return None
+    raise psutil.NoSuchProcess(program.process.pid, msg=f"no {names} there")
 
 
-def _stop(process):
-    """SIGSTOP, and the end of whatever the kernel was doing for it. Raises NoSuchProcess for one that has ended."""
+@contextmanager
+def _stopped(process):
+    """It stands still within: SIGSTOP, and the end of whatever the kernel was doing for it. Raises NoSuchProcess for one that has ended."""
     process.suspend()
-    while (status := process.status()) != psutil.STATUS_STOPPED:
-        if status == psutil.STATUS_ZOMBIE:
-            raise psutil.NoSuchProcess(process.pid)
+    try:
+        while (status := process.status()) != psutil.STATUS_STOPPED:
+            if status == psutil.STATUS_ZOMBIE:
+                raise psutil.NoSuchProcess(process.pid)
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
