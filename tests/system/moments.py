@@ -16,6 +16,7 @@ import pytest
 from lwfed.cloud_server.rounds import State
 
 STEP_S = 0.002  # that the victim runs between two looks
+STEPS = 50  # that its worker goes on without it
 COURSE = ("preparing", "measuring", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished")
 PHASES = {  # in the order of a round -> where the server is meanwhile
     "preparing": "preparing",
@@ -104,7 +105,7 @@ class Watch:
             return False
         match moment.phase:
             case "prepared" | "calibrated":
-                return any((self._root / "server" / "work").glob("*"))
+                return self._worker_writes()
             case "fetching":
                 numbers = [moment.device] if moment.party == "agent" else range(len(self.devices))
                 return any(_arriving(self._home(number) / "model", seen) for number in numbers)
@@ -120,6 +121,14 @@ class Watch:
             case "exporting":
                 return not self.server.has_said("finished")
         return True
+
+    def _worker_writes(self):
+        """Whether there is something of the server's worker, which goes on for a while as the server stands still."""
+        for _ in range(STEPS):
+            if any((self._root / "server" / "work").glob("*")):
+                return True
+            time.sleep(STEP_S)
+        return False
 
     def _home(self, number):
         return self._root / f"device-{number + 1}"
