@@ -2,7 +2,8 @@
 
 In a file, which the system holds in memory while there is room and which outlives the process, or in memory of this
 process. The layout is the same: of each row in turn the tokens of each view, as float16, or as int8 with a scale for each
-channel: channels differ more than positions do, and a scale for each token would be off by twice as much.
+channel: channels differ more than positions do, and a scale for each token would be off by twice as much. After the tokens of
+each view comes their CRC-32, for disks give back other bytes than they were given, SD cards above all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ UNFINISHED = ".part"
 SUFFIX = ".features"
 STEPS = 127  # of int8, each way
 ROWS_AT_ONCE = 32  # while they are rounded, in float32
+CHECKSUM_BYTES = 4
 LEAST_SCALE = torch.finfo(torch.float16).tiny
 
 
@@ -41,6 +44,10 @@ class Layout:
     def bytes(self) -> int:
         numbers = math.prod(self.shape)
         return 2 * numbers if self.kept_as == "fp16" else numbers + 2 * self._channels
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.bytes + CHECKSUM_BYTES
 
     def encode(self, tokens: Tensor) -> Tensor:
         """[B, *shape] -> uint8 [B, bytes]. Halves are rounded to even."""
@@ -93,6 +100,9 @@ class Place(Protocol):
     def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """For reading. Raises OSError."""
 
+    def mend(self, name: str, at: int, block: Tensor) -> None:
+        """Put `block` in the place of as many bytes, from byte `at`. Raises OSError."""
+
     def forget(self, but: str | None = None) -> None: ...
 
 
@@ -133,6 +143,10 @@ class Folder:
     def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
         return self._file(name).open("rb", buffering=0)
 
+    def mend(self, name: str, at: int, block: Tensor) -> None:
+        with self._file(name).open("r+b", buffering=0) as file:
+            _put(file, at, block)
+
     def forget(self, but: str | None = None) -> None:
         with contextlib.suppress(OSError):
             for file in self.path.iterdir():
@@ -169,8 +183,24 @@ class Memory:
             raise FileNotFoundError(name)
         return contextlib.nullcontext(self._held[name])
 
+    def mend(self, name: str, at: int, block: Tensor) -> None:
+        _put(self._held[name], at, block)
+
     def forget(self, but: str | None = None) -> None:
         self._held = {name: held for name, held in self._held.items() if name == but}
+
+
+def sealed(data: Tensor) -> Tensor:
+    """uint8 [B, bytes] -> uint8 [B, bytes + 4] in main memory: each row and its CRC-32."""
+    rows = data.cpu().numpy()
+    sums = np.fromiter(map(zlib.crc32, rows), "<u4", len(rows))
+    return torch.from_numpy(np.concatenate([rows, sums.view(np.uint8).reshape(len(rows), CHECKSUM_BYTES)], 1))
+
+
+def unsealed(data: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [B, bytes + 4] -> uint8 [B, bytes], and bool [B]: of which rows the CRC-32 is right."""
+    rows, sums = data[:, :-CHECKSUM_BYTES], data[:, -CHECKSUM_BYTES:].numpy().copy().view("<u4").ravel()
+    return rows, torch.from_numpy(np.fromiter(map(zlib.crc32, rows.numpy()), "<u4", len(rows)) == sums)
 
 
 def read(place: Place, name: str, rows: Tensor, row_bytes: int, view: slice) -> Tensor:
@@ -189,6 +219,11 @@ def _in_pieces(one: Callable[[Tensor], Tensor], given: Tensor, found: Tensor) ->
     for first in range(0, len(given), ROWS_AT_ONCE):
         found[first : first + ROWS_AT_ONCE] = one(given[first : first + ROWS_AT_ONCE])
     return found
+
+
+def _put(file: IO[bytes], at: int, block: Tensor) -> None:
+    file.seek(at)
+    file.write(block.numpy().data)
 
 
 def _fill(file: IO[bytes], blocks: Iterable[Tensor], room: float) -> None:

@@ -77,7 +77,7 @@ def measure(
     copies = 6 + bool(branches.target) + bool(branches.received) + bool(branches.anchors) + (config.alignment.method == "moon")
     views = METHODS[config.ssl.method].view_count
     numbers = 0 if kept.tokens is None else math.prod(kept.tokens)
-    features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).bytes
+    features = 0 if kept.tokens is None else drawn * views * Layout(kept.tokens, config.train.features_as).kept_bytes
     return Need(
         fixed=HEAP_BYTES + copies * weights,
         per_image=kept.layers,

@@ -9,7 +9,8 @@ kept (`lwfed.models.features`) as rows of each pair and image in turn, under
 `views` names all that tokens depend on but the weights and how they are computed, `prefix` the weights. At a stage whose
 prefix is that of what is kept and more layers, the tokens go through these layers only. Tokens are rounded to what is kept
 where a stage ends, also where they are computed from pixels, so that they do not depend on which way they came; for the
-same reason those of another engine or micro-batch are no beginning. What has no room is computed again in each step.
+same reason those of another engine or micro-batch are no beginning. What has no room is computed again in each step; what has been
+damaged once more, with all that it was computed with, since the scales of int8 are those of a micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lwfed.config import RunConfig
 from lwfed.console import counted
-from lwfed.models.features import Layout, Place, read
+from lwfed.models.features import CHECKSUM_BYTES, Layout, Place, read, sealed, unsealed
 from lwfed.models.ssl import METHODS
 from lwfed.models.step import Batch, Branches, frozen_tokens
 from lwfed.models.views import ViewParams
@@ -81,10 +82,11 @@ class Views:
         self._views, self._patches = _drawn(config, reuse.seed, self._rows)
         self._layouts = self._measured()
         self._kept: _Kept | None = None
+        self._tell: Callable[[str], None] = lambda text: None
 
     def keep(self, cache: FeatureCache, images: str, on_rows: Progress | None = None) -> None:
         """Take the tokens from `cache`, where they are put first if they are not there. `images` names the images."""
-        place, views, how = cache.place, self._name(images), self._how()
+        place, views, how, self._tell = cache.place, self._name(images), self._how(), cache.tell
         names = [f"{views}-{how}-{prefix}" for prefix in cache.prefixes()]
         with self._told(cache):
             room, all_bytes = place.room(), self._rows * self._row_bytes
@@ -128,7 +130,12 @@ class Views:
     @property
     def _row_bytes(self) -> int:
         """Of one pair of views of one image."""
-        return len(self._views) * self._layout.bytes
+        return len(self._views) * self._layout.kept_bytes
+
+    @property
+    def _at_once(self) -> int:
+        """Rows that are computed together."""
+        return min(ROWS_AT_ONCE, self._config.train.batch_size)
 
     @contextlib.contextmanager
     def _told(self, cache: FeatureCache) -> Iterator[None]:
@@ -156,19 +163,37 @@ class Views:
         other = "of another version or setting" if was == is_now else f"and not by {is_now}"
         cache.tell(f"features of views that are used again are computed anew: those kept are by {was}, {other}, which rounds otherwise")
 
+    def _say_damaged(self) -> None:
+        """Once."""
+        self._tell("features of views that are used again have been damaged: they are computed anew; check the disk of the state directory")
+        self._tell = lambda text: None
+
     def _blocks(self, passed: int, below: _Kept | None, on_rows: Progress | None) -> Iterator[Tensor]:
         """uint8 [rows, bytes] of all rows, some at a time; those in `below` have passed so many layers already."""
         if on_rows:
             on_rows(0, self._rows)
-        size, views = min(ROWS_AT_ONCE, self._config.train.batch_size), range(len(self._views))
-        for first in range(0, self._rows, size):
-            rows = torch.arange(first, min(first + size, self._rows))
-            if below is not None and int(rows[-1]) < below.rows:
-                yield torch.cat([self._computed(number, rows, below.read(number, rows), passed) for number in views], 1)
-            else:
-                yield torch.cat([self._computed(number, rows) for number in views], 1)
+        for first in range(0, self._rows, self._at_once):
+            yield self._block(first, passed, below)
             if on_rows:
-                on_rows(first + len(rows), self._rows)
+                on_rows(min(first + self._at_once, self._rows), self._rows)
+
+    def _block(self, first: int, passed: int = 0, below: _Kept | None = None) -> Tensor:
+        rows = torch.arange(first, min(first + self._at_once, self._rows))
+        views = range(len(self._views))
+        return torch.cat([sealed(self._computed(number, rows, self._whole(below, number, rows), passed)) for number in views], 1)
+
+    def _whole(self, below: _Kept | None, number: int, rows: Tensor) -> Tensor | None:
+        """uint8 [B, bytes] of view `number`; None where not all rows are there as they were written."""
+        if below is None or int(rows[-1]) >= below.rows:
+            return None
+        try:
+            known, intact = below.read(number, rows)
+        except OSError:
+            return None
+        if intact.all():
+            return known
+        self._say_damaged()
+        return None
 
     def _tokens(self, number: int, rows: Tensor) -> Tensor:
         """uint8 [B, bytes] of view `number`."""
@@ -176,7 +201,7 @@ class Views:
             return self._computed(number, rows)
         kept = rows < self._kept.rows
         try:
-            known = self._kept.read(number, rows[kept]).to(self._branches.online.device)
+            known = self._mended(self._kept, number, rows[kept]).to(self._branches.online.device)
         except OSError:  # the file has gone, or the disk is bad
             self._kept = None
             return self._computed(number, rows)
@@ -185,6 +210,19 @@ class Views:
         rest = self._computed(number, rows[~kept])
         found = rest.new_empty(len(rows), rest.shape[1])
         found[kept], found[~kept] = known, rest
+        return found
+
+    def _mended(self, kept: _Kept, number: int, rows: Tensor) -> Tensor:
+        """uint8 [B, bytes] of view `number`; what is damaged is computed anew, and put right. Raises OSError."""
+        found, intact = kept.read(number, rows)
+        if intact.all():
+            return found
+        self._say_damaged()
+        for first in {row - row % self._at_once for row in rows[~intact].tolist()}:
+            block = self._block(first)
+            kept.mend(first, block)
+            mine = (rows >= first) & (rows < first + len(block))
+            found[mine] = kept.of_view(number, block)[rows[mine] - first]
         return found
 
     def _computed(self, number: int, rows: Tensor, known: Tensor | None = None, passed: int = 0) -> Tensor:
@@ -212,7 +250,7 @@ class Views:
         return found
 
     def _kept_in(self, place: Place, name: str, layers: int) -> _Kept:
-        return _Kept(place, name, self._layouts[layers].bytes, len(self._views))
+        return _Kept(place, name, self._layouts[layers].kept_bytes, len(self._views))
 
     @property
     def _layout(self) -> Layout:
@@ -243,10 +281,20 @@ class _Kept:
     def rows(self) -> int:
         return (self.place.size(self.name) or 0) // (self.views * self.view_bytes)
 
-    def read(self, number: int, rows: Tensor) -> Tensor:
-        """uint8 [B, bytes] of view `number`. Raises OSError."""
-        first = number * self.view_bytes
-        return read(self.place, self.name, rows, self.views * self.view_bytes, slice(first, first + self.view_bytes))
+    def read(self, number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, bytes] of view `number`, and bool [B]: which rows are as they were written. Raises OSError."""
+        return unsealed(read(self.place, self.name, rows, self.views * self.view_bytes, self._bytes(number)))
+
+    def mend(self, first: int, block: Tensor) -> None:
+        """Put `block` [rows, bytes] in the place of the rows from `first` on. Raises OSError."""
+        self.place.mend(self.name, first * self.views * self.view_bytes, block[: self.rows - first])
+
+    def of_view(self, number: int, block: Tensor) -> Tensor:
+        """uint8 [rows, bytes] of view `number`."""
+        return block[:, self._bytes(number)][:, :-CHECKSUM_BYTES]
+
+    def _bytes(self, number: int) -> slice:
+        return slice(number * self.view_bytes, (number + 1) * self.view_bytes)
 
 
 def _drawn(config: RunConfig, seed: int, rows: int) -> tuple[list[ViewParams], Tensor | None]:

@@ -277,10 +277,12 @@ def test_features_give_way_to_the_update_on_a_full_disk(tmp_path, monkeypatch):
 def test_features_in_memory_are_counted_in_what_a_stage_needs(tmp_path):
     reused = config(*REUSED)
     in_file, in_memory = means(reused, 3, tmp_path), means(config(*REUSED, "train.features_in=memory"), 3, tmp_path)
-    bytes_ = 20 * 2 * 4 * 32 * 2  # images, views, tokens, width, float16
+    bytes_ = 20 * 2 * (4 * 32 * 2 + 4)  # images, views, tokens, width, float16, CRC-32
     assert (in_file.features_bytes, in_memory.features_bytes) == (0, bytes_)
     assert "memory" not in in_file.reason + in_memory.reason
-    assert means(config(*REUSED, "train.features_in=memory", "train.features_as=int8"), 3, tmp_path).features_bytes == 20 * 2 * (4 + 2) * 32
+    assert means(config(*REUSED, "train.features_in=memory", "train.features_as=int8"), 3, tmp_path).features_bytes == 20 * 2 * (
+        (4 + 2) * 32 + 4
+    )
     assert means(config(*REUSED, "train.features_in=memory"), 1, tmp_path).features_bytes == 0, "nothing is frozen"
 
 
@@ -307,7 +309,7 @@ def test_features_in_memory_live_as_long_as_the_plan_of_their_stage(tmp_path):
     device.train(1)
     assert not list(folder.iterdir()), "what was there is of no use"
     held = device.worker._memory
-    assert [held.size(name) for name in held.names()] == [device.images * 2 * 4 * 32 * 2]
+    assert [held.size(name) for name in held.names()] == [device.images * 2 * (4 * 32 * 2 + 4)]
     assert device.train(2, device.planned[0]) == expected
     assert device.worker._memory is held
     (tmp_path / "calibrated").write_bytes((tmp_path / "layer.1").read_bytes())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lwfed.models import features
-from lwfed.models.features import Folder, Layout, Memory, read
+from lwfed.models.features import Folder, Layout, Memory, read, sealed, unsealed
 
 BLOCKS = [torch.arange(20, dtype=torch.uint8).reshape(5, 4), torch.arange(20, 40, dtype=torch.uint8).reshape(5, 4)]
 
@@ -58,6 +58,32 @@ def test_a_row_is_rounded_by_itself(monkeypatch):
 def test_what_is_not_finite_stays_so(kept_as):
     layout = Layout((3, 1), kept_as)
     assert not layout.decode(layout.encode(torch.tensor([[[1.0], [torch.nan], [2.0]]]))).isfinite().all()
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 7])
+def test_a_flipped_bit_shows_in_its_row_alone(at):
+    data = sealed(BLOCKS[0])
+    assert data.shape == (5, 8)
+    rows, intact = unsealed(data)
+    assert torch.equal(rows, BLOCKS[0])
+    assert intact.all()
+    data[2, at] ^= 16
+    assert unsealed(data)[1].tolist() == [True, True, False, True, True]
+    assert not unsealed(torch.zeros(1, 8, dtype=torch.uint8))[1].any(), "as a disk gives that has lost a sector"
+
+
+def test_bytes_are_mended_where_they_lie(make):
+    place = make()
+    place.room()
+    place.write("a", BLOCKS, 1e9)
+    place.mend("a", 4, BLOCKS[1][:2])
+    assert read(place, "a", torch.arange(4), 4, slice(0, 4)).tolist() == [
+        [0, 1, 2, 3],
+        [20, 21, 22, 23],
+        [24, 25, 26, 27],
+        [12, 13, 14, 15],
+    ]
+    assert place.size("a") == 40
 
 
 def test_rows_are_read_in_any_order_some_bytes_of_each(make):
