@@ -24,6 +24,7 @@ class WorkerReady:
     torch: str
     machine: str
     accelerator: str | None = None  # what it finds beside the processor
+    onnxruntime: str | None = None  # version; None where it is not installed
 
 
 READING, VIEWS = "reading images", "computing views that are used again"

@@ -9,6 +9,7 @@ from lwfed.config import RunConfig
 from lwfed.console import counted
 from lwfed.edge_agent.events import Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal
+from lwfed.plan import PrefixEngine
 from lwfed.wire.messages import Execution, Task
 
 LEAST_IMAGES = 4  # at a time: one saves 2 % more in stage 12 of ViT-Tiny with batches of 128, and takes twice as long
@@ -24,8 +25,11 @@ class Executions:
         What takes the least memory holds for any, with features in a file.
         """
         before = self._journal.execution(task.run, task.stage)
+        if before is None:
+            return None
         least = self._journal.takes_least(task.run, task.stage)
-        if before is None or (not least and (before.torch, before.machine) != (ready.torch, _machine(config, ready))):
+        now = ready.torch, _machine(config, ready), _runtime(before.prefix, ready)
+        if not least and (before.torch, before.machine, before.onnxruntime) != now:
             return None
         return {"prefix": before.prefix, "micro_batch": before.micro_batch} | ({"features_in": "file"} if least else {})
 
@@ -38,6 +42,7 @@ class Executions:
             threads=config.train.threads,
             torch=ready.torch,
             machine=_machine(config, ready),
+            onnxruntime=_runtime(planned.prefix, ready),
         )
         before = self._journal.execution(task.run, task.stage)
         if before == now:
@@ -47,7 +52,7 @@ class Executions:
             text = f"stage {task.stage}: frozen layers by {now.prefix}, {counted(now.micro_batch, 'image')} at a time ({planned.reason})"
             return [Tell("planned", text, {"stage": task.stage, "prefix": now.prefix, "micro_batch": now.micro_batch})]
         was, is_now = (
-            f"torch {one.torch} on {one.machine}, threads: {one.threads}, prefix: {one.prefix}, micro-batch: {one.micro_batch}"
+            f"torch {one.torch} on {one.machine}, threads: {one.threads}, prefix: {_engine(one)}, micro-batch: {one.micro_batch}"
             for one in (before, now)
         )
         text = f"this stage began with {was} and goes on with {is_now} ({planned.reason}): its updates cannot be repeated bit for bit"
@@ -58,7 +63,7 @@ class Executions:
         before = self._journal.execution(task.run, task.stage)
         if before is None:
             return []  # before anything was planned: perhaps others took the memory
-        least = before.model_copy(update={"prefix": "torch", "micro_batch": _least_images(before, config)})
+        least = before.model_copy(update={"prefix": "torch", "onnxruntime": None, "micro_batch": _least_images(before, config)})
         train, reuses = config.train, config.plan(task.stage).frozen and config.train.views_per_round != "fresh"
         in_memory = bool(reuses) and train.features_in == "memory"
         if self._journal.takes_least(task.run, task.stage) or (least == before and not in_memory):
@@ -78,6 +83,14 @@ class Executions:
 def _least_images(before: Execution, config: RunConfig) -> int:
     """At a time. Backbones with statistics of the batch take it whole."""
     return before.micro_batch if config.model.backbone in CONVOLUTIONAL else min(before.micro_batch, LEAST_IMAGES)
+
+
+def _runtime(prefix: PrefixEngine, ready: WorkerReady) -> str | None:
+    return None if prefix == "torch" else ready.onnxruntime
+
+
+def _engine(one: Execution) -> str:
+    return one.prefix if one.onnxruntime is None else f"{one.prefix} of ONNX Runtime {one.onnxruntime}"
 
 
 def _machine(config: RunConfig, ready: WorkerReady) -> str:

@@ -7,7 +7,7 @@ In:   {"do": "train", "config", "stage", "round", "participant", "lr_scale", "da
        "execution": {"prefix", "micro_batch"} as in an earlier round of the stage, with {"features_in": "file"} where memory
        has run out; or null: to be chosen,
        "budget_mb": for this process, or null}
-Out:  {"event": "ready", "torch", "machine", "accelerator"} after the imports, once
+Out:  {"event": "ready", "torch", "machine", "accelerator", "onnxruntime"} after the imports, once
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
       {"event": "warning", "text"}                          for people
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
@@ -53,6 +53,7 @@ from lwfed.models.allocator import give_back, let_code_go, read_code_in_pages
 from lwfed.models.features import Folder, Memory
 from lwfed.models.local import StepReport
 from lwfed.models.placement import AcceleratorMeter, accelerator, choose, move, move_images
+from lwfed.models.prefix import runtime_version
 from lwfed.models.reuse import FeatureCache
 from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import part_of
@@ -278,7 +279,8 @@ def main() -> None:
     torch.set_num_interop_threads(1)
     read_code_in_pages()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    serve(Worker().handle, {"event": "ready", "torch": torch.__version__, "machine": machine, "accelerator": accelerator()})
+    versions = {"torch": torch.__version__, "onnxruntime": runtime_version()}
+    serve(Worker().handle, {"event": "ready", **versions, "machine": machine, "accelerator": accelerator()})
 
 
 if __name__ == "__main__":

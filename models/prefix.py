@@ -10,6 +10,8 @@ after its tokens have been compared with torch's.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -42,12 +44,14 @@ class Prefix(Protocol):
     """Frozen layers: what the stem gives -> what the last of them gives, without gradients."""
 
     engine: PrefixEngine
+    runtime: str | None  # version of ONNX Runtime; None: torch
 
     def __call__(self, x: Tensor, skip: Collection[int]) -> Tensor: ...
 
 
 class TorchPrefix:
     engine: PrefixEngine = "torch"
+    runtime: str | None = None
 
     def __init__(self, encoder: Encoder, layers: int) -> None:
         self._encoder, self._layers = encoder, layers
@@ -65,6 +69,7 @@ class OnnxPrefix:
 
         int8 = engine == "onnx_int8"
         self.engine: PrefixEngine = engine
+        self.runtime: str | None = onnxruntime.__version__
         content = graph.read_bytes()
         if onnx_file.read(content) != _graph(encoder.blocks[0], int8):
             raise InvalidPayload("it computes something else than this layer")
@@ -134,6 +139,13 @@ def make_prefix(
     if isinstance(again, str):  # it could be had a moment ago
         return Chosen(plain, again)
     return Chosen(again[0], "; ".join([speeds, *refused]))
+
+
+def runtime_version() -> str | None:
+    """Of ONNX Runtime, without importing it; None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("onnxruntime")
+    return None
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

@@ -123,7 +123,7 @@ class Views:
         """Names the way of computing, by which bits differ."""
         prefix, train = self._branches.prefix, self._config.train
         assert prefix is not None
-        machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), self._branches.online.device.type]
+        machine = [torch.__version__, prefix.runtime, torch.backends.cpu.get_cpu_capability(), self._branches.online.device.type]
         rest = _digest(json.dumps([train.batch_size, train.precision, train.threads, *machine]))
         return f"{prefix.engine}-{self._branches.micro_batch or train.batch_size}-{rest}"
 

@@ -289,6 +289,13 @@ class Execution(Record):
     threads: Ordinal
     torch: Text
     machine: Text
+    onnxruntime: Text | None = None  # its version; None where torch runs all layers
+
+    @model_serializer(mode="wrap")
+    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Servers from before ONNX Runtime's version was said refuse a key that they do not know."""
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Report(Record):

@@ -165,8 +165,8 @@ class Device:
 
     # What the worker says
 
-    def ready(self, torch="2.9"):
-        self.queue.append(events.WorkerReady(torch=torch, machine="x86"))
+    def ready(self, torch="2.9", onnxruntime=None):
+        self.queue.append(events.WorkerReady(torch=torch, machine="x86", onnxruntime=onnxruntime))
 
     def planned(self, order):
         fixed = {"prefix": "torch", "micro_batch": 16} | (order["execution"] or {})

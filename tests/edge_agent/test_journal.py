@@ -32,6 +32,15 @@ def path(tmp_path):
     return tmp_path / "journal.sqlite"
 
 
+def test_how_a_stage_is_computed_is_kept_with_the_version_of_onnx_runtime_and_read_without(path):
+    journal = Journal(path)
+    by_onnx = EXECUTION.model_copy(update={"prefix": "onnx", "onnxruntime": "1.20"})
+    journal.fix_execution("demo", 1, EXECUTION)
+    journal.fix_execution("demo", 2, by_onnx)
+    assert (journal.execution("demo", 1), journal.execution("demo", 2)) == (EXECUTION, by_onnx)
+    journal.close()
+
+
 def test_the_device_keeps_its_id_and_counts_its_starts(path):
     journal = Journal(path, "Küche 2")
     assert is_name(journal.device)

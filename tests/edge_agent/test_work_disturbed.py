@@ -290,6 +290,44 @@ def test_a_repetition_under_another_torch_is_said(world):
     assert again.journal.execution("demo", 1).torch == "2.10"
 
 
+def begun_with(world, prefix):
+    """A device that is started again within a stage that it began with ONNX Runtime 1.20 there."""
+    server, device = world.joined()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    device.ready(onnxruntime="1.20")
+    world.settle(0.2)
+    device.queue.append(WorkerPlanned(prefix=prefix, micro_batch=16, reason="faster", needs_mb=250.0))
+    world.settle(0.2)
+    assert device.journal.execution("demo", 1).prefix == prefix
+    device.kill()
+    again = world.start_device()
+    world.settle()
+    server.assign(again.id)
+    world.settle(2)
+    return again
+
+
+def test_a_stage_that_onnx_runtime_began_is_planned_anew_under_another_and_that_is_said(world):
+    again = begun_with(world, "onnx")
+    again.ready(onnxruntime="1.21")
+    world.settle(0.2)
+    assert again.worker[-1].order["execution"] is None
+    assert "prefix: onnx of ONNX Runtime 1.20, micro-batch: 16 and goes on with" in again.texts("warning")[-1]
+    again.queue.append(WorkerPlanned(prefix="onnx", micro_batch=16, reason="faster", needs_mb=250.0))
+    world.settle(0.2)
+    assert again.journal.execution("demo", 1).onnxruntime == "1.21"
+
+
+@pytest.mark.parametrize(("prefix", "version"), [("onnx", "1.20"), ("torch", "1.21")])
+def test_a_stage_goes_on_as_it_began_where_what_computes_it_is_the_same(world, prefix, version):
+    again = begun_with(world, prefix)
+    again.ready(onnxruntime=version)
+    world.settle(0.2)
+    assert again.worker[-1].order["execution"] == {"prefix": prefix, "micro_batch": 16}
+
+
 def test_an_update_is_handed_over_after_an_outage_of_the_server(world):
     server, device = world.training()
     world.kill_server()

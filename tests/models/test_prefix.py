@@ -10,7 +10,7 @@ from lwfed.models import prefix as module
 from lwfed.models.backbones import load_encoder
 from lwfed.models.graphs import make_graphs
 from lwfed.models.initial import init_parts
-from lwfed.models.prefix import OnnxPrefix, TorchPrefix, make_prefix, quantise, relative_error, weights
+from lwfed.models.prefix import OnnxPrefix, TorchPrefix, make_prefix, quantise, relative_error, runtime_version, weights
 
 from .conftest import TINY
 
@@ -49,6 +49,11 @@ def test_float32_equals_torch_at_any_batch(encoder, graphs, batch, layers):
     x = tokens(model, batch)
     assert relative_error(made(x, ()), TorchPrefix(model, layers)(x, ())) < 1e-6
     assert relative_error(made(x, {0}), TorchPrefix(model, layers)(x, {0})) < 1e-6
+
+
+@needs_onnx
+def test_the_version_is_known_before_it_is_imported(encoder, graphs):
+    assert OnnxPrefix(encoder[0], 1, "onnx", graphs["onnx"]).runtime == runtime_version()
 
 
 @needs_onnx

@@ -219,6 +219,18 @@ def test_what_was_computed_in_another_way_is_no_beginning_and_that_is_said(devic
     assert len(one.files) == 1
 
 
+def test_what_another_onnx_runtime_has_computed_is_computed_anew(device, monkeypatch):
+    one = device()
+    monkeypatch.setattr(Counting, "runtime", "1.20")
+    one.train(3)
+    one.train(3, round=2)
+    assert one.work == 2
+    monkeypatch.setattr(Counting, "runtime", "1.21")
+    one.train(3)
+    assert one.work == 2 * 80 + 2
+    assert one.told[0].endswith("of another version or setting, which rounds otherwise")
+
+
 @pytest.mark.parametrize("room", [0, 13 * RECORD + 5])
 def test_what_has_no_room_is_computed_each_time(device, room):
     one = device("train.epochs=3")

@@ -21,7 +21,9 @@ REPORT = m.Report(
     losses=(2.5, 2.25),
     seconds=12.5,
     memory=MEMORY,
-    execution=m.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64"),
+    execution=m.Execution(
+        prefix="onnx", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64", onnxruntime="1.20.1"
+    ),
 )
 CONTRIBUTION = "c0" * 16
 START = m.Start(boot=9, nonce="0123456789abcdef")

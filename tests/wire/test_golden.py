@@ -12,12 +12,12 @@ import pytest
 
 from lwfed.blobs import BlobStore
 from lwfed.wire import tensors
-from lwfed.wire.messages import DOWN, UP, Manifest, Run, decode, encode
+from lwfed.wire.messages import DOWN, UP, Manifest, Offer, Run, decode, encode
 
 from .samples import SAMPLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = {**{name: name for name in SAMPLES}, "run": "run-graphs"}  # as written today
+FILES = {**{name: name for name in SAMPLES}, "run": "run-graphs", "offer": "offer-onnx"}  # as written today
 BLOB = bytes(range(256)) * 20 + b"end"
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([-0.5, 1e-7], dtype=np.float32)}
 
@@ -49,9 +49,18 @@ def test_a_run_that_is_paused_says_so_and_no_other_says_anything_of_pauses():
     assert b"paused" not in encode(SAMPLES["run"])  # devices from before pauses refuse keys that they do not know
 
 
+def test_an_offer_computed_by_torch_alone_says_nothing_of_onnx_runtime():
+    report = SAMPLES["offer"].report
+    alone = report.execution.model_copy(update={"prefix": "torch", "onnxruntime": None})
+    offer = SAMPLES["offer"].model_copy(update={"report": report.model_copy(update={"execution": alone})})
+    golden = (GOLDEN / "offer.json").read_bytes()
+    assert encode(offer) == golden  # servers from before its version was said refuse keys that they do not know
+    assert decode(Offer, golden) == offer
+
+
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
-    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "blob-manifest.json"}
+    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "offer.json", "blob-manifest.json"}
     assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier
 
 
