@@ -134,7 +134,8 @@ class Folder:
 
     def write(self, name: str, blocks: Iterable[Tensor], room: float) -> None:
         temporary = self.path / f"{name}{UNFINISHED}"
-        with contextlib.suppress(OSError), temporary.open("wb") as file:
+        made = temporary.open("wb")
+        with contextlib.suppress(OSError), made as file:
             _fill(file, blocks, room)
             file.flush()
             os.fsync(file.fileno())

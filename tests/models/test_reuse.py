@@ -1,5 +1,8 @@
+import errno
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,6 +330,20 @@ def test_a_folder_that_cannot_be_made_costs_time_only(device):
     one.train(3)
     assert one.work > 2 * 80
     Folder(one.folder).forget()
+
+
+def test_a_disk_that_takes_no_file_is_said_by_its_own_words(device, monkeypatch):
+    """As one that has no inode left, which other files are found on all the same."""
+    one, opened = device(), Path.open
+
+    def refuse(path, mode="r", *given, **named):
+        if "w" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, mode, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    one.train(3)
+    assert one.told == ["features of views that are used again cannot be kept (No space left on device): they are computed each time"]
 
 
 def test_training_goes_on_with_reused_views_as_without_a_cache(device):
