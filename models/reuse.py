@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -147,10 +148,13 @@ class Views:
 
     def _say_how_few(self, cache: FeatureCache, held: int) -> None:
         if (kept := held // self._row_bytes) < self._rows:
-            wanted = f"{self._rows * self._row_bytes / 1e6:.0f} MB"
+            wanted, allowed = self._rows * self._row_bytes, self._config.train.features_mb
+            limited = (kept + 1) * self._row_bytes > allowed * 1e6
+            more = f"raise train.features_mb from {allowed} to {math.ceil(wanted / 1e6)}"
+            way = more if limited else "free some space on the disk of the state directory"
             cache.tell(
-                f"features of views that are used again take {wanted}, for which there is no room: those of {self._rows - kept} of "
-                f"{self._rows} pairs are computed each time; free some disk space, or raise train.features_mb"
+                f"features of views that are used again take {wanted / 1e6:.0f} MB, for which there is no room: those of "
+                f"{self._rows - kept} of {self._rows} pairs are computed each time; {way}"
             )
 
     def _say_why(self, cache: FeatureCache, views: str, how: str) -> None:

@@ -241,12 +241,18 @@ def test_what_has_no_room_is_computed_each_time(device, room):
     assert one.files[0].stat().st_size == room // RECORD * RECORD
     assert one.work > 2 * (room // RECORD) * 2 + 2
     (text,) = one.told
-    assert f"those of {40 - room // RECORD} of 40 pairs are computed each time; free some disk space" in text
+    assert f"those of {40 - room // RECORD} of 40 pairs are computed each time; free some space on the disk" in text
     limited = one.train(3, room=room)
     assert limited == one.train(3)
     assert one.files[0].stat().st_size == 40 * RECORD  # there is room now
     one.train(3)
     assert one.work == 2
+
+
+def test_where_the_configuration_gives_no_room_it_is_that_which_is_named(device):
+    one = device("train.features_mb=0")
+    one.train(3, room=0)
+    assert one.told[0].endswith("those of 40 of 40 pairs are computed each time; raise train.features_mb from 0 to 1")
 
 
 def test_a_file_that_leaves_no_room_for_the_next_one_goes_first(device):
