@@ -36,6 +36,10 @@ KEPT_AS: Mapping[PrefixEngine, torch.dtype] = {"onnx_int8": torch.float16}  # to
 SESSIONS: Mapping[PrefixEngine, float] = {"onnx": 1.0, "onnx_int8": 1 / 3}  # bytes of them, for each of the layers' weights in float32
 TRIAL_S = 0.3  # for timing one engine
 
+ABSENT = "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
+FAILS = "ONNX Runtime fails as it is installed ({}): pip install --upgrade 'lwfed[onnx]', or pip uninstall onnxruntime: torch does its work"
+OUT_OF_MEMORY = ("bad_alloc", "allocate memory")  # ONNX Runtime's and torch's, of several exceptions
+
 Array = npt.NDArray[Any]
 Found = TypeVar("Found")
 
@@ -157,13 +161,24 @@ def _attempt(
 ) -> tuple[Prefix, Found] | str:
     """The engine and what `judge` says of it, or why it cannot be had."""
     try:
+        import onnxruntime  # noqa: F401 - by itself, since what fails here is no fault of the graph
+    except ModuleNotFoundError as error:
+        return ABSENT if error.name == "onnxruntime" else _fault(error, FAILS)
+    except Exception as error:
+        return _fault(error, FAILS)
+    try:
         made = OnnxPrefix(encoder, layers, engine, graph)
         return made, judge(made)
-    except ImportError:
-        return "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return f"its graph {graph.name} does not work ({said}): pip install --upgrade 'lwfed[onnx]'"
+        return _fault(error, f"its graph {graph.name} does not work ({{}}): pip install --upgrade 'lwfed[onnx]'")
+
+
+def _fault(error: Exception, otherwise: str) -> str:
+    """Lack of memory, or else `otherwise` with the first line of what `error` says."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        return f"too little memory ({said})"
+    return otherwise.format(said)
 
 
 def weights(block: Mapping[str, Tensor], int8: bool) -> dict[str, Array]:

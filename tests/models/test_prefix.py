@@ -127,6 +127,41 @@ def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monk
         assert "pip install 'lwfed[onnx]'" in chosen.reason
 
 
+def test_a_broken_installation_is_not_the_fault_of_the_graph(encoder, tmp_path, monkeypatch):
+    model, _ = encoder
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('libonnx is broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    chosen = make_prefix(model, 3, "onnx", {"onnx": tmp_path / "0123"}, tokens(model))
+    assert chosen.prefix.engine == "torch"
+    assert chosen.reason.startswith("onnx: ONNX Runtime fails as it is installed (RuntimeError: libonnx is broken): pip install --upgrade")
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 576. KiB for an array"),
+        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : while running MatMul node. Name:'' Status Message: std::bad_alloc"),
+        RuntimeError("bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 1024"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 768 bytes"),
+    ],
+    ids=["python", "onnxruntime", "arena", "torch"],
+)
+@pytest.mark.parametrize("wanted", ["onnx", "auto"])
+def test_lack_of_memory_leads_to_torch_and_is_named(encoder, graphs, monkeypatch, wanted, error):
+    model, _ = encoder
+
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr(OnnxPrefix, "__call__", fail)
+    chosen = make_prefix(model, 3, wanted, graphs, tokens(model))
+    assert chosen.prefix.engine == "torch"
+    assert f"onnx: too little memory ({type(error).__name__}: {error})" in chosen.reason
+    assert "pip install" not in chosen.reason
+
+
 def damage(content):
     """A graph that loads, and whose index of attention's third part is out of range."""
     import onnx
