@@ -25,7 +25,7 @@ from lwfed.models import fitting
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.backbones import load_encoder
 from lwfed.models.local import Images
-from lwfed.models.prefix import KEPT_AS, SESSIONS, Prefix, make_prefix
+from lwfed.models.prefix import JUDGED_IMAGES, KEPT_AS, SESSIONS, Prefix, make_prefix
 from lwfed.models.step import Means, Terms
 from lwfed.plan import GraphEngine, PrefixEngine, StagePlan, part_of
 
@@ -125,12 +125,14 @@ class _Search:
             except Unfit as error:
                 raise Unfit("; ".join([str(error), *refused])) from None
         sizes = {engine: self._micro_batch(expected[engine], room) for engine in fit}
-        trial, encoder = self._tokens(min(sizes.values(), default=1)), load_encoder(self.config.model, self.tensors)
-        chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, torch_fits=over.get("torch", 0.0) <= 0)
+        size = min(sizes.values(), default=1)
+        trial, encoder = self._tokens(size), load_encoder(self.config.model, self.tensors)
+        torch_fits = over.get("torch", 0.0) <= 0
+        chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, size, torch_fits)
         del encoder
         engine, reason = chosen.prefix.engine, "; ".join([chosen.reason, *refused])
         if engine != "torch":
-            need = self._need(engine, code + fitting.mapped_by(partial(chosen.prefix, trial, ())))
+            need = self._need(engine, code + fitting.mapped_by(partial(chosen.prefix, trial[:size], ())))
             if (more := self._over(need, self._memory()[1])) <= 0:
                 return self._on_cpu(need, chosen.prefix, reason, held + expected[engine].of(sizes[engine]))
             reason = self._too_much(engine, more)
@@ -219,7 +221,8 @@ class _Search:
         return Found(means, reason, (needs + kept) / MB, kept)
 
     @torch.no_grad()
-    def _tokens(self, count: int) -> Tensor:
-        """What the stem gives for some images."""
-        some = torch.from_numpy(np.array(self.images[:count]))
-        return load_encoder(self.config.model, self.tensors).stem(some / 255)
+    def _tokens(self, micro_batch: int) -> Tensor:
+        """What the stem gives for some images, evenly from among all, for neighbours are often alike."""
+        encoder, count = load_encoder(self.config.model, self.tensors), min(max(micro_batch, JUDGED_IMAGES), len(self.images))
+        some = torch.from_numpy(np.array(self.images[np.linspace(0, len(self.images) - 1, count).astype(int)]))
+        return torch.cat([encoder.stem(piece / 255) for piece in torch.split(some, micro_batch)])

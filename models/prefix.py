@@ -31,7 +31,10 @@ from lwfed.models.onnx_layer import INPUT, MATRICES, NO_GRAPH, NORMS, OUTPUT, La
 from lwfed.models.vit import EPS, Block, VisionTransformer
 from lwfed.plan import GraphEngine, PrefixEngine
 
-TOLERANCE: Mapping[GraphEngine, float] = {"onnx": 1e-4, "onnx_int8": 0.1}  # |theirs - torch's| / |torch's|, of the prefix's tokens
+# |theirs - torch's| / |torch's| of the tokens of each image. After 11 layers of ViT-Tiny int8 is off by 0.9 to 1.3 %, with weights as they
+# begin and trained; by 4 % where channels differ more; by more than 6 % where some are 15 times the others, for which int8 is not fit.
+TOLERANCE: Mapping[GraphEngine, float] = {"onnx": 1e-4, "onnx_int8": 0.05}
+JUDGED_IMAGES = 8  # at least, of those that there are
 KEPT_AS: Mapping[PrefixEngine, torch.dtype] = {"onnx_int8": torch.float16}  # tokens, until they are used; others as they are
 SESSIONS: Mapping[PrefixEngine, float] = {"onnx": 1.0, "onnx_int8": 1 / 3}  # bytes of them, for each of the layers' weights in float32
 TRIAL_S = 0.3  # for timing one engine
@@ -99,12 +102,13 @@ def make_prefix(
     wanted: PrefixEngine | Literal["auto"],
     graphs: Mapping[GraphEngine, Path],
     trial: Tensor,
+    micro_batch: int,
     torch_fits: bool = True,
 ) -> Chosen:
     """The engine `wanted`, or the fastest of those within tolerance; torch where nothing else will do.
 
-    `trial` [micro-batch, tokens, width] is what the stem gives for some images; `graphs` are of one of its layers. Torch is
-    no candidate for the fastest unless `torch_fits` into memory.
+    `trial` [images, tokens, width] is what the stem gives for some images, which go through the layers `micro_batch` at a time;
+    `graphs` are of one of its layers. Torch is no candidate for the fastest unless `torch_fits` into memory.
     """
     plain = TorchPrefix(encoder, layers)
     if wanted == "torch" or layers == 0 or not isinstance(encoder, VisionTransformer):
@@ -112,10 +116,12 @@ def make_prefix(
     candidates = {engine: graph for engine, graph in graphs.items() if wanted in ("auto", engine)}
     if not candidates:
         return Chosen(plain, NO_GRAPH)
-    reference = plain(trial, ())
+    pieces = torch.split(trial, micro_batch)
+    reference = [plain(piece, ()) for piece in pieces]
 
     def judge(made: Prefix) -> tuple[float, float]:
-        return relative_error(made(trial, ()), reference), _time(made, trial) if wanted == "auto" else 0.0
+        error = torch.cat([relative_errors(made(piece, ()), its) for piece, its in zip(pieces, reference, strict=True)]).max()
+        return float(error), _time(made, pieces[0]) if wanted == "auto" else 0.0
 
     seconds: dict[PrefixEngine, float] = {}
     refused: list[str] = []
@@ -126,7 +132,7 @@ def make_prefix(
             continue
         made, (error, taken) = tried
         if not error <= TOLERANCE[engine]:  # nor is a NaN
-            refused.append(f"{engine}: off by {error:.2%} of torch's tokens, more than {TOLERANCE[engine]:.2%}")
+            refused.append(f"{engine}: off by {error:.2%} of torch's tokens of an image, more than {TOLERANCE[engine]:.2%}")
         elif wanted != "auto":
             return Chosen(made, "as configured")
         else:
@@ -134,12 +140,12 @@ def make_prefix(
         del made, tried
         give_back()
     if torch_fits and wanted == "auto":
-        seconds["torch"] = _time(plain, trial)
+        seconds["torch"] = _time(plain, pieces[0])
     if not seconds:
         return Chosen(plain, "; ".join(refused))
     best = min(seconds, key=lambda engine: seconds[engine])
-    speeds = ", ".join(f"{engine} {len(trial) / taken:.0f} views/s" for engine, taken in seconds.items())
-    again = (plain, 0) if best == "torch" else _attempt(encoder, layers, best, candidates[best], lambda made: made(trial, ()))
+    speeds = ", ".join(f"{engine} {len(pieces[0]) / taken:.0f} views/s" for engine, taken in seconds.items())
+    again = (plain, 0) if best == "torch" else _attempt(encoder, layers, best, candidates[best], lambda made: made(pieces[0], ()))
     if isinstance(again, str):  # it could be had a moment ago
         return Chosen(plain, again)
     return Chosen(again[0], "; ".join([speeds, *refused]))
@@ -152,8 +158,10 @@ def runtime_version() -> str | None:
     return None
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
-    return float((found - reference).norm() / reference.norm())
+def relative_errors(found: Tensor, reference: Tensor) -> Tensor:
+    """Of each image [B]."""
+    away, whole = (torch.linalg.vector_norm(one.flatten(1), dim=1) for one in (found - reference, reference))
+    return torch.div(away, whole)
 
 
 def _attempt(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lwfed.config import load_config
+from lwfed.edge_agent import means as module
 from lwfed.edge_agent import worker
 from lwfed.edge_agent.means import Found, _Search, find_means
 from lwfed.edge_agent.worker import Worker
@@ -217,6 +218,18 @@ def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, gra
     device.train(3, {**device.planned[0], "micro_batch": 5})
     assert len(made) == 3
     assert device.planned[-1]["micro_batch"] == 5
+
+
+@needs_onnx
+@pytest.mark.parametrize(("micro_batch", "judged"), [(3, 8), (16, 16)])
+def test_engines_are_judged_by_several_images_from_among_all(tmp_path, graphs, monkeypatch, micro_batch, judged):
+    given, make = [], module.make_prefix
+    monkeypatch.setattr(module, "make_prefix", lambda *arguments: given.append(arguments[4:]) or make(*arguments))
+    device = Device(tmp_path, config("train.prefix=onnx_int8", f"train.micro_batch={micro_batch}"), 2, graphs)
+    device.train(1)
+    ((trial, size),) = given
+    assert (len(trial), size, device.planned[0]["prefix"]) == (judged, micro_batch, "onnx_int8")
+    assert len(torch.unique(trial, dim=0)) == judged
 
 
 def test_a_server_that_sends_no_graph_leaves_the_frozen_layers_to_torch(tmp_path):
