@@ -9,7 +9,7 @@ from lwfed.models.heads import load_network, predict, project
 from lwfed.models.initial import init_parts
 from lwfed.models.ssl import METHODS, alignment
 from lwfed.models.ssl.moco_v3 import info_nce
-from lwfed.models.step import METHOD_ALONE, Means, Terms, backward, draw_batch, prefix_layers, prepare, train_step
+from lwfed.models.step import METHOD_ALONE, Means, Terms, _Run, backward, draw_batch, prefix_layers, prepare, train_step
 from lwfed.plan import part_of
 
 PARTS = {"stem", "layer.1", "layer.2", "norm", "projector", "predictor"}
@@ -67,6 +67,42 @@ def test_two_steps_against_whole_modules(tiny, strategy, stage):
         assert train_step(made, drawn, 1e-3, config) == pytest.approx(loss.item(), rel=1e-5)
     for (name, mine), theirs in zip(made.online.named_parameters(), online.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def held_for_backward(monkeypatch, config, images):
+    """The most bytes that graphs through the layers hold at a time, in one `backward` of a batch."""
+    held, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor, held = tensor, held + tensor.nbytes
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.tensor.nbytes
+
+    represent = _Run._represent
+
+    def watched(*given):
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
+            return represent(*given)
+
+    monkeypatch.setattr(_Run, "_represent", watched)
+    made, _, _ = prepared(config, 3)
+    backward(made, batch(config, images), config)
+    monkeypatch.undo()
+    assert held == 0
+    return most
+
+
+@pytest.mark.parametrize("strategy", ["layer_wise", "progressive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_larger_batch_holds_no_more_of_the_layers_for_the_backward_pass(tiny, monkeypatch, method, strategy):
+    config = tiny(f"stages.strategy={strategy}", f"ssl.method={method}", "train.micro_batch=4")
+    small, large = (held_for_backward(monkeypatch, config, images) for images in (8, 64))
+    assert 0 < small == large
 
 
 @pytest.mark.parametrize(("aligned", "micro_batch"), [("cosine", 1), ("cosine", 3), ("cosine", 7), ("moon", 3)])
