@@ -52,7 +52,8 @@ class Profile:
 def run_profile(told: Profile) -> int:
     """Measure, print, and leave report.json and report.html; returns the exit code.
 
-    1 where the first strategy does not fit, and that of MissingDependency where nothing was tried for want of limits.
+    1 where the first strategy does not fit, and that of MissingDependency where nothing was tried for want of limits. SystemExit, which
+    signals raise here, ends measuring: the cases measured until then are reported all the same, and its code is returned.
     """
     if torch_version() is None:
         raise MissingDependency("measuring needs torch: `edge-agent doctor` says which")
@@ -62,12 +63,19 @@ def run_profile(told: Profile) -> int:
     _make(told.out)
     before = condition()
     some = f"up to {STEPS} steps each after {WARM_UP} to warm up, fewer where they are slow"
-    click.echo(f"measures {counted(len(cases), 'case')}: {some}; Ctrl-C ends it", err=True)
-    records = []
-    with _progress(cases) as shown:
-        for case in cases:
-            records.append(judge(measure_case(case, told, shown(case)), budget_mb))
+    click.echo(f"measures {counted(len(cases), 'case')}: {some}; Ctrl-C ends it, and keeps what was measured", err=True)
+    records: list[dict[str, Any]] = []
+    ended: SystemExit | None = None
+    try:
+        with _progress(cases) as shown:
+            for case in cases:
+                records.append(judge(measure_case(case, told, shown(case)), budget_mb))
+    except SystemExit as asked:
+        if not records:
+            raise
+        ended = asked
     report = make_report(told, config, records, budget_mb)
+    report["interrupted"] = f"Interrupted: {len(records)} of {counted(len(cases), 'case')} were measured." if ended else ""
     report |= {"before": asdict(before), "after": asdict(after := condition())}
     _write(told.out / "report.json", json.dumps(report, indent=1) + "\n")
     _write(told.out / "report.html", page(report))
@@ -77,6 +85,8 @@ def run_profile(told: Profile) -> int:
         click.echo(
             "\n".join((*table(report), "", f"Before: {before.text}.", f"After:  {after.text}.", f"report: {told.out / 'report.html'}"))
         )
+    if ended:
+        return int(ended.code or 0)
     first = tried(record for record in records if record["strategy"] == records[0]["strategy"])
     return int(not all(record["fits"] for record in first)) if first else MissingDependency.exit_code
 
@@ -136,6 +146,8 @@ def codec_text(config: RunConfig) -> str:
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
+    if report["interrupted"]:
+        yield report["interrupted"]
     yield f"batch {report['batch_size']}; an epoch of {report['images']} images; MB of 10^6 bytes, of all processes of the agent"
     yield f"MB down and up: a round in the codec {report['codec']} (transfer.codec), for a device that was in the round before"
     head = (f"{name:>{width}}" for name, width in HEAD.items())

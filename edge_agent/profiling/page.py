@@ -30,6 +30,7 @@ def page(report: Mapping[str, Any]) -> str:
         batch=report["batch_size"],
         images=report["images"],
         steps=report["steps"],
+        interrupted=f"<p><b>{escape(report['interrupted'])}</b></p>" if report["interrupted"] else "",
         codec=escape(report["codec"]),
         advice="\n".join(f"<li>{escape(text)}</li>" for text in report["recommended"]["texts"]),
         memory=bars(memory, "MB", budget_mb),

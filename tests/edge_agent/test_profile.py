@@ -175,6 +175,8 @@ def measured(monkeypatch, tmp_path):
             asked.append((config.stages.strategy, stage, limit.mb, budget_mb))
             on_ready(baseline)
             peak = peaks[config.stages.strategy, stage]
+            if isinstance(peak, SystemExit):
+                raise peak
             if peak is None:
                 raise DidNotFit("ended by SIGKILL")
             on_step(1, 2)
@@ -201,12 +203,27 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert [case["fits"] for case in report["cases"]] == [True, True, False]
     assert {case["epoch_s"] for case in report["cases"]} == {5.0}
     assert report["recommended"]["memory_mb"] == 550
-    assert report["codec"] == "int8"
+    assert (report["codec"], report["interrupted"]) == ("int8", "")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "3.34x less" in page
     assert "$" not in page
     assert not any(word in page for word in ("<script", '<link rel="stylesheet', "http-equiv", "<img"))
+
+
+def test_what_was_measured_before_ctrl_c_is_kept_printed_and_marked(measured, tmp_path):
+    done = measured("--stages", "1,6,12", "--budget", "600", peaks={("layer_wise", 1): 450.0, ("layer_wise", 6): SystemExit(130)})
+    assert done.exit_code == 130
+    assert done.stdout.startswith("Interrupted: 1 of 3 cases were measured.\n")
+    assert "layer_wise fits into 600 MB: the measured stages take up to 450 MB." in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert ([case["stage"] for case in report["cases"]], report["interrupted"]) == ([1], "Interrupted: 1 of 3 cases were measured.")
+    assert "<b>Interrupted: 1 of 3 cases were measured.</b>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_ctrl_c_before_anything_was_measured_leaves_nothing(measured, tmp_path):
+    done = measured("--stages", "1", peaks={("layer_wise", 1): SystemExit(130)})
+    assert (done.exit_code, done.stdout, list((tmp_path / "out").iterdir())) == (130, "", [])
 
 
 def test_the_codec_that_bytes_were_measured_in_is_named(measured, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lwfed.models.kernels import Linear
 from lwfed.tools.bench import command, rows
 from lwfed.tools.bench.formulas import bytes_moved, whole
 from lwfed.tools.bench.report import lines, ratios, totals
-from lwfed.tools.bench.rows import BASELINES, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.bench.rows import BASELINES, Row, blank, estimate_s, make_rows, measure_row
 from lwfed.tools.bench.views import measure_views
 from lwfed.tools.cli import main
 
@@ -68,14 +69,25 @@ def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
     refused = row("published", reason="it takes about 12000 MB, and 900 MB are available")
     pieces = row("published_accumulated", stage(1, peak=1200))
     found = [refused, pieces, OURS]
-    text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"]}))
+    text = "\n".join(
+        lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"], "interrupted": False})
+    )
     assert text.index("2.00x  less peak memory") < text.index("libraries") < text.index("left out: it takes about 12000 MB")
     assert "against published_accumulated, over 2 stages" in text
     assert "frozen layers" not in text
     planned = {"prefix": "torch", "micro_batch": 8, "reason": "onnxruntime is not installed"}
-    told = lines({"title": "", "ratios": None, "rows": [row("ours", {**stage(12), "planned": planned})], "views": VIEWS, "notes": []})
+    told = lines(
+        {
+            "title": "",
+            "ratios": None,
+            "rows": [row("ours", {**stage(12), "planned": planned})],
+            "views": VIEWS,
+            "notes": [],
+            "interrupted": False,
+        }
+    )
     assert "  stage 12: frozen layers by torch, 8 images at a time (onnxruntime is not installed)" in told
-    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": []}))
+    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": [], "interrupted": False}))
     assert "No ratios" in nothing
 
 
@@ -101,7 +113,7 @@ def test_what_another_library_of_products_gains_has_a_row_and_a_ratio(monkeypatc
     found = [row("published", stage(1, step=20.0)), row("published_kernels", stage(1, step=8.0)), row("ours", stage(1, step=2.0))]
     compared = ratios(found, BASELINES)
     assert (compared["time"], compared["same_products"]["time"]) == (10.0, 4.0)
-    text = "\n".join(lines({"title": "all", "ratios": compared, "rows": found, "views": VIEWS, "notes": []}))
+    text = "\n".join(lines({"title": "all", "ratios": compared, "rows": found, "views": VIEWS, "notes": [], "interrupted": False}))
     assert "4.00x  less time a step where the baseline has our matrix products" in text
 
 
@@ -149,30 +161,36 @@ def fake(stages, **changes):
     return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, 1.0, **changes)
 
 
+def filled(row, on_step):
+    record = blank(row)
+    measure_row(row, record, on_step)
+    return record
+
+
 def test_a_row_is_the_median_of_its_steps_with_the_costs_of_the_model():
     heard = []
-    (found,) = measure_row(fake((1,)), lambda *step: heard.append(step))["stages"]
+    (found,) = filled(fake((1,)), lambda *step: heard.append(step))["stages"]
     assert (found["step_s"], found["epoch_s"], found["memory"]["training_mb"]) == (3.0, 30.0, 200.0)
     assert found["gmacs"] > 0 < found["bytes"]
     assert heard == [(1, 1, 2)]
 
 
 def test_a_row_that_cannot_be_measured_says_why(monkeypatch):
-    assert measure_row(fake((1,), reason="no compiler"), print)["reason"] == "no compiler"
-    found = measure_row(fake((1, 2)), lambda *_: None)
+    assert filled(fake((1,), reason="no compiler"), print)["reason"] == "no compiler"
+    found = filled(fake((1, 2)), lambda *_: None)
     assert (found["reason"], len(found["stages"])) == ("it did not fit into memory: ended by SIGKILL", 1)
-    found = measure_row(fake((1, 3)), lambda *_: None)
+    found = filled(fake((1, 3)), lambda *_: None)
     assert (found["reason"], len(found["stages"])) == ("the training process ended with exit code 1", 1)
     monkeypatch.setattr(rows.psutil, "virtual_memory", lambda: type("M", (), {"available": 10e6})())
-    found = measure_row(fake((1,)), print)
+    found = filled(fake((1,)), print)
     assert "10 MB are available" in found["reason"]
     assert found["stages"] == []
 
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_bench_prints_ratios_first(monkeypatch, as_json):
-    def quickly(row, on_step):
-        return {"name": row.name, "title": row.title, "reason": row.reason, "stages": [] if row.reason else [stage(1)]}
+    def quickly(row, record, on_step):
+        record |= {"reason": row.reason, "stages": [] if row.reason else [stage(1)]}
 
     monkeypatch.setattr(command, "measure_row", quickly)
     monkeypatch.setattr(command, "measure_views", lambda config: VIEWS)
@@ -187,6 +205,44 @@ def test_bench_prints_ratios_first(monkeypatch, as_json):
     else:
         assert "50 us in blocks, 500 us image by image: 10.0x" in done.stdout
         assert "1.00x  less peak memory" in done.stdout
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_was_measured_before_ctrl_c_is_printed_and_marked(monkeypatch, as_json):
+    def until_signalled(row, record, on_step):
+        if row.reason:
+            return
+        record["stages"].append(stage(1))
+        if row.name == "naive":
+            raise SystemExit(130)
+        record["reason"] = ""
+
+    monkeypatch.setattr(command, "measure_row", until_signalled)
+    monkeypatch.setattr(command, "measure_views", lambda config: VIEWS)
+    done = CliRunner().invoke(main, ["bench", "--quick", *(["--json"] if as_json else [])])
+    assert done.exit_code == 130
+    if as_json:
+        report = json.loads(done.stdout)
+        assert (report["interrupted"], report["ratios"]) == (True, None)
+        assert {one["name"]: (one["reason"], len(one["stages"])) for one in report["rows"] if "only in" not in one["reason"]} == {
+            "published": ("", 1),
+            "naive": ("interrupted", 1),
+            "ours": ("interrupted", 0),
+        }
+    else:
+        assert "Interrupted: what had been measured until then." in done.stdout
+        assert "  interrupted after its stage 1" in done.stdout
+        assert re.search(r"ours, layer-wise +left out: interrupted", done.stdout)
+
+
+def test_ctrl_c_before_anything_was_measured_prints_nothing(monkeypatch):
+    def signalled(*given):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(command, "measure_row", signalled)
+    monkeypatch.setattr(command, "measure_views", lambda config: VIEWS)
+    done = CliRunner().invoke(main, ["bench", "--quick"])
+    assert (done.exit_code, done.stdout) == (143, "")
 
 
 def test_without_the_libraries_of_the_baseline_it_says_what_to_install(monkeypatch):

@@ -15,7 +15,7 @@ from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP
 from lwfed.errors import MissingDependency
 from lwfed.models.allocator import read_code_in_pages
 from lwfed.tools.bench.report import lines, ratios
-from lwfed.tools.bench.rows import BASELINES, Row, estimate_s, make_rows, measure_row
+from lwfed.tools.bench.rows import BASELINES, Row, blank, estimate_s, make_rows, measure_row
 from lwfed.tools.bench.views import measure_views
 from lwfed.tools.machine import machine, versions
 
@@ -35,20 +35,28 @@ REUSED = (
 
 
 def run_bench(quick: bool, as_json: bool) -> bool:
-    """Whether ours could be compared with anything."""
+    """Whether ours could be compared with anything. SystemExit, which signals raise here, passes when what was measured is printed."""
     for module in ("torchvision", "timm"):
         if find_spec(module) is None:  # importing it would take its memory here too
             raise MissingDependency(f"the baseline needs {module}: pip install 'lwfed[backbones]'")
     rows = make_rows(quick)
-    click.echo(f"takes about {max(1, round(estimate_s(rows) / 60))} min here; Ctrl-C ends it", err=True)
+    click.echo(f"takes about {max(1, round(estimate_s(rows) / 60))} min here; Ctrl-C ends it, and prints what was measured", err=True)
     views = measure_views(rows[0].config)
     read_code_in_pages()  # for all rows; while this process has libraries mapped, the cache keeps them as it has them
-    records = []
-    with _progress(rows) as shown:
-        for row in rows:
-            records.append(measure_row(row, shown(row)))
-    report = make_report(rows, records, views)
+    records = [blank(row) for row in rows]
+    ended: SystemExit | None = None
+    try:
+        with _progress(rows) as shown:
+            for row, record in zip(rows, records, strict=True):
+                measure_row(row, record, shown(row))
+    except SystemExit as asked:
+        if not any(record["stages"] for record in records):
+            raise
+        ended = asked
+    report = {**make_report(rows, records, views), "interrupted": ended is not None}
     click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+    if ended:
+        raise ended
     return report["ratios"] is not None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lwfed.console import counted
 
 Record = Mapping[str, Any]
+INTERRUPTED = "interrupted"
 TITLE = 42  # columns
 WORDS = {"peak_memory": "less peak memory", "time": "less time a step", "bytes": "fewer bytes a round", "flops": "fewer true FLOPs"}
 MEMORY = {
@@ -67,6 +68,8 @@ def ratios(rows: Sequence[Record], baselines: Sequence[str]) -> dict[str, Any] |
 def lines(report: Record) -> Iterator[str]:
     """For a terminal: ratios first."""
     yield report["title"]
+    if report["interrupted"]:
+        yield "Interrupted: what had been measured until then."
     yield ""
     yield from _ratio_lines(report)
     views = report["views"]
@@ -74,8 +77,10 @@ def lines(report: Record) -> Iterator[str]:
     yield ""
     yield from _header()
     for row in report["rows"]:
-        if row["stages"] and not row["reason"]:
+        if row["stages"] and row["reason"] in ("", INTERRUPTED):
             yield _line(row["title"], totals(row["stages"]), len(row["stages"]))
+            if row["reason"]:
+                yield f"  interrupted after its stage {row['stages'][-1]['stage']}"
             if len(row["stages"]) > 1:
                 yield _line(f"  its stage {row['stages'][-1]['stage']}", totals(row["stages"][-1:]), 1)
             yield from _planned(row["stages"][-1])

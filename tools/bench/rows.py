@@ -18,6 +18,7 @@ from lwfed.errors import WorkerFailed
 from lwfed.models.kernels import library
 from lwfed.tools.bench import formulas
 from lwfed.tools.bench.formulas import bytes_moved, whole
+from lwfed.tools.bench.report import INTERRUPTED
 
 STEPS = 3  # that count; of the baseline fewer where they take longer than ENOUGH_S
 ENOUGH_S = 150.0
@@ -107,24 +108,31 @@ def estimate_s(rows: list[Row]) -> float:
     return sum(one(row, stage) for row in rows if not row.reason for stage in row.stages)
 
 
-def measure_row(row: Row, on_step: Callable[[int, int, int], None]) -> dict[str, Any]:
-    """The record of `row`; with a `reason` instead of figures where it is left out. `on_step` hears stage, step, steps."""
+def blank(row: Row) -> dict[str, Any]:
+    """The record of `row` before it is measured: interrupted, or left out."""
     about = {"name": row.name, "title": row.title, "strategy": row.config.stages.strategy, "batch_size": row.config.train.batch_size}
-    if row.reason:
-        return {**about, "reason": row.reason, "stages": []}
-    records: list[dict[str, Any]] = []
+    return {**about, "reason": row.reason or INTERRUPTED, "stages": []}
+
+
+def measure_row(row: Row, record: dict[str, Any], on_step: Callable[[int, int, int], None]) -> None:
+    """Fill the blank `record` of `row`, stage by stage; its `reason` is why it has not all of them. `on_step` hears stage, step, steps."""
+    if not row.reason:
+        record["reason"] = _measure_stages(row, record["stages"], on_step)
+
+
+def _measure_stages(row: Row, records: list[dict[str, Any]], on_step: Callable[[int, int, int], None]) -> str:
+    """Add their records; returns why not of all, empty where it is of all."""
     for stage in row.stages:
         available = psutil.virtual_memory().available / 1e6
         if (need := row.need_mb(stage)) > available:
-            reason = f"it takes about {need:.0f} MB, and {available:.0f} MB are available"
-            return {**about, "reason": reason, "stages": records}
+            return f"it takes about {need:.0f} MB, and {available:.0f} MB are available"
         try:
             found = row.measure(stage, lambda step, steps, stage=stage: on_step(stage, step, steps))  # type: ignore[misc]
         except DidNotFit as problem:
-            return {**about, "reason": f"it did not fit into memory: {problem}", "stages": records}
+            return f"it did not fit into memory: {problem}"
         except WorkerFailed as problem:  # what the other rows have taken hours for is not lost
-            return {**about, "reason": str(problem), "stages": records}
+            return str(problem)
         epoch_s = found.epoch_s(EPOCH_IMAGES, row.config.train.batch_size)
         costs = {"gmacs": round(row.macs(stage) / 1e9, 2), "bytes": bytes_moved(row.config, stage), "epoch_s": round(epoch_s, 1)}
         records.append({"stage": stage, **found.record(), **costs})
-    return {**about, "reason": "", "stages": records}
+    return ""
