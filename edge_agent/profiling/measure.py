@@ -54,6 +54,7 @@ class Measured:
     views_s: tuple[float, ...]  # of these, making views; empty where they are not timed apart
     memory: Footprint
     planned: Mapping[str, Any] = field(default_factory=dict)  # how the training process said it computes
+    cpu_s: tuple[float, ...] = ()  # of these steps, seconds that the computing process was on processors
     ahead_s: float = 0.0  # a step's part of what was computed before, for all epochs that use it again
 
     @property
@@ -68,6 +69,7 @@ class Measured:
         """For reports."""
         memory = asdict(self.memory) | {"training_mb": round(self.memory.training_mb, 1)}
         times = {"step_s": round(self.step_s, 4), "steps_s": [round(one, 4) for one in self.steps_s]}
+        times |= {"cpu_s": round(statistics.median(self.cpu_s), 4)} if self.cpu_s else {}
         views = {"views_s": round(statistics.median(self.views_s), 4)} if self.views_s else {}
         ahead = {"ahead_s": round(self.ahead_s, 4)} if self.ahead_s else {}
         return {**times, **views, **ahead, "memory": memory, "planned": dict(self.planned)}
@@ -156,11 +158,12 @@ def published(
     steps: int,
     on_step: OnStep,
     enough_s: float,
+    least_steps: int,
     micro_batch: int | None = None,
     compiled: bool = False,
     kernels: bool = False,
 ) -> Measured:
-    """The plain baseline; after `enough_s` seconds with at least one step that counts. Raises DidNotFit and WorkerFailed."""
+    """The plain baseline; after `enough_s` seconds with at least `least_steps` that count. Raises DidNotFit and WorkerFailed."""
     with _scratch() as folder:
         file, state = folder / "config", folder / "state"
         state.mkdir()
@@ -172,7 +175,7 @@ def published(
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
             "TORCHINDUCTOR_CACHE_DIR": str(state),
         }
-        return _Run(PUBLISHED, environment, NO_LIMIT, state, on_step, lambda _: None, enough_s).measure(told, "ready")
+        return _Run(PUBLISHED, environment, NO_LIMIT, state, on_step, lambda _: None, enough_s, least_steps).measure(told, "ready")
 
 
 class _Run:
@@ -187,13 +190,15 @@ class _Run:
         on_step: OnStep,
         on_ready: OnReady,
         enough_s: float = math.inf,
+        least_steps: int = 1,
     ) -> None:
         self._said: queue.SimpleQueue[Said | Ended] = queue.SimpleQueue()
         self._child = Child(module, self._said.put, env, limit.command)
         self._watch = Watch(self._child.pid)
         self._limit, self._folder, self._on_step, self._on_ready, self._enough_s = limit, folder, on_step, on_ready, enough_s
-        self._started = time.monotonic()
+        self._least_steps, self._started = least_steps, time.monotonic()
         self._ends: list[float] = []  # of steps, by time.monotonic
+        self._cpu_s: list[float] = []  # at these, of the computing process
         self._views_s: list[float] = []
         self._planned: Json = {}
         self._ahead: list[float] = []  # when views that are used again were computed
@@ -209,12 +214,12 @@ class _Run:
         finally:
             self._child.kill()
             self._child.close()
-        steps = [after - before for before, after in pairwise(self._ends)]
+        steps, cpu_s = ([after - before for before, after in pairwise(one)] for one in (self._ends, self._cpu_s))
         ahead_s = self._ahead[-1] - self._ahead[0] if self._ahead else 0.0
-        return Measured(tuple(steps), tuple(self._views_s[WARM_UP:]), memory, self._planned, ahead_s)
+        return Measured(tuple(steps), tuple(self._views_s[WARM_UP:]), memory, self._planned, tuple(cpu_s), ahead_s)
 
     def _enough(self) -> bool:
-        return len(self._ends) > WARM_UP and time.monotonic() - self._started > self._enough_s
+        return len(self._ends) >= WARM_UP + self._least_steps and time.monotonic() - self._started > self._enough_s
 
     def _next(self) -> Json:
         """What it says next; memory is read meanwhile."""
@@ -238,6 +243,7 @@ class _Run:
                 self._ahead.append(time.monotonic())
             case "progress":
                 self._ends.append(time.monotonic())
+                self._cpu_s.append(self._watch.cpu_s())
                 self._views_s += [said["views_s"]] if "views_s" in said else []
                 self._on_step(said["step"], said["steps"])
             case "error":

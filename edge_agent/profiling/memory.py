@@ -64,6 +64,13 @@ class Watch:
         self._others_mb = max(self._others_mb, others)
         self._swap_mb = max(self._swap_mb, swap)
 
+    def cpu_s(self) -> float:
+        """Seconds that the computing process has been on processors so far; 0 once it has ended."""
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self._computing).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
+
     def finish(self, folder: Path, group_peak_mb: float | None) -> Footprint:
         """While the processes are still there."""
         self.sample()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def test_what_was_held_before_the_imports_were_made_is_part_of_the_peak(family, 
     assert found.others_mb < 50 < 100 < found.peak_mb
 
 
+def test_time_on_processors_is_that_of_the_computing_process():
+    watch, before = Watch(os.getpid()), time.process_time()
+    assert before <= watch.cpu_s() + 0.05 < time.process_time() + 0.2, "the system counts it in hundredths of a second"
+
+
 @pytest.mark.parametrize(("kind", "counts"), [("tmpfs", True), ("ext4", False)])
 def test_files_in_memory_are_memory(family, tmp_path, monkeypatch, kind, counts):
     (tmp_path / "cache").mkdir()
@@ -158,7 +164,7 @@ def test_the_agent_of_this_device_is_measured_and_leaves_nothing(state):
         assert sample.bytes_down == sum(Path(sample.parts[part]).stat().st_size for part in down)
         assert sample.bytes_up <= sum(Path(sample.parts[part]).stat().st_size for part in up)
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert len(found.steps_s) == 2
+    assert len(found.steps_s) == len(found.cpu_s) == 2
     assert min(found.steps_s) <= found.step_s <= max(found.steps_s)
     assert 100 < baselines[0] <= found.memory.peak_mb
     assert 5 < found.memory.others_mb < found.memory.computing_mb
@@ -170,11 +176,11 @@ def test_the_agent_of_this_device_is_measured_and_leaves_nothing(state):
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_the_published_baseline_is_measured_the_same_way(state, micro_batch):
     config = load_config("base", [*TINY, "stages.strategy=end_to_end"])
-    found = measure.published(config, 1, 3, lambda *_: None, 1000, micro_batch)
+    found = measure.published(config, 1, 3, lambda *_: None, 1000, 1, micro_batch)
     assert (len(found.steps_s), len(found.views_s)) == (3, 3)
     assert all(views < step for views, step in zip(found.views_s, found.steps_s, strict=True))
     assert found.memory.others_mb == 0 < found.memory.training_mb
-    assert len(measure.published(config, 1, 50, lambda *_: None, 0.0, micro_batch).steps_s) == 1
+    assert len(measure.published(config, 1, 50, lambda *_: None, 0.0, 2, micro_batch).steps_s) == 2
     assert list(state.iterdir()) == []
 
 

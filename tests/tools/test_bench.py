@@ -23,13 +23,14 @@ from lwfed.tools.cli import main
 def stage(number, peak=500.0, step=2.0, moved=10, gmacs=5.0, libraries=300.0):
     memory = {"peak_mb": peak, "baseline_mb": libraries, "training_mb": peak - libraries}
     memory |= {"computing_mb": peak - 30, "others_mb": 30.0, "swap_mb": 0.0, "files_mb": 6.0}
-    return {"stage": number, "memory": memory, "step_s": step, "epoch_s": 9 * step, "bytes": moved, "gmacs": gmacs}
+    return {"stage": number, "memory": memory, "step_s": step, "cpu_s": step / 2, "epoch_s": 9 * step, "bytes": moved, "gmacs": gmacs}
 
 
 def row(name, *stages, reason=""):
     return {"name": name, "title": name, "reason": reason, "stages": list(stages)}
 
 
+CALM = {"interrupted": False, "before": "load 0.1", "after": "load 0.2"}
 VIEWS = {"published_us": 500.0, "ours_us": 50.0, "ratio": 10.0}
 OURS = row("ours", stage(1, peak=600, step=1.0), stage(2, peak=500, step=3.0))
 
@@ -69,9 +70,7 @@ def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
     refused = row("published", reason="it takes about 12000 MB, and 900 MB are available")
     pieces = row("published_accumulated", stage(1, peak=1200))
     found = [refused, pieces, OURS]
-    text = "\n".join(
-        lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"], "interrupted": False})
-    )
+    text = "\n".join(lines({"title": "all", "ratios": ratios(found, BASELINES), "rows": found, "views": VIEWS, "notes": ["note"], **CALM}))
     assert text.index("2.00x  less peak memory") < text.index("libraries") < text.index("left out: it takes about 12000 MB")
     assert "against published_accumulated, over 2 stages" in text
     assert "frozen layers" not in text
@@ -87,7 +86,7 @@ def test_the_table_begins_with_the_ratios_and_says_what_was_left_out():
         }
     )
     assert "  stage 12: frozen layers by torch, 8 images at a time (onnxruntime is not installed)" in told
-    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": [], "interrupted": False}))
+    nothing = "\n".join(lines({"title": "all", "ratios": None, "rows": [refused], "views": VIEWS, "notes": [], **CALM}))
     assert "No ratios" in nothing
 
 
@@ -113,7 +112,7 @@ def test_what_another_library_of_products_gains_has_a_row_and_a_ratio(monkeypatc
     found = [row("published", stage(1, step=20.0)), row("published_kernels", stage(1, step=8.0)), row("ours", stage(1, step=2.0))]
     compared = ratios(found, BASELINES)
     assert (compared["time"], compared["same_products"]["time"]) == (10.0, 4.0)
-    text = "\n".join(lines({"title": "all", "ratios": compared, "rows": found, "views": VIEWS, "notes": [], "interrupted": False}))
+    text = "\n".join(lines({"title": "all", "ratios": compared, "rows": found, "views": VIEWS, "notes": [], **CALM}))
     assert "4.00x  less time a step where the baseline has our matrix products" in text
 
 
@@ -146,6 +145,17 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
     assert found["published_accumulated"].need_mb(1) < 2000
 
 
+def test_the_baseline_makes_two_steps_that_count_however_slow(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        rows.measure, "published", lambda config, stage, steps, on_step, enough_s, least, *how: asked.append((steps, least))
+    )
+    for one in make_rows(quick=False):
+        if not one.ours:
+            one.measure(1, print)
+    assert set(asked) == {(3, 2)}
+
+
 class Fake(Row):
     def measure(self, stage, on_step):
         if stage == 2:
@@ -154,11 +164,11 @@ class Fake(Row):
             raise WorkerFailed("the training process ended with exit code 1")
         on_step(1, 2)
         memory = Footprint(500.0, 300.0, 470.0, 30.0, 0.0, 6.0, False, "VmHWM", None)
-        return Measured((2.0, 4.0, 3.0), (), memory)
+        return Measured((2.0, 4.0, 3.0), (), memory, cpu_s=(1.9, 2.1, 2.0))
 
 
 def fake(stages, **changes):
-    return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, 1.0, **changes)
+    return Fake("ours", "ours", load_config("base", ["train.batch_size=500"]), stages, True, 3, 1.0, 1, **changes)
 
 
 def filled(row, on_step):
@@ -170,7 +180,7 @@ def filled(row, on_step):
 def test_a_row_is_the_median_of_its_steps_with_the_costs_of_the_model():
     heard = []
     (found,) = filled(fake((1,)), lambda *step: heard.append(step))["stages"]
-    assert (found["step_s"], found["epoch_s"], found["memory"]["training_mb"]) == (3.0, 30.0, 200.0)
+    assert (found["step_s"], found["cpu_s"], found["epoch_s"], found["memory"]["training_mb"]) == (3.0, 2.0, 30.0, 200.0)
     assert found["gmacs"] > 0 < found["bytes"]
     assert heard == [(1, 1, 2)]
 
@@ -202,9 +212,14 @@ def test_bench_prints_ratios_first(monkeypatch, as_json):
         assert next(iter(report)) == "ratios"
         assert report["ratios"]["against"] == "published"
         assert report["views"] == VIEWS
+        assert report["before"]["load"] >= 0 <= report["after"]["load"]
     else:
         assert "50 us in blocks, 500 us image by image: 10.0x" in done.stdout
         assert "1.00x  less peak memory" in done.stdout
+        assert re.search(r"^Before: .*load [\d.]+\.\nAfter: .*load [\d.]+\.$", done.stdout, re.MULTILINE)
+        (header,) = (line for line in done.stdout.splitlines() if "CPU s/step" in line)
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("ours, layer-wise"))
+        assert line[: header.index("CPU s/step") + len("CPU s/step")].split()[-2:] == ["2.0", "1.0"]
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -6,11 +6,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
 import click
 
+from lwfed.edge_agent.profiling.condition import condition
 from lwfed.edge_agent.profiling.measure import EPOCH_IMAGES, WARM_UP
 from lwfed.errors import MissingDependency
 from lwfed.models.allocator import read_code_in_pages
@@ -23,9 +25,10 @@ NOTES = (
     "Peak: of all processes of a program; the one that trains by its high-water mark, others, such as the agent's, by their share (PSS).",
     "Libraries: the same sum after the imports. Training: the rest of the peak. Memory of several stages is that of the largest.",
     "Time: median of up to {steps} steps after {warm_up} to warm up, with views, on one thread; of several stages their mean.",
+    "CPU: what the process that trains had of processors in such a step; where the wall clock says more, others had them.",
     f"An epoch has {EPOCH_IMAGES} images. They are noise: neither time nor memory depends on what they show.",
     "GMAC: 10^9 multiply-accumulates, of all branches and views. MB/round: down and up, in float32; ours int8, uncompressed.",
-    "Frozen layers in int8 (onnx_int8) are near to exact, as everything else of ours is: at most a tenth off, checked at each stage.",
+    "Frozen layers in int8 (onnx_int8) are near to exact, as everything else of ours is: at most 5 % off, checked at each stage.",
     "Accumulating gradients changes the loss of the baseline: each piece has its own negatives and statistics. Ours keeps it.",
 )
 REUSED = (
@@ -41,6 +44,7 @@ def run_bench(quick: bool, as_json: bool) -> bool:
             raise MissingDependency(f"the baseline needs {module}: pip install 'lwfed[backbones]'")
     rows = make_rows(quick)
     click.echo(f"takes about {max(1, round(estimate_s(rows) / 60))} min here; Ctrl-C ends it, and prints what was measured", err=True)
+    before = condition()
     views = measure_views(rows[0].config)
     read_code_in_pages()  # for all rows; while this process has libraries mapped, the cache keeps them as it has them
     records = [blank(row) for row in rows]
@@ -54,7 +58,8 @@ def run_bench(quick: bool, as_json: bool) -> bool:
             raise
         ended = asked
     report = {**make_report(rows, records, views), "interrupted": ended is not None}
-    click.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+    report |= {"before": asdict(before), "after": asdict(after := condition())}
+    click.echo(json.dumps(report) if as_json else "\n".join(lines(report | {"before": before.text, "after": after.text})))
     if ended:
         raise ended
     return report["ratios"] is not None

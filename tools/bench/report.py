@@ -19,7 +19,7 @@ MEMORY = {
     "swap": "swap_mb",
     "files": "files_mb",
 }
-REST = {"s/step": "step_s", "s/epoch": "epoch_s", "GMAC/step": "gmacs", "MB/round": "bytes"}
+REST = {"s/step": "step_s", "CPU s/step": "cpu_s", "s/epoch": "epoch_s", "GMAC/step": "gmacs", "MB/round": "bytes"}
 
 
 def totals(stages: Sequence[Record]) -> dict[str, float]:
@@ -31,7 +31,7 @@ def totals(stages: Sequence[Record]) -> dict[str, float]:
 
     return {
         **{name: largest[name] for name in ("peak_mb", "baseline_mb", "training_mb", "computing_mb", "others_mb", "swap_mb", "files_mb")},
-        **{name: mean(name) for name in ("step_s", "epoch_s", "gmacs", "bytes")},
+        **{name: mean(name) for name in ("step_s", "cpu_s", "epoch_s", "gmacs", "bytes")},
     }
 
 
@@ -87,6 +87,8 @@ def lines(report: Record) -> Iterator[str]:
         else:
             yield f"{row['title']:{TITLE}}  left out: {row['reason']}"
     yield ""
+    yield f"Before: {report['before']}."
+    yield f"After:  {report['after']}."
     yield from report["notes"]
 
 
