@@ -98,8 +98,9 @@ class _Search:
 
     def on_gpu(self) -> Found:
         need, (held, room) = self._need("torch", fitting.CODE_BYTES), self._memory()
-        means = Means(None, self._micro_batch(need, self._gpu_room()))
-        return self._found(means, "a GPU, on which torch runs all layers", held, need.features, room)
+        size = self._micro_batch(need, self._gpu_room())
+        takes = need.of(size) if self._shares_memory else 0.0
+        return self._found(Means(None, size), "a GPU, on which torch runs all layers", held + takes, need.features, room - takes)
 
     def with_torch(self, reason: str, code: float | None = None) -> Found:
         """`code`: bytes of libraries that training maps, where they have been measured."""
@@ -169,7 +170,13 @@ class _Search:
         return 4.0 * sum(tensor.numel() for name, tensor in self.tensors.items() if part_of(name) in self.plan.frozen_layers)
 
     def _gpu_room(self) -> float:
-        return float(torch.cuda.mem_get_info(self._device)[0])
+        free = float(torch.cuda.mem_get_info(self._device)[0])
+        return min(free, self._memory()[1]) if self._shares_memory else free
+
+    @property
+    def _shares_memory(self) -> bool:
+        """Its GPU has main memory, as a Jetson's."""
+        return bool(torch.cuda.get_device_properties(self._device).is_integrated)
 
     def _memory(self) -> tuple[float, float]:
         """Bytes that this process cannot do without, and that it may take beside them."""

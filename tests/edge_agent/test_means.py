@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 import weakref
 
 import numpy as np
@@ -297,6 +298,31 @@ def test_features_in_memory_are_counted_in_what_a_stage_needs(tmp_path):
         (4 + 2) * 32 + 4
     )
     assert means(config(*REUSED, "train.features_in=memory"), 1, tmp_path).features_bytes == 0, "nothing is frozen"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What is found for a GPU, as torch would tell of it."""
+
+    def find(integrated, free, budget_mb):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 64e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(is_integrated=integrated))
+        monkeypatch.setattr(module._Search, "_memory", lambda search: (1e8, search.budget_mb * 1e6 - 1e8))
+        made = config("train.micro_batch=16")
+        return module._Search(made, 3, init_parts(made, made.plan(3).present), np.zeros((20, 3, 8, 8), np.uint8), budget_mb).on_gpu()
+
+    return find
+
+
+def test_the_budget_holds_on_a_gpu_that_shares_main_memory(on_gpu):
+    apart, shared = (on_gpu(integrated, 8e9, 1000) for integrated in (False, True))
+    assert (apart.needs_mb, apart.micro_batch, shared.micro_batch) == (100, 16, 16)
+    assert shared.needs_mb > 120, "training takes main memory"
+    assert on_gpu(False, 8e9, 101).micro_batch == 16, "training takes memory of its own"
+    with pytest.raises(Unfit, match="raise the memory budget"):
+        on_gpu(True, 8e9, 101)
+    with pytest.raises(Unfit, match="there is room for 1 MB"):
+        on_gpu(True, 1e6, 1000)
 
 
 def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path, monkeypatch):
