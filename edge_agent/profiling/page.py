@@ -8,8 +8,9 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from lwfed.edge_agent.profiling.cases import largest, measured
+from lwfed.edge_agent.profiling.cases import PAPER_LESS, largest, measured
 from lwfed.edge_agent.profiling.condition import Condition
+from lwfed.plan import Strategy
 
 Record = Mapping[str, Any]
 GREEN, ORANGE, GREY = "#1b7f5c", "#c8641b", "#8a8f98"
@@ -111,10 +112,10 @@ def _beside(own: Sequence[Record]) -> list[str]:
     return [f"{largest(own):.0f}", f"{gmacs:.0f}", f"{travels / 1e6:.1f}"]
 
 
-def _paper(paper: Mapping[str, Mapping[str, float]], found: Sequence[Record]) -> Iterator[str]:
-    whole = paper["end_to_end"]
+def _paper(paper: Mapping[Strategy, Mapping[str, float]], found: Sequence[Record]) -> Iterator[str]:
     for strategy, row in paper.items():
-        cells = [f"{row[key]:g} ({whole[key] / row[key]:.2f}x less)" if row is not whole else f"{row[key]:g}" for key in whole]
+        less = {key: f" ({factor:.2f}x less)" for key, factor in PAPER_LESS.get(strategy, {}).items()}
+        cells = [f"{row[key]:g}{less.get(key, '')}" for key in row]
         own = [record for record in found if record["strategy"] == strategy]
         cells += _beside(own) if own else ["not measured", "", ""]
         yield f'<tr><th scope="row">{strategy}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
