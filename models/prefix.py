@@ -2,7 +2,7 @@
 
 ONNX Runtime runs each frozen layer in a session of its own, all of one small graph (`lwfed.models.onnx_layer`), so a stage
 more is a session more and a skipped layer is a session not run. int8 quantises weights once per output, and activations
-as they come, with one scale for a micro-batch: fast, and off by a fraction of a percent a layer.
+as they come, with one scale for a micro-batch: fast, and off by a fraction of a percent a layer. Another micro-batch gives other tokens.
 
 A graph comes from the server, and no other than that of the layer gets to ONNX Runtime. An engine is used for a stage only
 after its tokens have been compared with torch's.

@@ -1,4 +1,4 @@
-"""One optimiser step (arXiv 2401.11647, Algorithm 2), exact at any micro-batch.
+"""One optimiser step (arXiv 2401.11647, Algorithm 2), with the same gradients at any micro-batch.
 
 The frozen prefix runs once per view, without gradients, and what it gives serves all branches: online, target, and for
 alignment the received and the previous model. What is frozen is decided before the forward pass; gradients dropped
