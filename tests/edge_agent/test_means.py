@@ -225,7 +225,7 @@ def test_an_engine_is_made_once_a_stage_and_anew_for_other_weights(tmp_path, gra
 @pytest.mark.parametrize(("micro_batch", "judged"), [(3, 8), (16, 16)])
 def test_engines_are_judged_by_several_images_from_among_all(tmp_path, graphs, monkeypatch, micro_batch, judged):
     given, make = [], module.make_prefix
-    monkeypatch.setattr(module, "make_prefix", lambda *arguments: given.append(arguments[4:]) or make(*arguments))
+    monkeypatch.setattr(module, "make_prefix", lambda *arguments: given.append(arguments[4:6]) or make(*arguments))
     device = Device(tmp_path, config("train.prefix=onnx_int8", f"train.micro_batch={micro_batch}"), 2, graphs)
     device.train(1)
     ((trial, size),) = given
