@@ -79,9 +79,9 @@ class Repeats:
         """Whether the same offer waits already. Asked on the transport's thread; otherwise the message is put into the queue."""
         match self._topics.parse(message.topic):
             case FromDevice(_, "offer"):
-                known = message in self._waiting
+                if message in self._waiting:
+                    return True
                 self._waiting.add(message)
-                return known
         return False
 
     def handled(self, message: Received) -> None:

@@ -1,7 +1,7 @@
-"""The server's side of its torch process: one job at a time, done again when the process dies.
+"""The server's side of its worker process: one job at a time, done again when the process dies.
 
 The process is kept for `worker.linger_s` after a job, as on a device: a round with calibration then spares the imports
-(two seconds) and the decoding of images; between rounds that take longer its memory goes back.
+(two seconds, of torch) and the decoding of images; between rounds that take longer its memory goes back.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from lwfed.models import fitting
 from lwfed.models.allocator import give_back, let_code_go
 from lwfed.models.backbones import load_encoder
 from lwfed.models.local import Images
+from lwfed.models.onnx_layer import NO_GRAPH
 from lwfed.models.prefix import JUDGED_IMAGES, KEPT_AS, SESSIONS, Prefix, make_prefix
 from lwfed.models.step import Means, Terms
 from lwfed.plan import GraphEngine, PrefixEngine, StagePlan, part_of
@@ -113,6 +114,8 @@ class _Search:
         """Where it has room, and a trial finds it fit; as torch does otherwise."""
         wanted = self.config.train.prefix
         candidates = [engine for engine in graphs if wanted in ("auto", engine)]
+        if not candidates:
+            return self.with_torch(NO_GRAPH)
         code = self._code("onnx_int8" if "onnx_int8" in candidates else "torch")
         engines: Sequence[PrefixEngine] = ["torch", *candidates] if wanted == "auto" else candidates
         expected = {engine: self._need(engine, code + ONNX_BYTES + SESSIONS.get(engine, 0.0) * self._frozen_bytes) for engine in engines}
@@ -121,12 +124,9 @@ class _Search:
         fit = {engine: graphs[engine] for engine in candidates if over[engine] <= 0}
         refused = [self._too_much(engine, over[engine]) for engine in (engines if fit else candidates) if over[engine] > 0]
         if refused and not fit:
-            try:
-                return self.with_torch("; ".join(refused), code)
-            except Unfit as error:
-                raise Unfit("; ".join([str(error), *refused])) from None
+            return self._instead("; ".join(refused), code)
         sizes = {engine: self._micro_batch(expected[engine], room) for engine in fit}
-        size = min(sizes.values(), default=1)
+        size = min(sizes.values())
         trial, encoder = self._tokens(size), load_encoder(self.config.model, self.tensors)
         torch_fits = over.get("torch", 0.0) <= 0
         chosen = make_prefix(encoder, len(self.plan.frozen_layers), wanted, fit, trial, size, torch_fits)
@@ -138,7 +138,14 @@ class _Search:
                 return self._on_cpu(need, chosen.prefix, reason, held + expected[engine].of(sizes[engine]))
             reason = self._too_much(engine, more)
         del chosen, trial
-        return self.with_torch(reason, code)
+        return self._instead(reason, code)
+
+    def _instead(self, reason: str, code: float) -> Found:
+        """With torch, since `reason` speaks against all else."""
+        try:
+            return self.with_torch(reason, code)
+        except Unfit as error:
+            raise Unfit(f"{error}; {reason}") from None
 
     @property
     def _device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """The life of a device's task, from its assignment until there is an update to hand over.
 
     idle --task--> called --its announcement--> fetching --all blobs held, and no older update in hand--> starting
-    starting --worker ready--> training
+    starting --worker ready--> training                starting, training --worker killed, patches that made no part--> called
     training --update written--> idle                  any --newer round, failure--> idle
 
 A task and its announcement travel on different topics and come in any order. Until its round is announced a task is kept
@@ -34,7 +34,7 @@ from lwfed.wire.sizes import largest_bytes
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
-MAX_KILLED = 3  # training processes of one task, before it fails
+MAX_KILLED = 3  # training processes of one task after which it begins again
 FAIL_CODES: Mapping[str, FailCode] = {
     "DataError": "data",
     "MissingDependency": "data",
@@ -339,12 +339,13 @@ class Work:
 
     def _fail(self, task: Task, event: events.WorkerError) -> list[Effect]:
         """The agent stays; the server may assign the task again, but not where images are the trouble."""
+        had_onnx = self._ready is not None and self._ready.onnxruntime is not None
         effects = self._end_worker(event.ended)
         code = FAIL_CODES.get(event.kind, "worker")
         if code == "memory" and self._job is not None:
             least = self._executions.take_least(task, self._job.config, "since memory ran out")
             code, effects = ("unfit", effects) if least is None else ("memory", effects + least)
-        if event.kind == "crashed" and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
+        if event.kind == "crashed" and had_onnx and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
             self._distrusts_graphs = True
             effects.append(Tell("warning", "ONNX Runtime may be the cause: until this agent is restarted, torch runs frozen layers"))
         self._give_up()

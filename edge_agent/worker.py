@@ -153,7 +153,7 @@ class Worker:
         return parts | {name: tensor.to("meta") for name, tensor in parts.items() if part_of(name) in layers}, known
 
     def _find(self, data: Json, config: RunConfig, tensors: dict[str, Tensor], images: Images) -> Found:
-        """As in an earlier round of the stage; with fewer images at a time where that has no room any more. Raises Unfit."""
+        """As in an earlier round of the stage; in any way that has room where that one has none any more. Raises Unfit."""
         fixed, graphs = data["execution"], {engine: Path(file) for engine, file in data["graphs"].items()}
 
         def find(train: Json) -> Found:
@@ -167,7 +167,7 @@ class Worker:
         except Unfit as error:
             if config.train.micro_batch != "auto":
                 raise
-            found = find({**fixed, "micro_batch": "auto"})
+            found = find({**fixed, "prefix": config.train.prefix, "micro_batch": "auto"})
             return replace(found, reason=f"{found.reason}; not as before, for {error}")
 
     def _cache(self, data: Json, config: RunConfig, sources: Mapping[str, trainer.Source], found: Found, say: Say) -> FeatureCache | None:

@@ -167,8 +167,11 @@ class BlobStore:
         """Where the blob's chunks are gathered (those of `owner`, where others send the same), with those that an earlier process left."""
         # The layout is in the name, so that chunks are where the manifest cuts them.
         layout = hashlib.sha256(" ".join((str(manifest.chunk_bytes), *manifest.digests)).encode()).hexdigest()[:16]
-        name = "-".join(filter(None, (manifest.blob.id, layout, owner)))
-        return PartFile(self, self._parts / f"{name}.part", manifest)
+        path = self._parts / f"{'-'.join(filter(None, (manifest.blob.id, layout, owner)))}.part"
+        if owner and not path.exists() and self.has(manifest.blob.id):  # it had arrived, and was taken over, when we were killed
+            with _explained(path):
+                shutil.copyfile(self.path(manifest.blob.id), path)
+        return PartFile(self, path, manifest)
 
     def remove(self, id: str) -> None:
         (self._root / id).unlink(missing_ok=True)

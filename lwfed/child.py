@@ -154,7 +154,7 @@ def serve(handle: Handler, hello: Json) -> None:
 
 def kind_of_error(error: Exception) -> str:
     """Of one that is not ours. Lack of memory has no class that libraries agree on: torch and ONNX Runtime say it in words."""
-    words = any(said in str(error) for said in ("allocate memory", "out of memory"))
+    words = any(said in str(error) for said in ("allocate memory", "bad_alloc", "out of memory"))
     return "OutOfMemory" if isinstance(error, MemoryError) or words else "WorkerFailed"
 
 

@@ -32,4 +32,5 @@ def printable(text: str) -> str:
     """One line of what the terminal can show: what a device says of itself must not forge lines, steer a terminal or fail there."""
     line = re.sub(r"\s*\n\s*", "; ", text.strip())
     shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
-    return shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be no terminal at all
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

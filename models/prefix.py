@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lwfed.child import kind_of_error
 from lwfed.errors import InvalidPayload
 from lwfed.models import onnx_file
 from lwfed.models.allocator import give_back
@@ -41,7 +42,6 @@ TRIAL_S = 0.3  # for timing one engine
 
 ABSENT = "ONNX Runtime is not installed: pip install 'lwfed[onnx]'"
 FAILS = "ONNX Runtime fails as it is installed ({}): pip install --upgrade 'lwfed[onnx]', or pip uninstall onnxruntime: torch does its work"
-OUT_OF_MEMORY = ("bad_alloc", "allocate memory")  # ONNX Runtime's and torch's, of several exceptions
 
 Array = npt.NDArray[Any]
 Found = TypeVar("Found")
@@ -153,8 +153,9 @@ def make_prefix(
 
 def runtime_version() -> str | None:
     """Of ONNX Runtime, without importing it; None where it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("onnxruntime")
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):  # distributions of the same module
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
     return None
 
 
@@ -184,7 +185,7 @@ def _attempt(
 def _fault(error: Exception, otherwise: str) -> str:
     """Lack of memory, or else `otherwise` with the first line of what `error` says."""
     said = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+    if kind_of_error(error) == "OutOfMemory":
         return f"too little memory ({said})"
     return otherwise.format(said)
 

@@ -25,7 +25,7 @@ from lwfed.edge_agent.profiling.limits import NO_LIMIT, limited
 from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit
 from lwfed.edge_agent.profiling.page import page, reasons
 from lwfed.edge_agent.resources import MB, own_share_bytes
-from lwfed.errors import ConfigError, MissingDependency, StateError
+from lwfed.errors import ConfigError, MissingDependency, StateError, WorkerFailed
 from lwfed.plan import Strategy
 
 STEPS = 5  # that count, at most
@@ -112,6 +112,8 @@ def measure_case(case: Case, told: Profile, on_step: Callable[[int, int], None])
             found = measure.agent(case.config, sample, case.stage, on_step, on_ready, limit, told.budget_mb, ENOUGH_S)
         except DidNotFit as problem:
             return {**case.record(), **travels, "reason": f"{NO_FIT}{problem}"}
+        except WorkerFailed as problem:
+            return {**case.record(), **travels, "skipped": True, "reason": str(problem)}
     times = {"epoch_s": round(found.epoch_s(told.images, batch_size), 2)}
     return {**case.record(), **travels, **found.record(), **times, "before": asdict(before), "after": asdict(condition())}
 

@@ -44,8 +44,8 @@ CREATE TABLE devices (
 	UNIQUE (run, device), 
 	FOREIGN KEY(run) REFERENCES runs (name)
 );
-INSERT INTO "devices" VALUES('demo',0,'a','{"v": 1, "start": {"boot": 1, "nonce": "0000000000000001"}, "rival": null, "lwfed": "0", "python": "3", "torch": null, "machine": "aarch64", "cores": 4, "memory_mb": 900.0, "images": 100, "source": "folder"}',1000.0,NULL);
-INSERT INTO "devices" VALUES('demo',1,'b','{"v": 1, "start": {"boot": 1, "nonce": "0000000000000001"}, "rival": null, "lwfed": "0", "python": "3", "torch": null, "machine": "aarch64", "cores": 4, "memory_mb": 900.0, "images": 100, "source": "folder"}',1000.0,NULL);
+INSERT INTO "devices" VALUES('demo',0,'a','{"v": 1, "boot": 1, "lwfed": "0", "python": "3", "torch": null, "machine": "aarch64", "cores": 4, "memory_mb": 900.0, "images": 100, "source": "folder"}',1000.0,NULL);
+INSERT INTO "devices" VALUES('demo',1,'b','{"v": 1, "boot": 1, "lwfed": "0", "python": "3", "torch": null, "machine": "aarch64", "cores": 4, "memory_mb": 900.0, "images": 100, "source": "folder"}',1000.0,NULL);
 CREATE TABLE evaluations (
 	run VARCHAR NOT NULL, 
 	stage INTEGER NOT NULL, 

@@ -17,7 +17,7 @@ from lwfed.wire.topics import Topics
 from lwfed.wire.upload import contribution_id
 
 from .conftest import report
-from .fleets import HELLO
+from .fleets import HELLO, start
 
 TOPICS = Topics("default")
 NAMES = ("honest", "x", "y")  # by participant
@@ -88,7 +88,7 @@ class Member:
         self.store = BlobStore(fleet.root / name, durable=False)
         self.boot, self.offers = 1, {}
         self.transport = fleet.broker.transport()
-        self.transport.open(name, Will(TOPICS.from_device(name, "state"), encode(messages.State(state="lost", boot=1))), self.hear)
+        self.transport.open(name, Will(TOPICS.from_device(name, "state"), encode(messages.State(state="lost", start=start(1)))), self.hear)
         fleet.quiet()
 
     def hear(self, event):
@@ -101,11 +101,11 @@ class Member:
 
     def state(self, state, starts):
         self.boot += starts
-        self.tell("state", messages.State(state=state, boot=self.boot))
+        self.tell("state", messages.State(state=state, start=start(self.boot)))
 
     def greet(self, starts, images):
         self.boot = min(MOST, self.boot + starts)
-        self.tell("hello", HELLO.model_copy(update={"boot": self.boot, "images": images}))
+        self.tell("hello", HELLO.model_copy(update={"start": start(self.boot), "images": images}))
 
     def offer(self, update, chunk_bytes=1024, lies=False, whose=None, images=1, place=()):
         manifest = self.store.manifest(self.store.put(self.updates[update]).id, chunk_bytes)

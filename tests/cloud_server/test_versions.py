@@ -20,7 +20,7 @@ from lwfed.config import load_config
 from lwfed.errors import ConfigError, StateError
 from lwfed.wire.messages import Traffic
 
-from .fleets import HELLO
+from .fleets import HELLO, start
 
 OLD = "run-6.sql"  # written by a server that had no migrations yet
 
@@ -49,7 +49,8 @@ def test_a_store_of_before_migrations_is_taken_over_whole(old):
     assert store.scores() == {(0, "random"): Scores(0.25, None)}
     assert store.judgements() == {(1, 1): Judgement(False, 0.9, 40.0)}
     assert store.checkpoints() == {(1, 1): {"stem": "ssss"}}
-    assert [(device.participant, device.id, device.hello) for device in store.devices()] == [(0, "a", HELLO), (1, "b", HELLO)]
+    greeting = HELLO.model_copy(update={"start": start(1, process=0)})
+    assert [(device.participant, device.id, device.hello) for device in store.devices()] == [(0, "a", greeting), (1, "b", greeting)]
     assert [(one.id, one.participant, one.traffic) for one in store.contributions()] == [("c1", 0, Traffic(down=5_000_000_000, up=3))]
     state, epoch, resumed = store.begin(load_config("demo"))
     assert (state.phase, state.chosen, epoch, resumed) == ("training", (0, 1), 2000, True)

@@ -1,4 +1,4 @@
-"""The torch process, its jobs and the side that gives them."""
+"""The worker process, its jobs and the side that gives them."""
 
 import itertools
 import queue

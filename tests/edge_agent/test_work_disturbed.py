@@ -69,8 +69,11 @@ def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, ki
     assert device.worker[-1] == StartWorker(1)
 
 
-@pytest.mark.parametrize(("kind", "left_out"), [("crashed", True), ("exit", False), ("out of memory", False)])
-def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarted(world, kind, left_out):
+@pytest.mark.parametrize(
+    ("kind", "onnxruntime", "left_out"),
+    [("crashed", "1.20", True), ("crashed", None, False), ("exit", "1.20", False), ("out of memory", "1.20", False)],
+)
+def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarted(world, kind, onnxruntime, left_out):
     server, device = world.joined()
     graphs = {"onnx": server.store.put(b"graph")}
     orders = []
@@ -78,7 +81,7 @@ def test_after_a_crash_with_graphs_torch_does_it_all_until_the_agent_is_restarte
         server.announce(stage=2, round=round, graphs=graphs)
         server.assign(device.id, stage=2, round=round)
         world.settle(2)
-        device.ready()
+        device.ready(onnxruntime=onnxruntime)
         world.settle(0.2)
         orders.append(device.worker[-1].order)
         device.queue.append(WorkerError(kind, "ended by a signal"))

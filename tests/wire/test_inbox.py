@@ -97,7 +97,11 @@ def test_a_new_inbox_resumes_from_the_part_and_from_a_finished_file(inbox, store
 
     third = Inbox(TOPICS, spool, 10_000, recorded.__contains__)  # the server died before it recorded the update
     assert said(third.offer("d1", offer, 0.0), DOWN)[0].missing == ""
-    assert third.fin("d1", fin(offer), 0.0)[1] is not None
+    _, update = third.fin("d1", fin(offer), 0.0)
+    spool.adopt(update.path)
+    fourth = Inbox(TOPICS, spool, 10_000, recorded.__contains__)  # it died after it had taken the file over
+    assert said(fourth.offer("d1", offer, 0.0), DOWN)[0].missing == ""
+    assert fourth.fin("d1", fin(offer), 0.0)[1] is not None
 
 
 def test_who_finds_no_slot_waits_in_order_and_silence_loses_a_slot(inbox, store):
