@@ -220,9 +220,10 @@ class Reception:
         match fail.code:
             case "data" | "unfit":  # no later round brings it images, or memory
                 event, text = Unfit(participant, fail.reason or "it cannot train"), f"{text}; it is not asked again until it is restarted"
-            case "memory" if participant not in state.retried:
+            case "memory":
                 event = RanShort(participant)
-                text = f"device {participant} ran out of memory: {fail.reason}; it is asked once more, to take less"
+                if participant not in state.retried:
+                    text = f"device {participant} ran out of memory: {fail.reason}; it is asked once more, to take less"
             case _:
                 event = CannotTrain(participant, refused=False)
         self.complain(member.id, fail.code, text)

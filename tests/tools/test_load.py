@@ -116,6 +116,7 @@ def test_a_small_load(broker):
     assert (found["refused"], found["warnings"]) == (0, [])
     assert [one["updates"] for one in found["rounds"]] == [12, 12]
     assert found["server_peak_mb"] > found["broker_peak_mb"] > 0
+    assert found["worker_peak_mb"] > 0, "what aggregates"
 
 
 @pytest.mark.parametrize("setting", ["rounds.sample=2", "run.name=other", "model.depth=2"])

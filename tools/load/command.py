@@ -19,6 +19,7 @@ from lwfed.config import RunConfig, load_config
 from lwfed.console import counted
 from lwfed.edge_agent.resources import HIGH_WATER, status_mb
 from lwfed.errors import ConfigError
+from lwfed.tools.load.workers import Workers
 from lwfed.tools.machine import machine
 from lwfed.tools.programs import Programs
 
@@ -132,7 +133,8 @@ def measure(config: RunConfig, settings: Sequence[str], broker: Kind, folder: Pa
     devices, rounds = config.rounds.min_devices, config.round_counts[0]
     log, tally = Log(), None
     state = folder / "server"
-    with Programs() as programs:
+    with Programs() as programs, contextlib.ExitStack() as watched:
+        workers: Workers | None = None  # from the first round on: those that aggregate
         place = ("--broker", broker, "--port", "0", "--state", str(state))
         programs.start("server", "lwfed.cloud_server.cli", "serve", "--config", "base", *(f"--set={one}" for one in settings), *place)
         while tally is None or not log.over:
@@ -140,6 +142,8 @@ def measure(config: RunConfig, settings: Sequence[str], broker: Kind, folder: Pa
             match line.program, line.said:
                 case "server", dict(said):
                     log.note(said)
+                    if log.rounds and workers is None:
+                        workers = watched.enter_context(Workers(psutil.Process(programs.pid("server"))))
                     if said["event"] == "broker":
                         around = (str(devices), str(rounds), str(folder / "devices"))
                         programs.start("devices", "lwfed.tools.load.devices", said["url"], *around)
@@ -149,7 +153,7 @@ def measure(config: RunConfig, settings: Sequence[str], broker: Kind, folder: Pa
         used = {"server": Used.by(server), "broker": Used.by(_broker(server, broker))}
     with contextlib.closing(open_store(state, config.run.name)) as store:
         recorded = len({(one.round, one.participant) for one in store.contributions()})
-    return summary(devices, rounds, log, tally, recorded, used)
+    return {**summary(devices, rounds, log, tally, recorded, used), "worker_peak_mb": round(workers.peak_mb, 1) if workers else 0.0}
 
 
 def summary(devices: int, rounds: int, log: Log, tally: Mapping[str, Any], recorded: int, used: Mapping[str, Used]) -> dict[str, Any]:
@@ -175,7 +179,18 @@ def summary(devices: int, rounds: int, log: Log, tally: Mapping[str, Any], recor
     }
 
 
-COLUMNS = ("devices", "updates_per_s", "download_s", "upload_s", "close_s", "server_peak_mb", "broker_peak_mb", "server_cpu_s", "lost")
+COLUMNS = (
+    "devices",
+    "updates_per_s",
+    "download_s",
+    "upload_s",
+    "close_s",
+    "server_peak_mb",
+    "worker_peak_mb",
+    "broker_peak_mb",
+    "server_cpu_s",
+    "lost",
+)
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
