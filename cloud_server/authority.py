@@ -1,4 +1,4 @@
-"""The certificate authority of a server: it says by signature which device is which, and which broker is the server's.
+"""The certificate authority of a server: it says by signature which device is which, and which broker and model are the server's.
 
 Key and certificate are made once and stay: every version of the server finds them where the first one put them.
 Certificates are ECDSA P-256 with SHA-256, which every OpenSSL on a device knows. One of a device is good for clients
@@ -19,6 +19,7 @@ from lwfed.wire.topics import is_name
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FILE_NAME = "authority.pem"
 SUBJECT = "lwfed authority"
@@ -60,6 +61,16 @@ class Authority:
         from cryptography.hazmat.primitives.serialization import Encoding
 
         return self._certificate.public_bytes(Encoding.DER)
+
+    @property
+    def announcer(self) -> Ed25519PrivateKey:
+        """The key that announcements are signed with. It is derived from the authority's: nothing more is kept, copied or lost."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        secret = self._key.private_numbers().private_value.to_bytes(32, "big")
+        return Ed25519PrivateKey.from_private_bytes(HKDF(SHA256(), length=32, salt=None, info=b"lwfed announcements").derive(secret))
 
     def certify(self, request: bytes, name: str) -> bytes:
         """The certificate (PEM) of device `name` for the key of a signing request (PEM), of which nothing else is used.

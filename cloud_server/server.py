@@ -349,7 +349,8 @@ class Server:
         self._publish_announcement()
 
     def _publish_announcement(self) -> None:
-        self._execute([Send(self._topics.run, encode(self._course.announcement()), retain=True)])
+        announcement = encode(self._course.announcement())
+        self._execute([Send(self._topics.run, self._gate.sign(announcement) if self._gate else announcement, retain=True)])
 
     def _take_leave(self, now: float) -> None:
         """When all is done, end as soon as the broker has the last announcement."""

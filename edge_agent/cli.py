@@ -78,7 +78,7 @@ def join(
 
     from lwfed.console import Console
     from lwfed.edge_agent.agent import Agent, Join
-    from lwfed.edge_agent.enrolment import find_way
+    from lwfed.edge_agent.identity import find_way
     from lwfed.edge_agent.screen import Screen
     from lwfed.errors import ConfigError
     from lwfed.locks import locked_state
@@ -93,7 +93,7 @@ def join(
     transport = way.transport()
     screen = Screen(Console(as_json))
     with locked_state(place, "use another --name or --state"):
-        Agent(Join(data, fleet, name, place, wait_s, budget_mb, way.device), transport, screen).run()
+        Agent(Join(data, fleet, name, place, wait_s, budget_mb, way.identity), transport, screen).run()
 
 
 @main.command("enrol")
@@ -130,7 +130,7 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
     Exit code 0, or 1 if something must be mended.
     """
     from lwfed.edge_agent import doctor as checks
-    from lwfed.edge_agent.enrolment import find_way, load
+    from lwfed.edge_agent.identity import find_way, load
 
     place = state or default_state("device")
     way = find_way(url, connection, place) if url or load(place) else None

@@ -1,4 +1,4 @@
-"""A device's identity: how it gets one by token, and how it is let in with it afterwards.
+"""How a device gets its identity, by token.
 
 Key and signing request are on disk before the token is sent, so that the same command may be given again after a power
 cut or a lost answer: the server certifies the same request again. Nothing is sent to a server that does not prove to be
@@ -7,82 +7,25 @@ of the authority in the token. The certificate is of use only when `identity.jso
 
 from __future__ import annotations
 
-import os
 import queue
 import time
 import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from lwfed.cli import Connection
 from lwfed.edge_agent.agent import JOURNAL
+from lwfed.edge_agent.identity import FOLDER, Identity, load
 from lwfed.errors import ConfigError, InvalidMessage, ProtocolMismatch, Refused, StateError, TransportError, Unreachable, Untrusted
 from lwfed.private import write_private
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
 from lwfed.transport.base import Connected, Disconnected, Event, Received, Transport
 from lwfed.transport.mqtt import MqttTransport
-from lwfed.wire.messages import Admission, Enrol, Name, Record, decode, encode
+from lwfed.wire.messages import Admission, Enrol, decode, encode
 from lwfed.wire.token import Token, digest
 from lwfed.wire.topics import Topics
 
-FOLDER = "identity"
 REFUSED_S = 3.0  # the broker hears of a token a second after it was made
 AGAIN_S = 3.0  # after a request that nobody has answered: the server is down, or the broker dropped it
 RENEW = "ask for a new one (`cloud-server enrol NAME` on the server)"
-
-
-class Identity(Record):
-    """What an enrolled device knows beside the files of its key, its certificate and the authority."""
-
-    device: Name
-    fleet: Name
-    broker: str
-
-
-@dataclass(frozen=True)
-class Way:
-    """How to reach the server and be let in."""
-
-    address: BrokerAddress
-    connection: Connection
-    fleet: str = "default"
-    device: str | None = None  # the name of an enrolled one
-
-    def transport(self) -> Transport:
-        """Not yet open. An enrolled device subscribes to its topics at once: one that was revoked is let in, but not to them."""
-        transport = self.connection.transport(self.address)
-        for filter in Topics(self.fleet).for_device(self.device) if self.device else ():
-            transport.subscribe(filter)
-        return transport
-
-
-def find_way(url: str | None, connection: Connection, state: Path) -> Way:
-    """By `url` and `connection`, and by the identity in `state` for what they leave open. Raises ConfigError and StateError.
-
-    The identity is for TLS without other credentials: those who give some mean another broker.
-    """
-    identity = load(state)
-    if url is None and identity is None:
-        raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol -`")
-    address = BrokerAddress.parse(url or (identity.broker if identity else ""))
-    if identity is None or not address.tls or connection != Connection():
-        return Way(address, connection)
-    files = state / FOLDER
-    ours = replace(connection, ca=files / "authority.pem", cert=files / "certificate.pem", key=files / "key.pem")
-    return Way(address, ours, identity.fleet, identity.device)
-
-
-def load(state: Path) -> Identity | None:
-    """The identity that is kept in `state`. Raises StateError when it cannot be read."""
-    path = state / FOLDER / "identity.json"
-    if not os.path.isfile(path):
-        return None
-    try:
-        return Identity.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        raise StateError(f"{path} cannot be read: revoke this device, and enrol it under another name with another --state") from None
 
 
 def enrol(token: Token, state: Path, wait_s: float) -> str:
@@ -100,7 +43,7 @@ def enrol(token: Token, state: Path, wait_s: float) -> str:
     write_private(folder / "certificate.pem", admission.certificate.encode())
     TlsFiles(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem").context()  # they belong together
     broker = str(BrokerAddress(token.header.host, token.header.port, tls=True))
-    identity = Identity(device=admission.device, fleet=token.header.fleet, broker=broker)
+    identity = Identity(device=admission.device, fleet=token.header.fleet, broker=broker, announcer=token.header.announcer)
     write_private(folder / "identity.json", identity.model_dump_json().encode())
     return admission.device
 

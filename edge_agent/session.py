@@ -13,6 +13,7 @@ from random import Random
 
 from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, Tell
 from lwfed.edge_agent.handover import Link
+from lwfed.edge_agent.identity import Identity
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
 from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
@@ -22,12 +23,16 @@ from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send, Subscribe
 from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
 from lwfed.wire.retry import Retry
+from lwfed.wire.signed import unverified, verified
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 GREET_S = 15.0  # connected without an order of the server for so long: greet it again
 SAVE_BYTES, SAVE_S = 65_536, 5.0  # what of the traffic a kill makes forget; an idle device writes nothing
+UNVERIFIED = (
+    "enrolled before announcements were signed: it believes what the broker announces; enrolled anew, by another name, it verifies that"
+)
 REVOKED = "it may have been revoked (`cloud-server status` says so): then enrol it anew, by another name and with another --state"
 GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
 
@@ -71,9 +76,17 @@ class TrafficCount:
 
 class Session:
     def __init__(
-        self, fleet: Topics, hello: Hello, journal: Journal, work: Work, link: Link, wait_s: float, now: float, enrolled: bool = False
+        self,
+        fleet: Topics,
+        hello: Hello,
+        journal: Journal,
+        work: Work,
+        link: Link,
+        wait_s: float,
+        now: float,
+        identity: Identity | None = None,
     ) -> None:
-        self._enrolled = enrolled
+        self._identity = identity
         self._topics, self._hello, self._journal, self._work = fleet, hello, journal, work
         self._device = journal.device
         self._link, self._traffic = link, TrafficCount(journal, link)
@@ -93,7 +106,8 @@ class Session:
     def begin(self) -> list[Effect]:
         if (update := self._work.handover.update) is not None:
             self._traffic.follow(update.task.run)
-        return self._work.recall()
+        unsure = [Tell("warning", UNVERIFIED)] if self._identity and not self._identity.announcer else []
+        return [*unsure, *self._work.recall()]
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -143,7 +157,7 @@ class Session:
         self._connected, self._quiet_until = False, None
         self._greeting.stop()
         self._lose_server()
-        if self._enrolled and isinstance(reason, Forbidden):
+        if self._identity and isinstance(reason, Forbidden):
             reason = Forbidden(f"{reason}; {REVOKED}")
         known = self._reason is not None and (isinstance(self._reason, Forbidden) or not isinstance(reason, Forbidden))
         self._reason = reason
@@ -201,7 +215,7 @@ class Session:
             case topics.ServerState():
                 return self._on_server(messages.decode_server_state(payload), now)
             case topics.RunTopic():
-                return self._on_run(decode(Run, payload))
+                return self._on_run(decode(Run, self._believed(payload)))
             case topics.BlobChunk(blob, index, None | self._device):
                 fetching = not self._work.downloads.complete
                 self._work.downloads.on_chunk(blob, index, payload)
@@ -212,6 +226,12 @@ class Session:
                 self._greeting.wait(now)
                 return self._on_order(decode(messages.DOWN[kind], payload))
         return []
+
+    def _believed(self, payload: bytes) -> bytes:
+        """An announcement, verified where the device knows by whom it must be signed. All that it trains on is named in it by digest."""
+        if self._identity is None or self._identity.announcer is None:
+            return unverified(payload)
+        return verified(payload, self._topics.fleet, bytes.fromhex(self._identity.announcer))
 
     def _on_order(self, message: messages.Message) -> list[Effect]:
         match message:

@@ -90,7 +90,8 @@ class Topics:
     """The topics of one fleet."""
 
     def __init__(self, fleet: str) -> None:
-        self._base = f"{ROOT}/{_checked(fleet)}"
+        self.fleet = _checked(fleet)
+        self._base = f"{ROOT}/{fleet}"
         self.server_state = f"{self._base}/srv/state"
         self.run = f"{self._base}/all/run"
         self.from_all_devices = f"{self._base}/d/+/up/#"

@@ -29,6 +29,7 @@ from lwfed.transport.memory import MemoryBroker
 from lwfed.wire import deltas, messages, tensors
 from lwfed.wire.download import Downloads
 from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encode
+from lwfed.wire.signed import unverified
 from lwfed.wire.sizes import stated_shapes
 from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id
@@ -231,7 +232,7 @@ class FakeDevice:
                 if topic == self.topics.server_state:
                     self.on_server(messages.decode_server_state(payload))
                 elif topic == self.topics.run:
-                    self.on_run(messages.decode(messages.Run, payload))
+                    self.on_run(messages.decode(messages.Run, unverified(payload)))
                 elif isinstance(parsed, ToDevice):
                     self.on_order(messages.decode(messages.DOWN[parsed.kind], payload))
                 else:

@@ -16,7 +16,8 @@ from lwfed.cli import Connection
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit, invite
 from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
-from lwfed.edge_agent.enrolment import find_way, signing_request
+from lwfed.edge_agent.enrolment import signing_request
+from lwfed.edge_agent.identity import find_way
 from lwfed.errors import StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.messages import Enrol, encode
@@ -61,7 +62,7 @@ def test_it_is_taken_up_and_not_founded_anew(folder):
 
 def test_a_device_of_then_and_a_broker_of_today_shake_hands(folder):
     way = find_way(None, Connection(), GOLDEN / "porch")
-    assert (way.address, way.fleet, way.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
+    assert (way.address, way.fleet, way.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
     authority, files = Authority(folder), way.connection
     assert files.ca.read_bytes() == authority.pem
     pair = contexts(folder, authority, authority.issue(folder, "broker", ("garden.local",)), (files.cert, files.key))
@@ -80,6 +81,11 @@ def test_devices_of_then_are_known(registry):
     ]  # fmt: skip
     assert (known["porch"].joined_s, known["shed"].revoked_s) == (THEN_S, THEN_S)
     assert known["porch"].certificate == (GOLDEN / "porch" / "identity" / "certificate.pem").read_text()
+
+
+def test_it_signs_announcements_with_the_same_key_as_ever(folder):
+    key = Authority(folder).announcer.public_key().public_bytes_raw().hex()
+    assert key == "d6954495ac792a1edaa4ae30619af0a51edd7269be4cded9a8bcebd9fdef8f95"
 
 
 def test_a_token_of_then_still_admits_its_device_and_a_used_one_nobody(folder, registry):

@@ -52,12 +52,14 @@ class Server:
     def state(self, online: bool = True) -> bytes:
         return messages.encode(ServerState(online=online, epoch=self.epoch))
 
-    def announce(self, phase="training", stage=1, round=1, run="demo", content=b"weights" * 1000, seq=None, parts=None, **more):
+    def announce(
+        self, phase="training", stage=1, round=1, run="demo", content=b"weights" * 1000, seq=None, parts=None, sealed=bytes, **more
+    ):
         self.seq = self.seq + 1 if seq is None else seq
         blobs = {part: self.store.put(part_file(part, content)) for part in ("stem", "layer.1", "norm", "projector", "predictor")}
         place = {"stage": stage, "stages": 4, "round": round, "rounds": 4}
         message = Run(run=run, epoch=self.epoch, seq=self.seq, phase=phase, config=self.config, parts=parts or blobs, **place, **more)
-        self.link.publish(TOPICS.run, messages.encode(message), retain=True)
+        self.link.publish(TOPICS.run, sealed(messages.encode(message)), retain=True)
 
     def send(self, device, message):
         self.link.publish(TOPICS.to_device(device, messages.KINDS[type(message)]), messages.encode(message))
@@ -111,7 +113,7 @@ class Server:
 class Device:
     """The session with its shell played by the test: worker effects are recorded, their answers injected."""
 
-    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s=15, data="digits", enrolled=False) -> None:
+    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s=15, data="digits", identity=None) -> None:
         self.root, self.exit, self.told, self.worker = root, None, [], []
         root.mkdir(exist_ok=True)
         self.journal = Journal(root / "journal.sqlite", "tester")
@@ -123,7 +125,7 @@ class Device:
         self.start = Start(boot=self.journal.boot, nonce=f"{self.journal.boot:016x}")
         rest = {"python": "3", "torch": "2", "machine": "m", "cores": 1, "memory_mb": 1000, "images": 9, "source": "digits"}
         hello = Hello(start=self.start, lwfed="0", **rest)
-        self.session = Session(TOPICS, hello, self.journal, work, self.link, wait_s, now, enrolled)
+        self.session = Session(TOPICS, hello, self.journal, work, self.link, wait_s, now, identity)
         for filter in TOPICS.for_device(self.id):
             self.link.subscribe(filter)
         self._do(self.session.begin())

@@ -1,7 +1,9 @@
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
 from lwfed.edge_agent.facts import MemoryFacts
+from lwfed.edge_agent.identity import Identity
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.session import SAVE_BYTES, SAVE_S, TrafficCount
 from lwfed.errors import Forbidden, ProtocolMismatch, Refused, Unreachable
@@ -9,9 +11,12 @@ from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
 from lwfed.wire.messages import Challenge, Hello, State, Traffic
+from lwfed.wire.signed import sign
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
+KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
+IDENTITY = Identity(device="porch", fleet="default", broker="mqtts://h", announcer=KEY.public_key().public_bytes_raw().hex())
 
 
 def state(world):
@@ -56,16 +61,48 @@ def test_it_greets_again_after_a_reconnection_and_after_a_restart_of_the_server(
     assert again.greeted == [device.id]
 
 
-@pytest.mark.parametrize("enrolled", [True, False])
-def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, enrolled):
-    device = world.start_device(enrolled=enrolled)
+@pytest.mark.parametrize("identity", [IDENTITY, None], ids=["enrolled", "not enrolled"])
+def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, identity):
+    device = world.start_device(identity=identity)
     world.settle()
     for reason in (Refused("the session was ended"), Forbidden("no topics"), Forbidden("no topics"), Unreachable("gone")):
         device.queue.append(Disconnected(reason))
         world.settle()
     first, second = device.texts("disconnected")
     assert "the session was ended" in first
-    assert ("no topics" in second, "revoked" in second) == (True, enrolled)
+    assert ("no topics" in second, "revoked" in second) == (True, identity is not None)
+
+
+def signed(announcement):
+    return sign(announcement, "default", KEY)
+
+
+def test_an_enrolled_device_follows_its_server_s_announcements_and_no_others(world):
+    server, device = world.start_server(), world.start_device(identity=IDENTITY)
+    world.settle()
+    forger = Ed25519PrivateKey.generate()
+    for sealed in (
+        bytes,
+        lambda announcement: sign(announcement, "default", forger),
+        lambda announcement: sign(announcement, "other", KEY),
+    ):
+        server.announce(run="forged", sealed=sealed)
+        world.settle()
+        assert device.texts("run") == []
+    assert any("not signed" in text for text in device.texts("warning"))
+    server.announce(run="true", sealed=signed)
+    world.settle()
+    assert [text.split(":")[0] for text in device.texts("run")] == ["run true"]
+
+
+def test_one_that_was_enrolled_before_announcements_were_signed_believes_them_and_says_so(world):
+    server, device = world.start_server(), world.start_device(identity=IDENTITY.model_copy(update={"announcer": None}))
+    world.settle()
+    for run, sealed in (("plain", bytes), ("sealed", signed)):
+        server.announce(run=run, sealed=sealed)
+        world.settle()
+    assert [text.split(":")[0] for text in device.texts("run")] == ["run plain", "run sealed"]
+    assert ["before announcements were signed" in text for text in device.texts("warning")] == [True]
 
 
 def test_no_first_connection_within_the_wait_ends_with_the_reason(world):

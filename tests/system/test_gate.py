@@ -24,12 +24,14 @@ from lwfed.cloud_server.permissions import ANSWERS, CONTROL
 from lwfed.cloud_server.registry import Registry
 from lwfed.edge_agent import doctor, enrolment
 from lwfed.edge_agent.cli import main as edge_agent
-from lwfed.edge_agent.enrolment import enrol, find_way
+from lwfed.edge_agent.enrolment import enrol
+from lwfed.edge_agent.identity import find_way
 from lwfed.errors import ConfigError, MissingDependency, Refused, StateError, Unreachable, Untrusted
 from lwfed.transport import mqtt
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.transport.mqtt import MqttTransport
+from lwfed.wire.signed import verified
 from lwfed.wire.token import Token, digest
 from lwfed.wire.topics import FromDevice, FromToken, Topics
 
@@ -338,6 +340,11 @@ def test_a_man_in_the_middle_is_told_nothing(host, folder):
     assert impostor.heard == b""
 
 
+def test_an_enrolled_device_knows_by_what_key_its_server_signs(host, enrolled):
+    key = bytes.fromhex(find_way(None, Connection(), enrolled("porch")).identity.announcer)
+    assert verified(host.gate.sign(b"announcement"), "default", key) == b"announcement"
+
+
 def test_an_enrolled_device_does_not_follow_an_impostor_either(enrolled, client, folder):
     impostor = Impostor(folder("impostor"))
     way = find_way(f"mqtts://localhost:{impostor.port}", Connection(), enrolled("porch"))
@@ -404,6 +411,7 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     device = start("edge-agent", "join", "--data", "digits", "--json")
     assert device.wait_for("joined")["device"] == "porch"
     server.wait_for("device", status="joined", device="porch")
+    device.wait_for("run", run="demo")  # announced with the right signature
     before = time.monotonic()
     assert call(cloud_server, "revoke", "porch").exit_code == 0
     assert "Administrative action" in device.wait_for("disconnected")["reason"]
