@@ -78,22 +78,22 @@ def join(
 
     from lwfed.console import Console
     from lwfed.edge_agent.agent import Agent, Join
-    from lwfed.edge_agent.identity import find_way
+    from lwfed.edge_agent.identity import find_access
     from lwfed.edge_agent.screen import Screen
     from lwfed.errors import ConfigError
     from lwfed.locks import locked_state
     from lwfed.wire.topics import is_name
 
     place = state or default_state(name)
-    way = find_way(url, connection, place)
-    fleet = fleet or way.fleet
+    access = find_access(url, connection, place)
+    fleet = fleet or access.fleet
     for option, value in (("--fleet", fleet), ("--name", name)):
         if not is_name(value):
             raise ConfigError(f"{option} {value!r}: use 1 to 64 of a-z, 0-9 and -")
-    transport = way.transport()
+    transport = access.transport()
     screen = Screen(Console(as_json))
     with locked_state(place, "use another --name or --state"):
-        Agent(Join(data, fleet, name, place, wait_s, budget_mb, way.identity), transport, screen).run()
+        Agent(Join(data, fleet, name, place, wait_s, budget_mb, access.identity), transport, screen).run()
 
 
 @main.command("enrol")
@@ -130,11 +130,11 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
     Exit code 0, or 1 if something must be mended.
     """
     from lwfed.edge_agent import doctor as checks
-    from lwfed.edge_agent.identity import find_way, load
+    from lwfed.edge_agent.identity import find_access, load
 
     place = state or default_state("device")
-    way = find_way(url, connection, place) if url or load(place) else None
-    found = checks.examine(place, data, way.address if way else None, way.transport() if way else None)
+    access = find_access(url, connection, place) if url or load(place) else None
+    found = checks.examine(place, data, access.address if access else None, access.transport() if access else None)
     context.exit(checks.report(found, as_json))
 
 

@@ -28,7 +28,7 @@ class Identity(Record):
 
 
 @dataclass(frozen=True)
-class Way:
+class Access:
     """How to reach the server and be let in."""
 
     address: BrokerAddress
@@ -47,7 +47,7 @@ class Way:
         return transport
 
 
-def find_way(url: str | None, connection: Connection, state: Path) -> Way:
+def find_access(url: str | None, connection: Connection, state: Path) -> Access:
     """By `url` and `connection`, and by the identity in `state` for what they leave open. Raises ConfigError and StateError.
 
     The identity is for TLS without other credentials: those who give some mean another broker.
@@ -57,10 +57,10 @@ def find_way(url: str | None, connection: Connection, state: Path) -> Way:
         raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol -`")
     address = BrokerAddress.parse(url or (identity.broker if identity else ""))
     if identity is None or not address.tls or connection != Connection():
-        return Way(address, connection)
+        return Access(address, connection)
     files = state / FOLDER
     ours = replace(connection, ca=files / "authority.pem", cert=files / "certificate.pem", key=files / "key.pem")
-    return Way(address, ours, identity)
+    return Access(address, ours, identity)
 
 
 def load(state: Path) -> Identity | None:

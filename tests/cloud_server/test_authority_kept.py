@@ -17,7 +17,7 @@ from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit, invite
 from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
 from lwfed.edge_agent.enrolment import signing_request
-from lwfed.edge_agent.identity import find_way
+from lwfed.edge_agent.identity import find_access
 from lwfed.errors import StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.messages import Enrol, encode
@@ -61,9 +61,9 @@ def test_it_is_taken_up_and_not_founded_anew(folder):
 
 
 def test_a_device_of_then_and_a_broker_of_today_shake_hands(folder):
-    way = find_way(None, Connection(), GOLDEN / "porch")
-    assert (way.address, way.fleet, way.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
-    authority, files = Authority(folder), way.connection
+    access = find_access(None, Connection(), GOLDEN / "porch")
+    assert (access.address, access.fleet, access.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
+    authority, files = Authority(folder), access.connection
     assert files.ca.read_bytes() == authority.pem
     pair = contexts(folder, authority, authority.issue(folder, "broker", ("garden.local",)), (files.cert, files.key))
     for side in pair:

@@ -6,7 +6,7 @@ from lwfed.cli import Connection
 from lwfed.cloud_server.authority import Authority
 from lwfed.edge_agent.agent import JOURNAL
 from lwfed.edge_agent.enrolment import enrol, signing_request
-from lwfed.edge_agent.identity import Identity, find_way
+from lwfed.edge_agent.identity import Identity, find_access
 from lwfed.edge_agent.journal import Journal
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.address import BrokerAddress
@@ -25,28 +25,28 @@ def state(tmp_path):
 
 
 def test_an_enrolled_device_knows_its_way(state):
-    way = find_way(None, Connection(), state)
-    assert (way.address, way.fleet, way.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "garden", "porch")
-    assert {way.connection.ca, way.connection.cert, way.connection.key} == {
+    access = find_access(None, Connection(), state)
+    assert (access.address, access.fleet, access.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "garden", "porch")
+    assert {access.connection.ca, access.connection.cert, access.connection.key} == {
         state / "identity" / f"{name}.pem" for name in ("authority", "certificate", "key")
     }
 
 
 def test_it_finds_its_server_at_another_address_too(state):
-    way = find_way("mqtts://garden.lan:9000", Connection(), state)
-    assert (way.address.host, way.identity.device) == ("garden.lan", "porch")
+    access = find_access("mqtts://garden.lan:9000", Connection(), state)
+    assert (access.address.host, access.identity.device) == ("garden.lan", "porch")
 
 
 @pytest.mark.parametrize(("url", "connection"), [("mqtt://localhost", Connection()), ("mqtts://other", Connection(username="me"))])
 def test_its_identity_goes_to_no_other_broker(state, url, connection):
-    way = find_way(url, connection, state)
-    assert (way.connection, way.fleet, way.identity) == (connection, "default", None)
+    access = find_access(url, connection, state)
+    assert (access.connection, access.fleet, access.identity) == (connection, "default", None)
 
 
 def test_a_damaged_identity_is_explained(state):
     (state / "identity" / "identity.json").write_text("{")
     with pytest.raises(StateError, match="under another name"):
-        find_way(None, Connection(), state)
+        find_access(None, Connection(), state)
 
 
 def test_a_device_that_joined_under_a_name_of_its_own_keeps_it(tmp_path):

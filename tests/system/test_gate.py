@@ -25,7 +25,7 @@ from lwfed.cloud_server.registry import Registry
 from lwfed.edge_agent import doctor, enrolment
 from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.edge_agent.enrolment import enrol
-from lwfed.edge_agent.identity import find_way
+from lwfed.edge_agent.identity import find_access
 from lwfed.errors import ConfigError, MissingDependency, Refused, StateError, Unreachable, Untrusted
 from lwfed.transport import mqtt
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
@@ -190,8 +190,8 @@ def device(enrolled, client):
     """An enrolled one that is connected, as the agent would be."""
 
     def device(name, *filters, client_id=None):
-        way = find_way(None, Connection(), enrolled(name))
-        return client(way.transport(), client_id or name, *filters)
+        access = find_access(None, Connection(), enrolled(name))
+        return client(access.transport(), client_id or name, *filters)
 
     return device
 
@@ -277,8 +277,8 @@ def test_a_token_is_good_for_one_device(host, folder):
         enrol(token, folder("other"), PATIENCE_S)
     with pytest.raises(StateError, match="already, as device barn"):
         enrol(host.invite("stable"), folder("barn"), PATIENCE_S)
-    way = find_way(None, Connection(), folder("barn"))
-    barn = Client(way.transport(), "barn")
+    access = find_access(None, Connection(), folder("barn"))
+    barn = Client(access.transport(), "barn")
     barn.next(Connected)
     barn.transport.publish(TOPICS.from_device("barn", "state"), b"here")
     barn.transport.close()
@@ -341,14 +341,14 @@ def test_a_man_in_the_middle_is_told_nothing(host, folder):
 
 
 def test_an_enrolled_device_knows_by_what_key_its_server_signs(host, enrolled):
-    key = bytes.fromhex(find_way(None, Connection(), enrolled("porch")).identity.announcer)
+    key = bytes.fromhex(find_access(None, Connection(), enrolled("porch")).identity.announcer)
     assert verified(host.gate.sign(b"announcement"), "default", key) == b"announcement"
 
 
 def test_an_enrolled_device_does_not_follow_an_impostor_either(enrolled, client, folder):
     impostor = Impostor(folder("impostor"))
-    way = find_way(f"mqtts://localhost:{impostor.port}", Connection(), enrolled("porch"))
-    assert isinstance(client(way.transport(), "porch").outcome().reason, Untrusted)
+    access = find_access(f"mqtts://localhost:{impostor.port}", Connection(), enrolled("porch"))
+    assert isinstance(client(access.transport(), "porch").outcome().reason, Untrusted)
     impostor.join(PATIENCE_S)
     assert impostor.heard == b""
 
