@@ -86,18 +86,19 @@ def test_auto_says_how_fast_each_is(graphs):
 class Room:
     """Memory as a test says, in which libraries and ONNX Runtime take nothing; `search` plans the last stage."""
 
-    def __init__(self, monkeypatch, prefix):
+    def __init__(self, monkeypatch, prefix, micro_batch=4):
         monkeypatch.setattr(fitting, "CODE_BYTES", 0.0)
         monkeypatch.setattr(fitting, "code_bytes", lambda *_: 0.0)
         monkeypatch.setattr(fitting, "mapped_by", lambda run: self.mapped)
         monkeypatch.setattr("lwfed.edge_agent.means.ONNX_BYTES", 0.0)
         monkeypatch.setattr("lwfed.edge_agent.means._Search._memory", lambda _: (0.0, self.bytes))
-        self.config, self.bytes, self.mapped = config(f"train.prefix={prefix}", "train.micro_batch=4"), AMPLE_MB * 1e6, 0.0
+        self.config = config(f"train.prefix={prefix}", f"train.micro_batch={micro_batch}", "train.batch_size=20")
+        self.bytes, self.mapped = AMPLE_MB * 1e6, 0.0
 
-    def needs(self, engine, beside=0.0):
+    def needs(self, engine, beside=0.0, micro_batch=4):
         images = np.zeros((20, 3, 8, 8), dtype=np.uint8)
         search = _Search(self.config, 3, init_parts(self.config, self.config.plan(3).present), images, AMPLE_MB)
-        return search._need(engine, beside + SESSIONS.get(engine, 0.0) * search._frozen_bytes).of(4)
+        return search._need(engine, beside + SESSIONS.get(engine, 0.0) * search._frozen_bytes).of(micro_batch)
 
 
 @needs_onnx
@@ -401,13 +402,26 @@ def test_what_has_no_room_any_more_is_computed_with_fewer_images_at_a_time(tmp_p
     def refuse():
         raise Unfit("there is room for 9 MB")
 
-    fixed = {"prefix": "torch", "micro_batch": 3}
-    device = Device(tmp_path, config("train.prefix=torch"), 2)
+    fixed = {"prefix": "torch", "micro_batch": 3, "features_in": "file"}
+    device = Device(tmp_path, config(*REUSED, "train.features_in=memory"), 2)
     device.train(1, fixed)
     assert device.planned == [{"prefix": "torch", "micro_batch": 2}]
+    assert device.worker._found[1].features_bytes == 0, "that memory had run out still holds"
     assert "not as before, for stage 2: there is room for 9 MB" in device.reasons[0]
     with pytest.raises(Unfit, match="room for 9 MB"):
         Device(tmp_path, config("train.prefix=torch", "train.micro_batch=3"), 2).train(1, fixed)
+
+
+@needs_onnx
+def test_what_torch_has_no_room_for_any_more_is_computed_by_an_engine_that_has(tmp_path, graphs, monkeypatch):
+    """Where an earlier round has fixed torch, and the configuration leaves the choice."""
+    room = Room(monkeypatch, "auto", micro_batch="auto")
+    room.bytes = room.needs("torch", micro_batch=1) - 1
+    device = Device(tmp_path, room.config, 3, graphs)
+    device.train(1, {"prefix": "torch", "micro_batch": 4})
+    assert device.planned[0]["prefix"] == "onnx_int8"
+    assert "torch would take 1 MB more than there is" in device.reasons[0]
+    assert "not as before, for stage 3: training in this stage takes" in device.reasons[0]
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
