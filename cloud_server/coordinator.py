@@ -80,7 +80,7 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
     def others(known: Mapping[int, str]) -> dict[int, str]:
         return {participant: text for participant, text in known.items() if participant != event.participant}
 
-    retried = tuple(one for one in state.retried if one != event.participant)
+    retried = {participant: attempt for participant, attempt in state.retried.items() if participant != event.participant}
     return _proceed(rules, replace(state, failed=others(state.failed), unfit=others(state.unfit), retried=retried), now)
 
 
@@ -113,11 +113,11 @@ def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) ->
 
 
 def _ran_short(rules: Rules, state: State, event: RanShort, now: float) -> Result:
-    if event.participant not in state.owing:
+    if event.participant not in state.owing or state.knows_shortage(event.participant, event.attempt):
         raise IllegalEvent(event, state)
     if event.participant in state.retried:
         return _cannot_train(rules, state, CannotTrain(event.participant, refused=False), now)
-    asked, retried = {**state.asked, event.participant: now}, tuple(sorted((*state.retried, event.participant)))
+    asked, retried = {**state.asked, event.participant: now}, {**state.retried, event.participant: event.attempt}
     return _proceed(rules, replace(state, asked=asked, retried=retried), now)
 
 
@@ -314,7 +314,7 @@ def _cleared(state: State) -> State:
 
 def _between_rounds(state: State) -> State:
     """Without what is of one round."""
-    return replace(state, chosen=(), contributed={}, failed={}, retried=(), needed=0, asked={}, stragglers=())
+    return replace(state, chosen=(), contributed={}, failed={}, retried={}, needed=0, asked={}, stragglers=())
 
 
 def _with(notices: Sequence[Notice], result: Result) -> Result:

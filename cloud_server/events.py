@@ -80,6 +80,7 @@ class RanShort(Event):
     """A device ran out of memory, and has planned to take less: it is asked once more in the round."""
 
     participant: int
+    attempt: int  # of the device, in the round
 
 
 @dataclass(frozen=True)

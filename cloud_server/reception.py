@@ -213,7 +213,8 @@ class Reception:
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         participant, state = member.participant, self._course.state
-        if participant not in state.owing:
+        again = fail.code == "memory" and state.knows_shortage(participant, fail.attempt)  # the message came twice
+        if again or participant not in state.owing:
             return
         event: Event
         text = f"device {participant} cannot train in this round ({fail.code}): {fail.reason}"
@@ -221,7 +222,7 @@ class Reception:
             case "data" | "unfit":  # no later round brings it images, or memory
                 event, text = Unfit(participant, fail.reason or "it cannot train"), f"{text}; it is not asked again until it is restarted"
             case "memory":
-                event = RanShort(participant)
+                event = RanShort(participant, fail.attempt)
                 if participant not in state.retried:
                     text = f"device {participant} ran out of memory: {fail.reason}; it is asked once more, to take less"
             case _:

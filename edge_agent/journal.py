@@ -28,6 +28,13 @@ class Update(Record):
     report: Report
 
 
+class Failed(Record):
+    """The last task in which training failed, and how often it did."""
+
+    task: Task
+    attempts: Ordinal
+
+
 class Accepted(Record):
     """The last task whose update a server took, and in which of its starts."""
 
@@ -100,6 +107,14 @@ class Journal:
     def abandon(self) -> None:
         with self._facts.transaction():
             self._facts.drop("task")
+
+    def fail(self, task: Task) -> int:
+        """Training failed; how often it now has in this task."""
+        known = self._read("failed", Failed)
+        attempts = known.attempts + 1 if known is not None and known.task == task else 1
+        with self._facts.transaction():
+            self._put("failed", Failed(task=task, attempts=attempts))
+        return attempts
 
     @property
     def update(self) -> Update | None:

@@ -350,7 +350,8 @@ class Work:
             effects.append(Tell("warning", "ONNX Runtime may be the cause: until this agent is restarted, torch runs frozen layers"))
         self._give_up()
         reason = event.message.replace(self._places.data, Source(self._places.data).label)  # where images lie is nobody's business
-        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000])
+        attempt = self._journal.fail(task)
+        fail = Fail(run=task.run, stage=task.stage, round=task.round, code=code, reason=reason[:1000], attempt=attempt)
         text = f"{where(task)} failed ({code}): {event.message}"
         if code in ("data", "unfit"):
             text += "; this device stays connected, and is not asked again until it is restarted"

@@ -334,6 +334,13 @@ class Fail(Message):
     round: Ordinal
     code: FailCode
     reason: Text
+    attempt: Ordinal = 1  # at this round, as the device counts those that failed: what arrives twice counts once
+
+    @model_serializer(mode="wrap")
+    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Servers from before attempts were counted refuse a key that they do not know."""
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("attempt", 1)}
 
 
 # Enrolment: by token, before a device has a certificate

@@ -3,6 +3,7 @@ devices, and numpy in place of torch."""
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -188,6 +189,7 @@ class FakeDevice:
         self.transport = broker.transport()
         self.boot = boot - 1
         self.tasks, self.refusals, self.sent = [], [], 0
+        self.failed = Counter()  # (stage, round) -> attempts that failed
         self.seen = (0, 0)  # journalled: it survives restarts
         self.begin()
         self.open()
@@ -309,8 +311,10 @@ class FakeDevice:
         self.ready_at = None
         if self.fails:
             self.fails, self.task = self.fails - 1, None
+            self.failed[task.stage, task.round] += 1
             place = {"run": task.run, "stage": task.stage, "round": task.round}
-            self.tell("fail", messages.Fail(**place, code=self.code, reason=f"out of {self.code}"))
+            attempt = self.failed[task.stage, task.round]
+            self.tell("fail", messages.Fail(**place, code=self.code, reason=f"out of {self.code}", attempt=attempt))
             return
         current = {}
         for part in plan.present:

@@ -106,7 +106,7 @@ EVENTS = st.one_of(
     st.builds(Absent, st.integers(0, 3), st.booleans()),
     st.builds(Restarted, st.integers(0, 3)),
     st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
-    st.builds(RanShort, st.integers(0, 3)),
+    st.builds(RanShort, st.integers(0, 3), st.integers(1, 3)),
     st.builds(Unfit, st.integers(0, 3), st.just("no images")),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),

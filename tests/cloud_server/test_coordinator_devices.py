@@ -121,24 +121,36 @@ def test_a_device_that_was_started_again_is_asked_again(refused):
 
 
 def test_a_device_that_ran_short_of_memory_is_expected_once_more_in_each_round():
-    state = after(RULES, training(), RanShort(0), now=7.0)
+    state = after(RULES, training(), RanShort(0, attempt=1), now=7.0)
     assert state.expected == (0, 1)
-    assert (state.asked, state.retried) == ({0: 7.0, 1: 0.0}, (0,))
+    assert (state.asked, state.retried) == ({0: 7.0, 1: 0.0}, {0: 1})
     assert State.from_json(state.to_json()) == state
-    for gone in (after(RULES, state, RanShort(0)), after(RULES, state, Absent(0, for_good=True))):
+    for gone in (after(RULES, state, RanShort(0, attempt=2)), after(RULES, state, Absent(0, for_good=True))):
         assert gone.expected == (1,)
-    failed = after(RULES, state, RanShort(0))
+    failed = after(RULES, state, RanShort(0, attempt=2))
     assert failed.failed == {0: "failed"}
-    assert after(RULES, failed, Restarted(0), RanShort(0)).expected == (0, 1), "begun anew it may have more"
+    assert after(RULES, failed, Restarted(0), RanShort(0, attempt=3)).expected == (0, 1), "begun anew it may have more"
     done = after(RULES, state, Contributed(0, "x"), Contributed(1, "y"), Aggregated({}, 1.0), Calibrated({}))
-    assert (done.round, done.retried) == (2, ())
-    assert after(RULES, done, RanShort(1)).expected == (0, 1)
+    assert (done.round, done.retried) == (2, {})
+    assert after(RULES, done, RanShort(1, attempt=1)).expected == (0, 1)
 
 
 def test_who_is_not_waited_for_cannot_run_short():
     state = after(RULES, training(), Contributed(0, "x"))
     with pytest.raises(IllegalEvent):
-        advance(RULES, state, RanShort(0), 0.0)
+        advance(RULES, state, RanShort(0, attempt=1), 0.0)
+
+
+def test_an_attempt_that_ran_short_is_counted_once():
+    state = after(RULES, training(), RanShort(0, attempt=2))
+    for attempt in (1, 2):
+        with pytest.raises(IllegalEvent):
+            advance(RULES, state, RanShort(0, attempt), 0.0)
+
+
+def test_whom_a_server_that_counted_no_attempts_asked_once_more_is_asked_no_third_time():
+    stored = {**json.loads(training().to_json()), "retried": [0]}
+    assert after(RULES, State.from_json(json.dumps(stored)), RanShort(0, attempt=2)).failed == {0: "failed"}
 
 
 def test_once_begun_a_quorum_is_enough_in_every_later_round():

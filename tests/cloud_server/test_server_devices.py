@@ -414,6 +414,23 @@ def test_a_device_that_runs_out_of_memory_twice_counts_as_failed_until_the_deadl
     fleet.finish()
 
 
+def test_a_failure_that_arrives_twice_costs_its_device_no_attempt(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.bring("short", fails=1)
+    tell = device.tell
+
+    def tell_twice(kind, message, **options):
+        for _ in range(2 if kind == "fail" else 1):
+            tell(kind, message, **options)
+
+    device.tell = tell_twice
+    fleet.finish()
+    assert fleet.now < 30
+    assert device.tasks == [(1, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert len(warnings(said)) == 1
+
+
 def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     fleet = world("rounds.min_devices=1")
     fleet.start()
@@ -421,7 +438,7 @@ def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     fleet.settle(until=lambda: len(device.tasks) == 2)
     fleet.kill()
     fleet.start()
-    assert fleet.course.state.retried == (0,)
+    assert fleet.course.state.retried == {0: 1}
     fleet.finish()
     assert fleet.now >= 100
 

@@ -41,6 +41,16 @@ def test_how_a_stage_is_computed_is_kept_with_the_version_of_onnx_runtime_and_re
     journal.close()
 
 
+def test_how_often_a_task_has_failed_outlasts_the_agent_and_is_of_that_task_alone(path):
+    for attempt in (1, 2):
+        journal = Journal(path)
+        assert journal.fail(TASK) == attempt
+        journal.close()
+    journal = Journal(path)
+    assert journal.fail(TASK.model_copy(update={"round": 3})) == 1
+    journal.close()
+
+
 def test_the_device_keeps_its_id_and_counts_its_starts(path):
     journal = Journal(path, "Küche 2")
     assert is_name(journal.device)

@@ -69,6 +69,24 @@ def test_a_failure_is_reported_and_tried_again_when_the_server_says_so(world, ki
     assert device.worker[-1] == StartWorker(1)
 
 
+def test_failures_in_a_round_are_numbered_also_by_an_agent_that_was_started_again(world):
+    server, device = world.training()
+    device.queue.append(WorkerError("OutOfMemory", "no memory"))
+    world.settle()
+    device.kill()
+    again = world.start_device()
+    world.settle()
+    for round in (1, 2):
+        server.announce(round=round)
+        server.assign(again.id, round=round)
+        world.settle(2)
+        again.ready()
+        world.settle(0.2)
+        again.queue.append(WorkerError("Diverged", "nan"))
+        world.settle()
+    assert [(fail.round, fail.code, fail.attempt) for fail in server.of(Fail)] == [(1, "memory", 1), (1, "diverged", 2), (2, "diverged", 1)]
+
+
 @pytest.mark.parametrize(
     ("kind", "onnxruntime", "left_out"),
     [("crashed", "1.20", True), ("crashed", None, False), ("exit", "1.20", False), ("out of memory", "1.20", False)],

@@ -9,13 +9,16 @@ from lwfed import disk
 from lwfed.child import END_KINDS
 from lwfed.cloud_server import course, merge
 from lwfed.cloud_server.reception import Reception
+from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.updates import Updates
+from lwfed.config import load_config
 from lwfed.edge_agent import work
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.previous import Previous
 from lwfed.tools.cli import main
-from lwfed.tools.faults.command import run_some
-from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Weather, draw
+from lwfed.tools.faults.command import BASE, run_some
+from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Schedule, Weather, draw
+from lwfed.tools.faults.world import World
 from lwfed.wire.upload import Upload
 
 SCHEDULES = 100
@@ -158,6 +161,28 @@ BROKEN = {
     forgetting_what_encoding_lost: "not those that its devices make",
     taking_every_kill_for_want_of_memory: "whose memory never ran out",
 }
+
+
+def short_of_memory_where_all_messages_arrive_twice(folder):
+    """Two devices, both of which each round needs; the first job of one of them runs out of memory."""
+    settings = {
+        "model": {"depth": 2},
+        "stages": {"rounds_per_stage": (1, 1)},
+        "rounds": {"min_devices": 2, "quorum": 1.0, "deadline_s": 300.0},
+    }
+    doubled = Weather(at_s=0.0, ends_s=200.0, drop=0.0, duplicate=1.0, reorder=0.0, delay_s=0.0)
+    schedule = Schedule(1, 2, settings, (doubled, Fail(0.0, 0, ("out of memory",))), calm_s=200.0)
+    folder.mkdir()
+    return World(schedule, load_config("base", BASE), folder, None).run()
+
+
+def test_a_failure_that_arrives_twice_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
+    outcome = short_of_memory_where_all_messages_arrive_twice(tmp_path / "mended")
+    assert (outcome.violations, outcome.rounds) == ((), 2)
+    assert outcome.virtual_s < 300, "no round lasts until its deadline"
+    monkeypatch.setattr(State, "knows_shortage", lambda self, participant, attempt: False)
+    broken = short_of_memory_where_all_messages_arrive_twice(tmp_path / "broken")
+    assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
 
 
 def cuts_power(seed):

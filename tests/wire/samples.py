@@ -54,7 +54,7 @@ SAMPLES: dict[str, m.Message] = {
     "need": m.Need(blobs=(m.Want(id=ID, missing=None), m.Want(id="cd" * 32, missing="0-2,7"))),
     "offer": m.Offer(contribution=CONTRIBUTION, run="cifar10", stage=2, round=5, participant=3, manifest=MANIFEST, report=REPORT),
     "fin": m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=1_000_000, up=250_000)),
-    "fail": m.Fail(run="cifar10", stage=2, round=5, code="memory", reason="needs 900 MB, 400 MB are free"),
+    "fail": m.Fail(run="cifar10", stage=2, round=5, code="memory", reason="needs 900 MB, 400 MB are free", attempt=2),
     "task": m.Task(run="cifar10", stage=2, round=5, participant=3),
     "manifest": MANIFEST,
     "grant": m.Grant(contribution=CONTRIBUTION, worker="w0", missing="0-2", window=4),

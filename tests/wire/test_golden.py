@@ -12,12 +12,12 @@ import pytest
 
 from lwfed.blobs import BlobStore
 from lwfed.wire import tensors
-from lwfed.wire.messages import DOWN, UP, Manifest, Offer, Run, decode, encode
+from lwfed.wire.messages import DOWN, UP, Fail, Manifest, Offer, Run, decode, encode
 
 from .samples import SAMPLES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = {**{name: name for name in SAMPLES}, "run": "run-graphs", "offer": "offer-onnx"}  # as written today
+FILES = {**{name: name for name in SAMPLES}, "run": "run-graphs", "offer": "offer-onnx", "fail": "fail-attempt"}  # as written today
 BLOB = bytes(range(256)) * 20 + b"end"
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.array([-0.5, 1e-7], dtype=np.float32)}
 
@@ -58,9 +58,16 @@ def test_an_offer_computed_by_torch_alone_says_nothing_of_onnx_runtime():
     assert decode(Offer, golden) == offer
 
 
+def test_a_first_failure_in_a_round_says_nothing_of_attempts():
+    first = SAMPLES["fail"].model_copy(update={"attempt": 1})
+    golden = (GOLDEN / "fail.json").read_bytes()
+    assert encode(first) == golden  # servers from before attempts were counted refuse keys that they do not know
+    assert decode(Fail, golden) == first
+
+
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
-    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "offer.json", "blob-manifest.json"}
+    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "offer.json", "fail.json", "blob-manifest.json"}
     assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier
 
 

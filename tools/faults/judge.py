@@ -5,7 +5,8 @@
 2. Nothing is counted twice: a participant contributes once to a round, and what the coordinator counts is what the store holds.
 3. The run never goes back, over all starts of the server.
 4. No device is taken for two.
-5. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`Reference`).
+5. A failure counts once, however often its message arrives.
+6. The model is the one that the recorded contributions make, bit for bit, computed anew from nothing (`Reference`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from lwfed.plan import StagePlan
 from lwfed.seeds import derive
 from lwfed.tools.faults import canned
 from lwfed.wire import deltas, tensors
-from lwfed.wire.messages import Done, decode
-from lwfed.wire.topics import ToDevice, Topics
+from lwfed.wire.messages import Done, Fail, decode
+from lwfed.wire.topics import FromDevice, ToDevice, Topics
 
 PHASES = ("preparing", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished")
 
@@ -40,6 +41,7 @@ class Judge:
         self._topics = topics
         self._acknowledged: set[str] = set()
         self._state = State()
+        self._failures: dict[tuple[str, int, int], set[int]] = {}  # device, stage, round -> attempts of which it said that they failed
 
     def blame(self, text: str) -> None:
         if text not in self.violations:
@@ -54,6 +56,13 @@ class Judge:
                 if id not in self._stored(course) and not course.store.has_contribution(id):
                     self.blame(f"done was sent to {device} for {id}, which is not in the store")
 
+    def said(self, topic: str, payload: bytes) -> None:
+        """What a device is about to say."""
+        match self._topics.parse(topic):
+            case FromDevice(device, "fail"):
+                fail = decode(Fail, payload)
+                self._failures.setdefault((device, fail.stage, fail.round), set()).add(fail.attempt)
+
     def look(self, course: Course) -> None:
         """After every step of the server."""
         state, before = course.state, self._state
@@ -62,6 +71,8 @@ class Judge:
         self._state = state
         if _order(state) < _order(before):
             self.blame(f"the run went back from {_place(before)} to {_place(state)}")
+        if (state.failed, state.retried) != (before.failed, before.retried):
+            self._look_at_failures(course)
         if not state.contributed or state.contributed == before.contributed:
             return
         if _order(state) == _order(before) and not before.contributed.items() <= state.contributed.items():
@@ -70,6 +81,15 @@ class Judge:
             self.blame(f"{_place(state)}: an update of a device is counted that was not chosen")
         if (stored := self._stored(course)) != set(state.contributed.values()):
             self.blame(f"{_place(state)}: {len(state.contributed)} updates are counted and {len(stored)} stored")
+
+    def _look_at_failures(self, course: Course) -> None:
+        state = course.state
+        failed = [participant for participant, how in state.failed.items() if how == "failed"]
+        counted = Counter([*failed, *state.retried])
+        for device in course.store.devices():
+            said = len(self._failures.get((device.id, state.stage, state.round), ()))
+            if counted[device.participant] > said:
+                self.blame(f"{_place(state)}: of participant {device.participant} {counted[device.participant]} failures count, not {said}")
 
     def begun(self, course: Course) -> None:
         """After every start of the server: nothing that was seen before is forgotten."""

@@ -93,6 +93,8 @@ class World:
             self._note(self.now, who, f"> {topic.partition('/')[2]}  {_excerpt(topic, payload)}")
         if who == self._server.name:
             self._judge.published(self._server.course, topic, payload)
+        else:
+            self._judge.said(topic, payload)
 
     def _anywhere(self, text: str) -> str:
         """Without the folder, which is another one each time."""
