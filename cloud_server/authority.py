@@ -19,13 +19,13 @@ from lwfed.wire.topics import is_name
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FILE_NAME = "authority.pem"
 SUBJECT = "lwfed authority"
 DAY = datetime.timedelta(days=1)
 AUTHORITY_DAYS = 20 * 365
 DEVICE_DAYS = 10 * 365  # a device in the field must not fall silent by a date; revocation does not wait for one
+DER_SEQUENCE = b"\x30"
 BROKER_DAYS = 825  # made anew with every start; some clients take no longer ones
 
 
@@ -62,15 +62,14 @@ class Authority:
 
         return self._certificate.public_bytes(Encoding.DER)
 
-    @property
-    def announcer(self) -> Ed25519PrivateKey:
-        """The key that announcements are signed with. It is derived from the authority's: nothing more is kept, copied or lost."""
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    def sign(self, statement: bytes) -> bytes:
+        """Its signature (ECDSA with SHA-256, in DER) of what is no certificate: it must not begin as one does."""
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
         from cryptography.hazmat.primitives.hashes import SHA256
-        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-        secret = self._key.private_numbers().private_value.to_bytes(32, "big")
-        return Ed25519PrivateKey.from_private_bytes(HKDF(SHA256(), length=32, salt=None, info=b"lwfed announcements").derive(secret))
+        if statement[:1] == DER_SEQUENCE:
+            raise ValueError("this could be a certificate")
+        return self._key.sign(statement, ECDSA(SHA256()))
 
     def certify(self, request: bytes, name: str) -> bytes:
         """The certificate (PEM) of device `name` for the key of a signing request (PEM), of which nothing else is used.

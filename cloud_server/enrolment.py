@@ -25,8 +25,7 @@ def invite(authority: Authority, registry: Registry, name: str) -> Token:
         raise StateError("there is no server for devices of other machines: start one with `cloud-server serve --listen HOST`")
     token, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     registry.invite(name, token, digest(secret), LIFETIME_S)
-    announcer = authority.announcer.public_key().public_bytes_raw().hex()
-    header = Header(host=contact.host, port=contact.port, fleet=contact.fleet, device=name, id=token, secret=secret, announcer=announcer)
+    header = Header(host=contact.host, port=contact.port, fleet=contact.fleet, device=name, id=token, secret=secret)
     return Token(header, authority.der)
 
 

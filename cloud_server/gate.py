@@ -39,7 +39,7 @@ from lwfed.private import write_private
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.commands import Command, Send
 from lwfed.wire.messages import encode
-from lwfed.wire.signed import sign
+from lwfed.wire.signed import signed
 from lwfed.wire.topics import Topics
 
 LOOK_EVERY_S = 1.0
@@ -112,7 +112,6 @@ class Gate:
         self.place, self._clock = place, clock
         self._topics = Topics(fleet)
         self._authority = Authority(folder)
-        self._announcer = self._authority.announcer
         self.registry = Registry(folder, clock)
         self.registry.contact = Contact(place.host, place.port, fleet)
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
@@ -163,7 +162,7 @@ class Gate:
 
     def sign(self, announcement: bytes) -> bytes:
         """So that devices believe it."""
-        return sign(announcement, self._topics.fleet, self._announcer)
+        return signed(announcement, self._topics.fleet, self._authority.sign)
 
     @property
     def filters(self) -> tuple[str, ...]:

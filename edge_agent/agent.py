@@ -24,7 +24,7 @@ from lwfed.child import Ended, Said
 from lwfed.data import Source, open_source
 from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Exit, Show, StartWorker, Stop, Tell, Train
-from lwfed.edge_agent.identity import Identity
+from lwfed.edge_agent.identity import announcement_verifier
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.process import FromChild, TrainingProcess
 from lwfed.edge_agent.resources import share_mb
@@ -52,7 +52,7 @@ class Join:
     state: Path
     wait_s: float
     budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
-    identity: Identity | None = None  # of an enrolled device
+    device: str | None = None  # its name, where it is enrolled
 
 
 def torch_version() -> str | None:
@@ -91,7 +91,7 @@ class Agent:
         self._transport, self._screen = transport, screen
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # may be filled by a signal handler, unlike Queue
         self._process: TrainingProcess | None = None
-        self._journal = Journal(join.state / JOURNAL, join.name, join.identity.device if join.identity else None)
+        self._journal = Journal(join.state / JOURNAL, join.name, join.device)
         self._topics = Topics(join.fleet)
         device = self._journal.device
         if join.budget_mb is not None:
@@ -101,7 +101,8 @@ class Agent:
         work = Work(device, self._topics, self._journal, held, spool, places, transport)
         self._start = Start(boot=self._journal.boot, nonce=secrets.token_hex(8))
         hello = make_hello(self._start, source, images)
-        self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic(), join.identity)
+        believe = announcement_verifier(join.state, join.fleet) if join.device else None
+        self._session = Session(self._topics, hello, self._journal, work, transport, join.wait_s, time.monotonic(), believe)
 
     def run(self) -> None:
         """Until SIGINT or SIGTERM; raises what makes it impossible to go on."""

@@ -93,7 +93,7 @@ def join(
     transport = access.transport()
     screen = Screen(Console(as_json))
     with locked_state(place, "use another --name or --state"):
-        Agent(Join(data, fleet, name, place, wait_s, budget_mb, access.identity), transport, screen).run()
+        Agent(Join(data, fleet, name, place, wait_s, budget_mb, access.device), transport, screen).run()
 
 
 @main.command("enrol")

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from lwfed.edge_agent.agent import JOURNAL
-from lwfed.edge_agent.identity import FOLDER, Identity, load
+from lwfed.edge_agent.identity import AUTHORITY, FOLDER, Identity, load
 from lwfed.errors import ConfigError, InvalidMessage, ProtocolMismatch, Refused, StateError, TransportError, Unreachable, Untrusted
 from lwfed.private import write_private
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
@@ -37,13 +37,13 @@ def enrol(token: Token, state: Path, wait_s: float) -> str:
         raise StateError(f"{state} is of a device that has joined without enrolment: delete it, or use another --name or --state")
     folder = state / FOLDER
     request = signing_request(token, folder)
-    admission = _ask(token, request, folder / "authority.pem", time.monotonic() + wait_s)
+    admission = _ask(token, request, folder / AUTHORITY, time.monotonic() + wait_s)
     if admission.device is None or admission.certificate is None:
         raise Refused(f"the server refuses: {admission.refused}")
     write_private(folder / "certificate.pem", admission.certificate.encode())
-    TlsFiles(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem").context()  # they belong together
+    TlsFiles(folder / AUTHORITY, folder / "certificate.pem", folder / "key.pem").context()  # they belong together
     broker = str(BrokerAddress(token.header.host, token.header.port, tls=True))
-    identity = Identity(device=admission.device, fleet=token.header.fleet, broker=broker, announcer=token.header.announcer)
+    identity = Identity(device=admission.device, fleet=token.header.fleet, broker=broker)
     write_private(folder / "identity.json", identity.model_dump_json().encode())
     return admission.device
 
@@ -76,7 +76,7 @@ def signing_request(token: Token, folder: Path) -> str:
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     pem = serialization.Encoding.PEM
     write_private(folder / "key.pem", key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-    write_private(folder / "authority.pem", authority.public_bytes(pem))
+    write_private(folder / AUTHORITY, authority.public_bytes(pem))
     write_private(path, request.public_bytes(pem))
     return path.read_text()
 

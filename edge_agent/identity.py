@@ -12,10 +12,13 @@ from lwfed.cli import Connection
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Transport
-from lwfed.wire.messages import Digest, Name, Record
+from lwfed.wire.messages import Name, Record
+from lwfed.wire.signed import Believe, verifier
 from lwfed.wire.topics import Topics
 
 FOLDER = "identity"
+AUTHORITY = "authority.pem"
+ENROL_ANEW = "enrol it under another name with another --state"
 
 
 class Identity(Record):
@@ -24,7 +27,6 @@ class Identity(Record):
     device: Name
     fleet: Name
     broker: str
-    announcer: Digest | None = None  # public key that announcements are signed with; None: it was enrolled before they were
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,13 @@ class Access:
 
     address: BrokerAddress
     connection: Connection
-    identity: Identity | None = None  # of an enrolled device
-
-    @property
-    def fleet(self) -> str:
-        return self.identity.fleet if self.identity else "default"
+    fleet: str = "default"
+    device: str | None = None  # the name of an enrolled one
 
     def transport(self) -> Transport:
         """Not yet open. An enrolled device subscribes to its topics at once: one that was revoked is let in, but not to them."""
         transport = self.connection.transport(self.address)
-        for filter in Topics(self.fleet).for_device(self.identity.device) if self.identity else ():
+        for filter in Topics(self.fleet).for_device(self.device) if self.device else ():
             transport.subscribe(filter)
         return transport
 
@@ -59,8 +58,8 @@ def find_access(url: str | None, connection: Connection, state: Path) -> Access:
     if identity is None or not address.tls or connection != Connection():
         return Access(address, connection)
     files = state / FOLDER
-    ours = replace(connection, ca=files / "authority.pem", cert=files / "certificate.pem", key=files / "key.pem")
-    return Access(address, ours, identity)
+    ours = replace(connection, ca=files / AUTHORITY, cert=files / "certificate.pem", key=files / "key.pem")
+    return Access(address, ours, identity.fleet, identity.device)
 
 
 def load(state: Path) -> Identity | None:
@@ -71,4 +70,13 @@ def load(state: Path) -> Identity | None:
     try:
         return Identity.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        raise StateError(f"{path} cannot be read: revoke this device, and enrol it under another name with another --state") from None
+        raise StateError(f"{path} cannot be read: revoke this device, and {ENROL_ANEW}") from None
+
+
+def announcement_verifier(state: Path, fleet: str) -> Believe:
+    """What the device whose identity is in `state` believes: what its server has signed for that fleet. Raises StateError."""
+    path = state / FOLDER / AUTHORITY
+    try:
+        return verifier(path.read_bytes(), fleet)
+    except (OSError, ValueError) as error:
+        raise StateError(f"{path} cannot be read ({error}): revoke this device, and {ENROL_ANEW}") from None

@@ -13,7 +13,6 @@ from random import Random
 
 from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, Tell
 from lwfed.edge_agent.handover import Link
-from lwfed.edge_agent.identity import Identity
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
 from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
@@ -23,7 +22,7 @@ from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send, Subscribe
 from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
 from lwfed.wire.retry import Retry
-from lwfed.wire.signed import unverified, verified
+from lwfed.wire.signed import Believe, unverified
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 
@@ -84,9 +83,10 @@ class Session:
         link: Link,
         wait_s: float,
         now: float,
-        identity: Identity | None = None,
+        believe: Believe | None = None,
     ) -> None:
-        self._identity = identity
+        """`believe` tells an enrolled device which announcements are its server's; without it all are."""
+        self._believe = believe
         self._topics, self._hello, self._journal, self._work = fleet, hello, journal, work
         self._device = journal.device
         self._link, self._traffic = link, TrafficCount(journal, link)
@@ -106,8 +106,7 @@ class Session:
     def begin(self) -> list[Effect]:
         if (update := self._work.handover.update) is not None:
             self._traffic.follow(update.task.run)
-        unsure = [Tell("warning", UNVERIFIED)] if self._identity and not self._identity.announcer else []
-        return [*unsure, *self._work.recall()]
+        return self._work.recall()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -157,7 +156,7 @@ class Session:
         self._connected, self._quiet_until = False, None
         self._greeting.stop()
         self._lose_server()
-        if self._identity and isinstance(reason, Forbidden):
+        if self._believe and isinstance(reason, Forbidden):
             reason = Forbidden(f"{reason}; {REVOKED}")
         known = self._reason is not None and (isinstance(self._reason, Forbidden) or not isinstance(reason, Forbidden))
         self._reason = reason
@@ -215,7 +214,7 @@ class Session:
             case topics.ServerState():
                 return self._on_server(messages.decode_server_state(payload), now)
             case topics.RunTopic():
-                return self._on_run(decode(Run, self._believed(payload)))
+                return self._on_run(decode(Run, self._believe(payload) if self._believe else unverified(payload)))
             case topics.BlobChunk(blob, index, None | self._device):
                 fetching = not self._work.downloads.complete
                 self._work.downloads.on_chunk(blob, index, payload)
@@ -226,12 +225,6 @@ class Session:
                 self._greeting.wait(now)
                 return self._on_order(decode(messages.DOWN[kind], payload))
         return []
-
-    def _believed(self, payload: bytes) -> bytes:
-        """An announcement, verified where the device knows by whom it must be signed. All that it trains on is named in it by digest."""
-        if self._identity is None or self._identity.announcer is None:
-            return unverified(payload)
-        return verified(payload, self._topics.fleet, bytes.fromhex(self._identity.announcer))
 
     def _on_order(self, message: messages.Message) -> list[Effect]:
         match message:
@@ -253,6 +246,11 @@ class Session:
     # Server and run
 
     def _on_server(self, state: ServerState, now: float) -> list[Effect]:
+        if self._believe and state.online and state.epoch < self._journal.seen.epoch:  # then it would follow what was announced long ago
+            raise InvalidMessage(
+                f"the server's state is of its start {state.epoch}, and {self._journal.seen.epoch} has announced a run: it is repeated by "
+                "somebody, or the server's clock was put back and its state lost"
+            )
         first, self._quiet_until = self._quiet_until is not None, None
         if not messages.speaks_our_version(state):
             versions = f"{state.protocol_min} to {state.protocol_max}"

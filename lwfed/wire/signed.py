@@ -1,48 +1,60 @@
-"""Announcements with the server's signature: a broker that leaks, or was taken over, can announce no model.
+"""Announcements with the server's signature: who can publish in its name at the broker can still announce no model.
 
     JSON \\n signature
 
-The signature is Ed25519 in base64, over the bytes as they travel: it is verified before anything is parsed. It holds for
-one fleet, because one server's key may serve several.
+It is that of the server's authority, whose certificate devices have from their token: ECDSA over P-256 with SHA-256, in DER
+and base64. The bytes are signed as they travel, so that they are verified before anything is parsed; for one fleet,
+because one authority may serve several; and below a word of their own, which no certificate begins with.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from lwfed.errors import InvalidMessage
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from lwfed.wire.messages import MAX_MESSAGE_BYTES
 
 SEPARATOR = b"\n"  # stands in no JSON of ours
 CONTEXT = b"lwfed announcement"
+SIGNATURE_CHARACTERS = 96  # at most
+
+Believe = Callable[[bytes], bytes]  # of a payload the announcement in it; raises InvalidMessage
 
 
-def sign(announcement: bytes, fleet: str, key: Ed25519PrivateKey) -> bytes:
-    return announcement + SEPARATOR + base64.b64encode(key.sign(_statement(announcement, fleet)))
-
-
-def verified(payload: bytes, fleet: str, key: bytes) -> bytes:
-    """The announcement in `payload`, signed for `fleet` by the owner of the public `key` (32 bytes). Raises InvalidMessage."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    announcement, separator, signature = payload.rpartition(SEPARATOR)
-    if not separator:
-        raise InvalidMessage("the announcement is not signed")
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(base64.b64decode(signature, validate=True), _statement(announcement, fleet))
-    except (InvalidSignature, binascii.Error):
-        raise InvalidMessage("the announcement is not signed by the server that this device was enrolled with") from None
-    return announcement
+def signed(announcement: bytes, fleet: str, sign: Callable[[bytes], bytes]) -> bytes:
+    """`sign` gives the authority's signature of bytes."""
+    return announcement + SEPARATOR + base64.b64encode(sign(_statement(announcement, fleet)))
 
 
 def unverified(payload: bytes) -> bytes:
-    """The announcement in `payload`, signed or not, for whoever has no key to verify it with."""
+    """For devices that were not enrolled and so know no authority."""
     return payload.partition(SEPARATOR)[0]
+
+
+def verifier(certificate: bytes, fleet: str) -> Believe:
+    """For devices that know the authority, by its certificate (PEM). Raises ValueError where that is none."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    key = x509.load_pem_x509_certificate(certificate).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("its key is of another kind")
+
+    def verified(payload: bytes) -> bytes:
+        announcement, separator, signature = payload[: MAX_MESSAGE_BYTES + SIGNATURE_CHARACTERS + 2].rpartition(SEPARATOR)
+        if not separator:
+            raise InvalidMessage("the announcement is not signed: its server is older than this edge-agent, or it is forged")
+        try:
+            key.verify(base64.b64decode(signature, validate=True), _statement(announcement, fleet), ec.ECDSA(SHA256()))
+        except (InvalidSignature, binascii.Error):
+            raise InvalidMessage("the announcement is not signed by the server that this device was enrolled with") from None
+        return announcement
+
+    return verified
 
 
 def _statement(announcement: bytes, fleet: str) -> bytes:

@@ -2,8 +2,7 @@
 
 The header is JSON and the certificate the authority's own in DER, both in base64url; the check tells a token that was
 not copied whole. A hash of the certificate would be shorter, but then the first handshake could not be verified by
-ordinary means: the device has nothing yet to verify the other side with. The key of announcements is in the token, and not
-in the answer, because that comes through the broker, which is not to be believed about it.
+ordinary means: the device has nothing yet to verify the other side with.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from lwfed.errors import ConfigError
-from lwfed.wire.messages import Digest, Name, Record, Secret
+from lwfed.wire.messages import Name, Record, Secret
 
 PREFIX = "lwfed1"
 MAX_CHARACTERS = 8192
@@ -29,7 +28,6 @@ class Header(Record):
     device: Name
     id: Name
     secret: Annotated[Secret, Field(repr=False)]
-    announcer: Digest | None = None  # public key (Ed25519) that the server signs announcements with; older tokens have none
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Token:
     authority: bytes = field(repr=False)  # DER
 
     def __str__(self) -> str:
-        text = ".".join((PREFIX, _encode(self.header.model_dump_json(exclude_none=True).encode()), _encode(self.authority)))
+        text = ".".join((PREFIX, _encode(self.header.model_dump_json().encode()), _encode(self.authority)))
         return f"{text}.{_check(text)}"
 
     @classmethod

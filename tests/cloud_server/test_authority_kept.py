@@ -17,10 +17,11 @@ from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit, invite
 from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
 from lwfed.edge_agent.enrolment import signing_request
-from lwfed.edge_agent.identity import find_access
+from lwfed.edge_agent.identity import announcement_verifier, find_access
 from lwfed.errors import StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.messages import Enrol, encode
+from lwfed.wire.signed import signed
 from lwfed.wire.token import Token
 
 from .test_authority import contexts, handshake
@@ -62,7 +63,7 @@ def test_it_is_taken_up_and_not_founded_anew(folder):
 
 def test_a_device_of_then_and_a_broker_of_today_shake_hands(folder):
     access = find_access(None, Connection(), GOLDEN / "porch")
-    assert (access.address, access.fleet, access.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
+    assert (access.address, access.fleet, access.device) == (BrokerAddress("garden.local", 8883, tls=True), "default", "porch")
     authority, files = Authority(folder), access.connection
     assert files.ca.read_bytes() == authority.pem
     pair = contexts(folder, authority, authority.issue(folder, "broker", ("garden.local",)), (files.cert, files.key))
@@ -83,9 +84,10 @@ def test_devices_of_then_are_known(registry):
     assert known["porch"].certificate == (GOLDEN / "porch" / "identity" / "certificate.pem").read_text()
 
 
-def test_it_signs_announcements_with_the_same_key_as_ever(folder):
-    key = Authority(folder).announcer.public_key().public_bytes_raw().hex()
-    assert key == "d6954495ac792a1edaa4ae30619af0a51edd7269be4cded9a8bcebd9fdef8f95"
+def test_a_device_of_then_believes_what_it_signs(folder):
+    believe = announcement_verifier(GOLDEN / "porch", "default")
+    assert believe(signed(b"announcement", "default", Authority(folder).sign)) == b"announcement"
+    assert believe((GOLDEN / "announcement.signed").read_bytes()) == b'{"v":1}'
 
 
 def test_a_token_of_then_still_admits_its_device_and_a_used_one_nobody(folder, registry):

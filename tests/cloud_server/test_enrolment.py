@@ -18,7 +18,7 @@ from lwfed.cloud_server.server import Stop
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.base import Received
 from lwfed.wire.messages import Admission, Enrol, Run, decode, encode
-from lwfed.wire.signed import verified
+from lwfed.wire.signed import verifier
 from lwfed.wire.topics import Topics
 
 from .fleets import of
@@ -314,10 +314,10 @@ def test_refused_enrolments_and_words_of_revoked_devices_are_counted_and_said_wi
     assert "complaints: revoked 1" in overview(fleet.root / "server")
 
 
-def test_what_a_server_behind_a_gate_announces_is_signed_by_the_key_in_its_tokens(world, gate, beside):
+def test_what_a_server_behind_a_gate_announces_is_signed_by_its_authority(world, gate, beside):
     fleet = world()
     fleet.start(gate=gate)
     fleet.quiet()
     announced = fleet.broker.retained[Topics("default").run]
-    announcement = verified(announced, "default", bytes.fromhex(beside.invite().header.announcer))
-    assert decode(Run, announcement).epoch == fleet.course.epoch
+    believe = verifier(beside.authority.pem, "default")
+    assert decode(Run, believe(announced)).epoch == fleet.course.epoch

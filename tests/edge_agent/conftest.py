@@ -113,7 +113,7 @@ class Server:
 class Device:
     """The session with its shell played by the test: worker effects are recorded, their answers injected."""
 
-    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s=15, data="digits", identity=None) -> None:
+    def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s=15, data="digits", believe=None) -> None:
         self.root, self.exit, self.told, self.worker = root, None, [], []
         root.mkdir(exist_ok=True)
         self.journal = Journal(root / "journal.sqlite", "tester")
@@ -125,7 +125,7 @@ class Device:
         self.start = Start(boot=self.journal.boot, nonce=f"{self.journal.boot:016x}")
         rest = {"python": "3", "torch": "2", "machine": "m", "cores": 1, "memory_mb": 1000, "images": 9, "source": "digits"}
         hello = Hello(start=self.start, lwfed="0", **rest)
-        self.session = Session(TOPICS, hello, self.journal, work, self.link, wait_s, now, identity)
+        self.session = Session(TOPICS, hello, self.journal, work, self.link, wait_s, now, believe)
         for filter in TOPICS.for_device(self.id):
             self.link.subscribe(filter)
         self._do(self.session.begin())

@@ -26,7 +26,7 @@ def state(tmp_path):
 
 def test_an_enrolled_device_knows_its_way(state):
     access = find_access(None, Connection(), state)
-    assert (access.address, access.fleet, access.identity.device) == (BrokerAddress("garden.local", 8883, tls=True), "garden", "porch")
+    assert (access.address, access.fleet, access.device) == (BrokerAddress("garden.local", 8883, tls=True), "garden", "porch")
     assert {access.connection.ca, access.connection.cert, access.connection.key} == {
         state / "identity" / f"{name}.pem" for name in ("authority", "certificate", "key")
     }
@@ -34,13 +34,13 @@ def test_an_enrolled_device_knows_its_way(state):
 
 def test_it_finds_its_server_at_another_address_too(state):
     access = find_access("mqtts://garden.lan:9000", Connection(), state)
-    assert (access.address.host, access.identity.device) == ("garden.lan", "porch")
+    assert (access.address.host, access.device) == ("garden.lan", "porch")
 
 
 @pytest.mark.parametrize(("url", "connection"), [("mqtt://localhost", Connection()), ("mqtts://other", Connection(username="me"))])
 def test_its_identity_goes_to_no_other_broker(state, url, connection):
     access = find_access(url, connection, state)
-    assert (access.connection, access.fleet, access.identity) == (connection, "default", None)
+    assert (access.connection, access.fleet, access.device) == (connection, "default", None)
 
 
 def test_a_damaged_identity_is_explained(state):

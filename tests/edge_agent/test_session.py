@@ -1,22 +1,29 @@
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
 from lwfed.edge_agent.facts import MemoryFacts
-from lwfed.edge_agent.identity import Identity
-from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.session import SAVE_BYTES, SAVE_S, TrafficCount
-from lwfed.errors import Forbidden, ProtocolMismatch, Refused, Unreachable
+from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
 from lwfed.wire.messages import Challenge, Hello, State, Traffic
-from lwfed.wire.signed import sign
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
-KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
-IDENTITY = Identity(device="porch", fleet="default", broker="mqtts://h", announcer=KEY.public_key().public_bytes_raw().hex())
+MARK = b" signed"
+
+
+def seal(announcement):
+    return announcement + MARK
+
+
+def believe(payload):
+    """What a verifier does, without its cryptography, which tests/wire/test_signed.py tests."""
+    if not payload.endswith(MARK):
+        raise InvalidMessage("not signed")
+    return payload.removesuffix(MARK)
 
 
 def state(world):
@@ -61,48 +68,51 @@ def test_it_greets_again_after_a_reconnection_and_after_a_restart_of_the_server(
     assert again.greeted == [device.id]
 
 
-@pytest.mark.parametrize("identity", [IDENTITY, None], ids=["enrolled", "not enrolled"])
-def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, identity):
-    device = world.start_device(identity=identity)
+@pytest.mark.parametrize("believe", [believe, None], ids=["enrolled", "not enrolled"])
+def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, believe):
+    device = world.start_device(believe=believe)
     world.settle()
     for reason in (Refused("the session was ended"), Forbidden("no topics"), Forbidden("no topics"), Unreachable("gone")):
         device.queue.append(Disconnected(reason))
         world.settle()
     first, second = device.texts("disconnected")
     assert "the session was ended" in first
-    assert ("no topics" in second, "revoked" in second) == (True, identity is not None)
+    assert ("no topics" in second, "revoked" in second) == (True, believe is not None)
 
 
-def signed(announcement):
-    return sign(announcement, "default", KEY)
-
-
-def test_an_enrolled_device_follows_its_server_s_announcements_and_no_others(world):
-    server, device = world.start_server(), world.start_device(identity=IDENTITY)
+@pytest.mark.parametrize("early", [False, True], ids=["the server is there", "before the server's state"])
+def test_an_enrolled_device_follows_what_its_server_has_signed_and_nothing_else(world, early):
+    server = world.start_server()
+    if early:
+        server.announce(run="forged")
+    device = world.start_device(believe=believe)
     world.settle()
-    forger = Ed25519PrivateKey.generate()
-    for sealed in (
-        bytes,
-        lambda announcement: sign(announcement, "default", forger),
-        lambda announcement: sign(announcement, "other", KEY),
-    ):
-        server.announce(run="forged", sealed=sealed)
-        world.settle()
-        assert device.texts("run") == []
+    server.announce(run="forged")
+    server.assign(device.id, run="forged")
+    world.settle(2)
+    assert (device.texts("run"), device.worker, device.journal.seen) == ([], [], Seen(epoch=0, seq=0))
     assert any("not signed" in text for text in device.texts("warning"))
-    server.announce(run="true", sealed=signed)
-    world.settle()
+    server.announce(run="true", sealed=seal)
+    server.assign(device.id, run="true")
+    world.settle(2)
     assert [text.split(":")[0] for text in device.texts("run")] == ["run true"]
+    assert device.worker == [StartWorker(1)]
 
 
-def test_one_that_was_enrolled_before_announcements_were_signed_believes_them_and_says_so(world):
-    server, device = world.start_server(), world.start_device(identity=IDENTITY.model_copy(update={"announcer": None}))
+def test_an_enrolled_device_is_led_back_to_no_announcement_of_long_ago(world):
+    server, device = world.start_server(epoch=5), world.start_device(believe=believe)
+    server.announce(run="old", sealed=seal)
+    repeated = world.broker.retained[TOPICS.run]
+    world.kill_server()
+    server = world.start_server(epoch=7)
+    server.announce(run="new", sealed=seal)
     world.settle()
-    for run, sealed in (("plain", bytes), ("sealed", signed)):
-        server.announce(run=run, sealed=sealed)
-        world.settle()
-    assert [text.split(":")[0] for text in device.texts("run")] == ["run plain", "run sealed"]
-    assert ["before announcements were signed" in text for text in device.texts("warning")] == [True]
+    server.link.publish(TOPICS.server_state, messages.encode(messages.ServerState(online=True, epoch=5)), retain=True)
+    server.link.publish(TOPICS.run, repeated, retain=True)
+    world.settle()
+    assert device.journal.seen.epoch == 7
+    assert [text.split(":")[0] for text in device.texts("run")] == ["run old", "run new"]
+    assert "repeated by somebody" in device.texts("warning")[-1]
 
 
 def test_no_first_connection_within_the_wait_ends_with_the_reason(world):

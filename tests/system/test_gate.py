@@ -25,13 +25,12 @@ from lwfed.cloud_server.registry import Registry
 from lwfed.edge_agent import doctor, enrolment
 from lwfed.edge_agent.cli import main as edge_agent
 from lwfed.edge_agent.enrolment import enrol
-from lwfed.edge_agent.identity import find_access
+from lwfed.edge_agent.identity import announcement_verifier, find_access
 from lwfed.errors import ConfigError, MissingDependency, Refused, StateError, Unreachable, Untrusted
 from lwfed.transport import mqtt
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.transport.mqtt import MqttTransport
-from lwfed.wire.signed import verified
 from lwfed.wire.token import Token, digest
 from lwfed.wire.topics import FromDevice, FromToken, Topics
 
@@ -340,9 +339,9 @@ def test_a_man_in_the_middle_is_told_nothing(host, folder):
     assert impostor.heard == b""
 
 
-def test_an_enrolled_device_knows_by_what_key_its_server_signs(host, enrolled):
-    key = bytes.fromhex(find_access(None, Connection(), enrolled("porch")).identity.announcer)
-    assert verified(host.gate.sign(b"announcement"), "default", key) == b"announcement"
+def test_an_enrolled_device_believes_what_its_server_signs(host, enrolled):
+    believe = announcement_verifier(enrolled("porch"), "default")
+    assert believe(host.gate.sign(b"announcement")) == b"announcement"
 
 
 def test_an_enrolled_device_does_not_follow_an_impostor_either(enrolled, client, folder):

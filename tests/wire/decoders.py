@@ -15,7 +15,6 @@ from random import Random
 from typing import Any, get_args
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lwfed.blobs import BlobStore, check_chunk
 from lwfed.cloud_server.authority import Authority
@@ -29,7 +28,7 @@ from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload, LwfedError
 from lwfed.models import onnx_file
 from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
-from lwfed.wire.signed import sign, unverified, verified
+from lwfed.wire.signed import Believe, signed, unverified, verifier
 from lwfed.wire.sizes import Codec, largest_bytes, stated_shapes
 from lwfed.wire.token import Header, Token, digest
 from lwfed.wire.topics import Topics
@@ -199,10 +198,16 @@ def _confirmed(data: bytes) -> object:
     return {username: {command} for username, command in confirmed(data)}
 
 
+def _signed() -> tuple[bytes, Believe]:
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder))
+        return signed(m.encode(SAMPLES["run"]), "fleet", authority.sign), verifier(authority.pem, "fleet")
+
+
 def _announcement(data: bytes) -> object:
     """As an enrolled device takes it: what is not as it was signed goes no further."""
     unverified(data)
-    announcement = verified(data, "fleet", ANNOUNCER.public_key().public_bytes_raw())
+    announcement = BELIEVE(data)
     assert announcement == m.encode(SAMPLES["run"])
     return m.decode(m.Run, announcement)
 
@@ -226,12 +231,12 @@ ANSWERED = (
     b'{"command":"createClient","correlationData":"porch"}]}',
     b'{"responses":[{"command":"deleteClient","error":"Client not found","correlationData":"enrol.0123456789abcdef"}]}',
 )
-ANNOUNCER = Ed25519PrivateKey.from_private_bytes(b"of these tests alone".ljust(32))
+ANNOUNCED, BELIEVE = _signed()
 GRAPHS = tuple(path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("golden/layer-*.onnx")))
 DECODERS: Mapping[str, Decoder] = {
     **_of_every_kind(),
     "server-state": Decoder((m.encode(SAMPLES["server-state"]),), _server_state),
-    "announcement": Decoder((sign(m.encode(SAMPLES["run"]), "fleet", ANNOUNCER),), _announcement),
+    "announcement": Decoder((ANNOUNCED,), _announcement),
     "ranges": Decoder(GRANTED, _ranges, (InvalidMessage, ProtocolMismatch)),
     "topic": Decoder(tuple(topic.encode() for topic in TOPICS_BUILT), _topic, ()),
     "chunk": Decoder((b"\0\0" + CHUNK[:1024], b"\0\1" + CHUNK[1024:]), _chunk, (InvalidPayload,)),
