@@ -8,7 +8,8 @@ import secrets
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.registry import Device, Registry
 from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload, ProtocolMismatch, StateError
-from lwfed.wire.messages import Admission, Enrol, decode
+from lwfed.wire.enrolment import Admission, Enrol
+from lwfed.wire.messages import decode
 from lwfed.wire.token import Header, Token, digest
 from lwfed.wire.topics import is_name
 

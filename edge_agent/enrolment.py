@@ -19,7 +19,8 @@ from lwfed.private import write_private
 from lwfed.transport.address import BrokerAddress, Credentials, TlsFiles
 from lwfed.transport.base import Connected, Disconnected, Event, Received, Transport
 from lwfed.transport.mqtt import MqttTransport
-from lwfed.wire.messages import Admission, Enrol, decode, encode
+from lwfed.wire.enrolment import Admission, Enrol
+from lwfed.wire.messages import decode, encode
 from lwfed.wire.token import Token, digest
 from lwfed.wire.topics import Topics
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from lwfed.blobs import BlobStore
 from lwfed.errors import InvalidMessage
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import Need, Want, encode, indices
+from lwfed.wire.messages import Need, Want, encode
+from lwfed.wire.ranges import indices
 from lwfed.wire.topics import Topics
 
 GATHER_S = 0.3

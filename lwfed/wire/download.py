@@ -20,7 +20,8 @@ from typing import Literal
 from lwfed.blobs import Arrival, Holdings
 from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send, Subscribe, Unsubscribe
-from lwfed.wire.messages import BlobRef, Got, Manifest, Need, Want, encode, ranges
+from lwfed.wire.messages import BlobRef, Got, Manifest, Need, Want, encode
+from lwfed.wire.ranges import ranges
 from lwfed.wire.retry import Retry
 from lwfed.wire.topics import Topics
 

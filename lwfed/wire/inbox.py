@@ -17,7 +17,8 @@ from pathlib import Path
 from lwfed.blobs import BlobStore, PartFile
 from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import KINDS, Done, Fin, Grant, Message, Miss, Offer, Refuse, RefuseCode, Traffic, Wait, encode, ranges
+from lwfed.wire.messages import KINDS, Done, Fin, Grant, Message, Miss, Offer, Refuse, RefuseCode, Traffic, Wait, encode
+from lwfed.wire.ranges import ranges
 from lwfed.wire.topics import Topics, UpdateChunk
 from lwfed.wire.upload import contribution_id
 

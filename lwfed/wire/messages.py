@@ -45,8 +45,6 @@ Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
 Text = Annotated[str, Field(max_length=1000)]
 Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
-Pem = Annotated[str, Field(max_length=4096)]
 
 
 class Record(BaseModel):
@@ -343,30 +341,6 @@ class Fail(Message):
         return {name: value for name, value in fields.items() if (name, value) != ("attempt", 1)}
 
 
-# Enrolment: by token, before a device has a certificate
-
-
-class Enrol(Message):
-    """Device: certify my key."""
-
-    secret: Annotated[Secret, Field(repr=False)]  # of the token
-    request: Pem  # a certificate signing request for a key of P-256
-
-
-class Admission(Message):
-    """The server: what it certified, or why it does not."""
-
-    device: Name | None = None
-    certificate: Pem | None = None
-    refused: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_one_thing(self) -> Admission:
-        if (self.device is None) != (self.certificate is None) or (self.device is None) == (self.refused is None):
-            raise ValueError("neither a device with its certificate nor a reason")
-        return self
-
-
 UP: dict[str, type[Message]] = {
     "state": State,
     "hello": Hello,
@@ -437,26 +411,3 @@ def decode_server_state(payload: bytes) -> ServerState:
 
 def speaks_our_version(state: ServerState) -> bool:
     return state.protocol_min <= PROTOCOL <= state.protocol_max
-
-
-def ranges(indices: list[int]) -> str:
-    """Sorted indices as text: [0, 1, 2, 7] -> "0-2,7"."""
-    runs: list[list[int]] = []
-    for index in sorted(indices):
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def indices(text: str, count: int) -> list[int]:
-    """The inverse of `ranges`, bounded by a blob of `count` chunks; raises InvalidMessage."""
-    found: set[int] = set()
-    for piece in filter(None, text.split(",")):
-        low, _, high = piece.partition("-")
-        first, last = int(low), int(high or low)
-        if not first <= last < count:
-            raise InvalidMessage(f"chunks {piece} of a blob of {count}")
-        found.update(range(first, last + 1))
-    return sorted(found)

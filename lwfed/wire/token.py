@@ -15,7 +15,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from lwfed.errors import ConfigError
-from lwfed.wire.messages import Name, Record, Secret
+from lwfed.wire.enrolment import Secret
+from lwfed.wire.messages import Name, Record
 
 PREFIX = "lwfed1"
 MAX_CHARACTERS = 8192

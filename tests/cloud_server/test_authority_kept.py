@@ -20,7 +20,8 @@ from lwfed.edge_agent.enrolment import signing_request
 from lwfed.edge_agent.identity import announcement_verifier, find_access
 from lwfed.errors import StateError
 from lwfed.transport.address import BrokerAddress
-from lwfed.wire.messages import Enrol, encode
+from lwfed.wire.enrolment import Enrol
+from lwfed.wire.messages import encode
 from lwfed.wire.signed import signed
 from lwfed.wire.token import Token
 

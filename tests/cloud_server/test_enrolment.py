@@ -17,7 +17,8 @@ from lwfed.cloud_server.registry import Contact, Registry
 from lwfed.cloud_server.server import Stop
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.base import Received
-from lwfed.wire.messages import Admission, Enrol, Run, decode, encode
+from lwfed.wire.enrolment import Admission, Enrol
+from lwfed.wire.messages import Run, decode, encode
 from lwfed.wire.signed import verifier
 from lwfed.wire.topics import Topics
 

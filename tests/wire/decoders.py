@@ -28,6 +28,8 @@ from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload, LwfedError
 from lwfed.models import onnx_file
 from lwfed.wire import deltas, tensors
 from lwfed.wire import messages as m
+from lwfed.wire.enrolment import Enrol
+from lwfed.wire.ranges import indices, ranges
 from lwfed.wire.signed import Believe, signed, unverified, verifier
 from lwfed.wire.sizes import Codec, largest_bytes, stated_shapes
 from lwfed.wire.token import Header, Token, digest
@@ -76,7 +78,7 @@ def _server_state(data: bytes) -> object:
 def _ranges(data: bytes) -> object:
     """As both ends read the chunks that are missing."""
     missing = m.decode(m.Grant, data).missing
-    found = m.indices(missing, RANGES)
+    found = indices(missing, RANGES)
     assert all(0 <= index < RANGES for index in found)
     return found
 
@@ -97,7 +99,7 @@ def _gathering(data: bytes) -> object:
     with tempfile.TemporaryDirectory() as folder:
         part = BlobStore(Path(folder), durable=False).part(manifest)
         part.write(0, chunk)
-        return part.commit() if part.complete else m.ranges(part.missing())
+        return part.commit() if part.complete else ranges(part.missing())
 
 
 def _tensors(data: bytes) -> object:
@@ -252,7 +254,7 @@ DECODERS: Mapping[str, Decoder] = {
     "config": Decoder((load_config("demo").to_bytes(),), RunConfig.from_bytes, (ConfigError,)),
     "token": Decoder((str(TOKEN).encode(),), _token, (ConfigError,)),
     "authority": Decoder((TOKEN.authority,), _authority, (ConfigError,)),
-    "enrolment": Decoder((m.encode(m.Enrol(secret=TOKEN.header.secret, request=REQUEST)),), _admit, ()),
+    "enrolment": Decoder((m.encode(Enrol(secret=TOKEN.header.secret, request=REQUEST)),), _admit, ()),
     "permissions": Decoder(ANSWERED, _confirmed, ()),
     "graph": Decoder(GRAPHS, onnx_file.read, (InvalidPayload,)),
     "signing-request": Decoder((REQUEST.encode(),), _certify, (InvalidPayload,)),

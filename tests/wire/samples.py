@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lwfed.wire import messages as m
+from lwfed.wire.enrolment import Admission, Enrol
 
 ID = "ab" * 32
 BLOB = m.BlobRef(id=ID, size=3000)
@@ -61,8 +62,8 @@ SAMPLES: dict[str, m.Message] = {
     "wait": m.Wait(contribution=CONTRIBUTION, retry_s=30.0),
     "miss": m.Miss(contribution=CONTRIBUTION, missing="1"),
     "done": m.Done(contribution=CONTRIBUTION),
-    "enrol": m.Enrol(secret="s3cr3t-" * 6 + "_", request="-----BEGIN CERTIFICATE REQUEST-----\n"),
-    "admission": m.Admission(device="porch", certificate="-----BEGIN CERTIFICATE-----\n"),
+    "enrol": Enrol(secret="s3cr3t-" * 6 + "_", request="-----BEGIN CERTIFICATE REQUEST-----\n"),
+    "admission": Admission(device="porch", certificate="-----BEGIN CERTIFICATE-----\n"),
     "challenge": m.Challenge(rival=START.nonce),
     "refuse": m.Refuse(contribution=None, code="stale", reason="round 4 is over"),
 }

@@ -7,24 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
+from lwfed.wire.enrolment import Admission, Enrol
 from lwfed.wire.messages import (
     DOWN,
     MAX_GRAPH_BYTES,
     MAX_MESSAGE_BYTES,
     UP,
-    Admission,
     BlobRef,
     Done,
-    Enrol,
     Manifest,
     Run,
     ServerState,
     decode,
     decode_server_state,
     encode,
-    indices,
-    ranges,
 )
+from lwfed.wire.ranges import indices, ranges
 from lwfed.wire.topics import Topics
 
 from .samples import SAMPLES

@@ -26,6 +26,7 @@ from lwfed.plan import GraphEngine, StagePlan, in_model_order
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages as m
 from lwfed.wire import tensors
+from lwfed.wire.ranges import ranges
 from lwfed.wire.sizes import packed_bytes
 from lwfed.wire.topics import Topics
 
@@ -189,4 +190,4 @@ def _blob(size: int) -> m.BlobRef:
 
 
 def _all(manifest: m.Manifest) -> str:
-    return m.ranges(list(range(len(manifest.digests))))
+    return ranges(list(range(len(manifest.digests))))
