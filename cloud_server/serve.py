@@ -44,18 +44,19 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
     with ExitStack() as stack:
-        course = Course(config, root, database=options.database)
+        gate = _gate(options, config, stack)
+        broker = _broker(options, config, root, gate)
+        address = broker.address if broker else BrokerAddress.parse(options.broker)
+        transport = None if broker else options.connection.transport(address)
+        course = Course(config, root, database=options.database)  # nothing of the run is there before, should options be refused
         stack.callback(course.store.close)
         if course.state.over and options.until_done:
             _say_over(News(console, config, ""), course)
             return
-        gate = _gate(options, config, stack)
-        broker = _broker(options, config, root, gate)
         if broker is not None:
             broker.start()
             stack.callback(broker.close)
-        address = broker.address if broker else BrokerAddress.parse(options.broker)
-        connection = gate.connection() if gate else options.connection
+            address = broker.address  # with the port that it found free
         news = News(console, config, str(gate.public_address if gate else address), gated=gate is not None)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
@@ -70,7 +71,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             news.doing(f"connecting to {address}")
         server = Server(
             course,
-            connection.transport(address),
+            transport or (gate.connection() if gate else options.connection).transport(address),
             news,
             starter(config.train.threads),
             until_done=options.until_done,

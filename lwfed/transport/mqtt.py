@@ -43,9 +43,10 @@ class MqttTransport(Transport):
         window: int = 20,
         keepalive_s: int = 60,
     ) -> None:
+        """Raises ConfigError for unusable files of TLS."""
         self._address = address
         self._credentials = credentials
-        self._tls = tls
+        self._context = (tls or TlsFiles()).context() if address.tls else None
         self._window = window
         self._keepalive_s = keepalive_s
         self._filters: dict[str, None] = {}
@@ -68,10 +69,7 @@ class MqttTransport(Transport):
         return "5" if self._version5 else "3.1.1"
 
     def open(self, client_id: str, will: Will | None, deliver: Callable[[Event], None]) -> None:
-        """Raises ConfigError for unusable files of TLS; everything else arrives as an event."""
-        files = self._tls or (TlsFiles() if self._address.tls else None)
-        context = files.context() if files is not None and self._address.tls else None
-        settings = Settings(self._address, self._credentials, context, client_id, will, self._keepalive_s, self._window)
+        settings = Settings(self._address, self._credentials, self._context, client_id, will, self._keepalive_s, self._window)
         self._deliver = deliver
         self._thread = threading.Thread(target=self._run, args=(settings,), name=f"mqtt-{client_id}", daemon=True)
         self._thread.start()

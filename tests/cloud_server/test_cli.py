@@ -16,7 +16,7 @@ from lwfed.cloud_server import orders, serve
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.data.torchvision_sets import import_torchvision
-from lwfed.errors import StateError
+from lwfed.errors import ConfigError, StateError
 from lwfed.locks import locked_state
 from lwfed.models.backbones import load_encoder
 
@@ -131,6 +131,29 @@ def test_export_of_the_newest_model_and_of_a_stage(finished, run, tmp_path, monk
     result = run("export", "--state", finished.root / "server", "--stage", 9, "--out", early)
     assert result.exit_code == 73
     assert "stages with one: 1, 2" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--listen", "porch.local", "--port", 1884],
+        ["--listen", "porch.local", "--broker", "embedded"],
+        ["--listen", "porch.local:65535"],
+        ["--broker", "nonsense"],
+        ["--broker", "mqtt://127.0.0.1", "--port", 1884],
+        ["--broker", "mqtt://porch.local"],
+        ["--broker", "mqtts://porch.local", "--key", "key.pem"],
+        ["--username", "me"],
+    ],
+)
+def test_a_run_is_not_begun_with_options_that_are_refused(run, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    state = tmp_path / "cloud-server" / "demo"
+    settings = ["calibration.every=never", "evaluation.data=null"]
+    result = run("serve", "--config", "demo", *(f"--set={one}" for one in settings), *options)
+    assert (result.exit_code, result.output.count("error: ")) == (ConfigError.exit_code, 1)
+    assert state.is_dir()
+    assert "there is no run" in run("status", "--state", state).output
 
 
 def umask():

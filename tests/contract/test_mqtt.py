@@ -247,6 +247,5 @@ def test_tls_to_a_port_without_it(custom, mosquitto_port):
 
 def test_unusable_files_of_tls_are_an_error_of_the_configuration(custom, tmp_path):
     address = BrokerAddress("127.0.0.1", 1, tls=True)
-    client = custom(1, address=address, tls=TlsFiles(tmp_path / "none.pem")).client()
     with pytest.raises(ConfigError, match=r"none\.pem"):
-        client.open()
+        custom(1, address=address, tls=TlsFiles(tmp_path / "none.pem")).client()
