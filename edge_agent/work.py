@@ -11,7 +11,7 @@ aside and nothing is given up for it: it may be stray.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,12 +34,13 @@ from lwfed.wire.sizes import largest_bytes
 from lwfed.wire.topics import Topics
 
 BEAT_S = 10.0
-MAX_KILLED = 3  # training processes of one task after which it begins again
+MAX_KILLED = 3  # training processes of one task after which it begins again, as it was
 FAIL_CODES: Mapping[str, FailCode] = {
     "DataError": "data",
     "MissingDependency": "data",
     "OutOfMemory": "memory",
     "out of memory": "memory",
+    "killed": "memory",  # again and again: programs that act before memory runs out leave no other trace
     "Unfit": "unfit",
     "Diverged": "diverged",
     "ConfigError": "config",
@@ -202,6 +203,9 @@ class Work:
                 return [*self._end_worker(), Tell("warning", f"{message}; the whole parts are fetched instead")]
             case events.WorkerError("killed") if self._job is not None and self._killed < MAX_KILLED:
                 return self._begin_again(self._job.task, event)
+            case events.WorkerError("killed", message) if self._job is not None:
+                both = "memory is probably short, unless somebody ends them all"
+                return self._fail(self._job.task, replace(event, message=f"{message}. It is the {MAX_KILLED + 1}th in this task: {both}"))
             case events.WorkerError():
                 return self._fail(self._job.task, event) if self._job is not None else self._end_worker(event.ended)
 
@@ -343,7 +347,8 @@ class Work:
         effects = self._end_worker(event.ended)
         code = FAIL_CODES.get(event.kind, "worker")
         if code == "memory" and self._job is not None:
-            least = self._executions.take_least(task, self._job.config, "since memory ran out")
+            why = "since memory is probably short" if event.kind == "killed" else "since memory ran out"
+            least = self._executions.take_least(task, self._job.config, why)
             code, effects = ("unfit", effects) if least is None else ("memory", effects + least)
         if event.kind == "crashed" and had_onnx and self._job is not None and self._job.run.graphs and not self._distrusts_graphs:
             self._distrusts_graphs = True

@@ -113,7 +113,7 @@ def describe_exit(code: int, no_memory: bool | None = None) -> str:
         return f"ended with exit code {code}: what it said last is above; `edge-agent doctor` checks torch"
     killed = {
         True: "the device ran out of memory",
-        False: "somebody did that, for memory had not run out",
+        False: "somebody did that, or a program like earlyoom; by the kernel's count memory had not run out",
         None: "probably because the device ran out of memory",
     }
     hints = {

@@ -25,7 +25,7 @@ from lwfed.console import Console
 from lwfed.edge_agent.events import Event, Stop, Tell, WorkerError
 from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Identity, Journal
-from lwfed.edge_agent.work import Places
+from lwfed.edge_agent.work import MAX_KILLED, Places
 from lwfed.errors import Diverged, InvalidPayload, TransportError, WorkerFailed
 from lwfed.tools.faults import canned
 from lwfed.tools.faults.disk import Disk
@@ -278,7 +278,8 @@ class DeviceParty(Party):
         self._disks = 0
         self._facts: dict[str, str] = {}
         self._agent: CannedAgent | None = None
-        self.ran_short = False  # a worker of it has run out of memory
+        self.ran_short = False  # a worker of it has run out of memory, or may have
+        self.killed = 0  # workers in a row
         self._new_disk()
 
     @property
@@ -394,9 +395,11 @@ class CannedAgent(VirtualDevice):
 
     def _finish(self, order: Mapping[str, Any], model: canned.Model) -> None:
         if kind := self._party.next_failure():
-            self._party.ran_short |= kind in MEMORY
+            self._party.killed = self._party.killed + 1 if kind == "killed" else 0
+            self._party.ran_short |= kind in MEMORY or self._party.killed > MAX_KILLED
             self._say(WorkerError(kind, "as the schedule says"))
             return
+        self._party.killed = 0
         done = canned.train(order, self._around.config, model)
         self._say(done)
 
