@@ -26,7 +26,7 @@ class Duties:
     def __init__(self, course: Course, news: News, start: Starter, deliver: Callable[[FromChild], None], apply: Apply) -> None:
         self.finished = False  # nothing is left to be done, ever
         self._course, self._news, self._apply = course, news, apply
-        self._workshop = Workshop(start, deliver, course.root / "work", course.config.worker.linger_s)
+        self._workshop = Workshop(start, deliver, news.warning, course.root / "work", course.config.worker.linger_s)
         self._duty: Duty | None = None  # done, or being done
         self._without_graphs = False  # said already
 

@@ -37,12 +37,14 @@ def starter(threads: int) -> Starter:
 
 
 class Workshop:
-    """`deliver` takes the events of the process, from a thread of its own, and only enqueues them."""
+    """`deliver` takes the events of the process, from a thread of its own, and only enqueues them; `warn` tells people."""
 
-    def __init__(self, start: Starter, deliver: Callable[[FromChild], None], folder: Path, linger_s: float) -> None:
+    def __init__(
+        self, start: Starter, deliver: Callable[[FromChild], None], warn: Callable[[str], None], folder: Path, linger_s: float
+    ) -> None:
         self.folder = folder  # where results of the present job are written
         self._start = start
-        self._deliver = deliver
+        self._deliver, self._warn = deliver, warn
         self._linger_s = linger_s
         self._process: Process | None = None
         self._job: Json | None = None
@@ -123,9 +125,11 @@ class Workshop:
 
     def _again(self, reason: str) -> None:
         assert self._job is not None
+        what = self._job["do"]
         if self._tries >= MAX_TRIES:
-            what, self._job = self._job["do"], None
+            self._job = None
             raise WorkerFailed(
                 f"the server could not {what} in {MAX_TRIES} attempts: {reason}; the state is safe, the same command goes on from here"
             )
+        self._warn(f"the server could not {what}: {reason}; it tries again (attempt {self._tries + 1} of {MAX_TRIES})")
         self._begin()

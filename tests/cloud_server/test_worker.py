@@ -16,6 +16,9 @@ from lwfed.cloud_server.workshop import Workshop, starter
 from lwfed.errors import DataError, Diverged, MissingDependency, WorkerFailed
 from lwfed.models.shapes import part_shapes
 
+from .conftest import NumpyWorker
+from .fleets import of, undisturbed
+
 
 @pytest.fixture
 def job(tmp_path, tiny):
@@ -110,11 +113,12 @@ class Script:
     """A process that says what it is told to say, one answer a job."""
 
     def __init__(self, answers):
-        self.answers, self.jobs, self.started, self.events = answers, [], 0, queue.SimpleQueue()
+        self.answers, self.jobs, self.warnings, self.started, self.events = answers, [], [], 0, queue.SimpleQueue()
 
     def start(self, deliver):
         self.started += 1
-        return Process(self)
+        self.process = Process(self)
+        return self.process
 
 
 class Process:
@@ -137,7 +141,7 @@ class Process:
 def workshop(tmp_path):
     def workshop(*answers):
         script = Script(list(answers))
-        return Workshop(script.start, script.events.put, tmp_path / "work", linger_s=10), script
+        return Workshop(script.start, script.events.put, script.warnings.append, tmp_path / "work", linger_s=10), script
 
     return workshop
 
@@ -158,6 +162,10 @@ def test_a_job_is_done_again_when_the_process_dies_or_runs_out_of_memory(worksho
     assert play(one, script) == DONE
     assert script.started == 3
     assert script.jobs == [{"do": "prepare"}] * 3
+    assert script.warnings == [
+        "the server could not prepare: the worker process ended by SIGKILL; it tries again (attempt 2 of 3)",
+        "the server could not prepare: no memory; it tries again (attempt 3 of 3)",
+    ]
 
 
 def test_a_process_that_keeps_dying_is_an_error(workshop):
@@ -165,6 +173,7 @@ def test_a_process_that_keeps_dying_is_an_error(workshop):
     one.submit({"do": "prepare"})
     with pytest.raises(WorkerFailed, match=r"could not prepare in 3 attempts.*SIGKILL.*state is safe"):
         play(one, script)
+    assert len(script.warnings) == 2, "what ends the server is said once"
 
 
 @pytest.mark.parametrize(("kind", "error"), [("DataError", DataError), ("Diverged", Diverged)])
@@ -175,6 +184,7 @@ def test_an_error_that_repetition_cannot_mend_is_raised_at_once(workshop, kind, 
         play(one, script)
     assert not one.busy
     assert one.next_wakeup() == 10  # then the process is ended
+    assert script.warnings == []
 
 
 def test_the_process_is_kept_for_a_while_and_then_ended(workshop):
@@ -186,8 +196,19 @@ def test_the_process_is_kept_for_a_while_and_then_ended(workshop):
     play(one, script)
     assert script.started == 1
     one.poll(now=10)
+    assert script.warnings == []
     one.submit({"do": "prepare"})
     assert script.started == 2
+
+
+def test_an_idle_process_that_dies_is_nothing_to_speak_of(workshop):
+    one, script = workshop(DONE, DONE)
+    one.submit({"do": "prepare"})
+    play(one, script)
+    assert one.on(Ended(script.process, "killed", "ended by SIGKILL"), now=1.0) is None
+    one.submit({"do": "prepare"})
+    assert play(one, script) == DONE
+    assert (script.started, script.warnings) == (2, [])
 
 
 def test_one_job_at_a_time(workshop):
@@ -199,9 +220,28 @@ def test_one_job_at_a_time(workshop):
 
 def test_the_real_process_does_a_job(tmp_path, job):
     events = queue.Queue()
-    one = Workshop(starter(threads=1), events.put, tmp_path / "out", linger_s=1)
+    one = Workshop(starter(threads=1), events.put, pytest.fail, tmp_path / "out", linger_s=1)
     one.submit(job("prepare", stage=1, attempt=1))
     while one.busy:
         result = one.on(events.get(timeout=60), now=0.0)
     one.end()
     assert result["event"] == "prepared"
+
+
+def test_a_worker_that_dies_as_it_aggregates_changes_no_bit_and_is_told_of_each_time(world, said, monkeypatch):
+    undisturbed_encoder = undisturbed(world).finish()
+    send, died = NumpyWorker.send, []
+
+    def dies_at_first(worker, job):
+        if job["do"] == "aggregate" and job not in died:
+            died.append(job)
+            worker._deliver(Ended(worker, "killed", "ended by SIGKILL"))
+        else:
+            send(worker, job)
+
+    monkeypatch.setattr(NumpyWorker, "send", dies_at_first)
+    said.clear()
+    assert undisturbed(world).finish() == undisturbed_encoder
+    warnings = [one["text"] for one in of(said, "warning")]
+    assert len(warnings) == len(died) == 4, "rounds"
+    assert all("the server could not aggregate: the worker process ended by SIGKILL; it tries again" in text for text in warnings)
