@@ -68,11 +68,15 @@ class Program:
 
     def has_said(self, event, **fields):
         """Whether it has said that by now; `wait_for` looks at what comes later only."""
+        return bool(self.all_said(event, **fields))
+
+    def all_said(self, event, **fields):
+        """Every event by now of that name with those fields."""
         with contextlib.suppress(queue.Empty):
             while (said := self._fresh.get_nowait()) is not None:
                 self.said.append(said)
             self._fresh.put(None)
-        return any(_is(said, event, fields) for said in self.said)
+        return [said for said in self.said if _is(said, event, fields)]
 
     def transcript(self):
         return "\n".join([said["text"] for said in self.said] + self.errors)

@@ -4,6 +4,7 @@ The victim is stopped (SIGSTOP) again and again. While it stands still, what is 
 there it is killed, anywhere else it goes on. So no moment is guessed by time, and a kill that was made is one that has hit.
 """
 
+import os
 import sqlite3
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -62,6 +63,9 @@ class Watch:
 
     def strike(self, moment):
         """SIGKILL at that moment. Fails when the run, or the server, has passed it."""
+        if (moment.party, moment.phase) == ("server's worker", "aggregating"):
+            self._strike_as_it_merges(moment)
+            return
         found, seen, victim = 0, {}, None
         while self.server.process.poll() is None:
             time.sleep(STEP_S)
@@ -77,9 +81,44 @@ class Watch:
                 if found == moment.look:
                     victim.kill()
                     return
-            if (state := self._state()) is not None and _passed(state, moment):
-                pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
+            self._fail_if_passed(moment)
+        self._fail_for_the_end(moment)
+
+    def _strike_as_it_merges(self, moment):
+        """A warm worker is through in milliseconds: it stands still until its job has begun, and goes on from there alone."""
+        idle = None
+        while self.server.process.poll() is None:
+            time.sleep(STEP_S)
+            self._fail_if_passed(moment)
+            if self._is_at(moment, self._state(), "training"):
+                idle = self._work_begun()
+            if idle is None:
+                continue
+            with suppress(psutil.NoSuchProcess), _stopped(self._victim(moment)) as worker:
+                server = psutil.Process(self.server.process.pid)
+                while worker.is_running():
+                    time.sleep(STEP_S)  # in which the server may close the round and begin the job
+                    with _stopped(server):
+                        begun = self._is_at(moment, self._state(), "aggregating") and self._work_begun() != idle
+                        if begun and self._merges(worker, moment):
+                            return
+        self._fail_for_the_end(moment)
+
+    def _fail_if_passed(self, moment):
+        if self._is_over(moment):
+            state = self._state()
+            pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
+
+    def _fail_for_the_end(self, moment):
         pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+
+    def _is_over(self, moment):
+        state = self._state()
+        return state is not None and _passed(state, moment)
+
+    def _is_at(self, moment, state, *phases):
+        """Whether the round is that of `moment`, and in one of those phases."""
+        return state is not None and (state.stage, state.round) == moment.place and _phase(state) in phases
 
     def _is_far_from(self, moment):
         """Devices train in an earlier round, or have not begun: nobody need be stopped."""
@@ -101,7 +140,7 @@ class Watch:
 
     def _holds(self, moment, state, seen):
         """Whether the victim, which stands still, is where it is to be killed; `seen` remembers what looks before have seen."""
-        if state is None or (state.stage, state.round) != moment.place or _phase(state) != PHASES[moment.phase]:
+        if not self._is_at(moment, state, PHASES[moment.phase]):
             return False
         match moment.phase:
             case "prepared" | "calibrated":
@@ -129,6 +168,24 @@ class Watch:
                 return True
             time.sleep(STEP_S)
         return False
+
+    def _merges(self, worker, moment):
+        """Kill the server's worker where it reads updates, of which the last says nothing meanwhile; False where it is not there yet."""
+        query = "SELECT blob FROM contributions WHERE stage = ? AND round = ? ORDER BY participant DESC"
+        last = self._root / "server" / "updates" / _read(self._root / "server" / "run.sqlite", query, *moment.place)
+        with _silent(last):
+            for _ in range(STEPS):
+                _go_on(worker, STEP_S)
+                if (self._root / "server" / "work" / "unpacked").exists():
+                    worker.kill()
+                    return True
+        return False
+
+    def _work_begun(self):
+        """When the present or last job of the server's worker did, for its folder is made anew for each; 0 in between."""
+        with suppress(FileNotFoundError):
+            return (self._root / "server" / "work").stat().st_ctime_ns
+        return 0
 
     def _home(self, number):
         return self._root / f"device-{number + 1}"
@@ -186,12 +243,35 @@ def _child(program, *names):
 @contextmanager
 def _stopped(process):
     """It stands still within: SIGSTOP, and the end of whatever the kernel was doing for it. Raises NoSuchProcess for one that has ended."""
-    process.suspend()
     try:
-        while (status := process.status()) != psutil.STATUS_STOPPED:
-            if status == psutil.STATUS_ZOMBIE:
-                raise psutil.NoSuchProcess(process.pid)
-        yield
+        _stop(process)
+        yield process
     finally:
         with suppress(psutil.NoSuchProcess):
             process.resume()
+
+
+def _go_on(process, seconds):
+    """One that stands still goes on for so long."""
+    process.resume()
+    time.sleep(seconds)
+    _stop(process)
+
+
+def _stop(process):
+    process.suspend()
+    while (status := process.status()) != psutil.STATUS_STOPPED:
+        if status == psutil.STATUS_ZOMBIE:
+            raise psutil.NoSuchProcess(process.pid)
+
+
+@contextmanager
+def _silent(path):
+    """A pipe that nobody writes to stands in place of the file within: who opens it waits."""
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    os.mkfifo(path)
+    try:
+        yield
+    finally:
+        aside.replace(path)

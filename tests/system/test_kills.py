@@ -33,15 +33,18 @@ PLACES = {  # party -> phase -> stages and rounds, of TWO_STAGES
     "agent": {**ON_THE_WAY, "training": ALL},
     "agent's worker": {"starting": BEGINS},
     "server": {**OF_SERVER, **WRITTEN, **ON_THE_WAY},
-    "server's worker": OF_SERVER,
+    "server's worker": {**OF_SERVER, "aggregating": ALL},
     "broker": ON_THE_WAY,
 }
+
+JOBS = {"preparing": "prepare", "measuring": "evaluate", "aggregating": "aggregate", "calibrating": "calibrate", "evaluating": "evaluate"}
 
 
 def disturbed(fleet, settings, broker, moments):
     """Digest of a run in which those are killed; agents and the server are started again, the others by who started them."""
     fleet = fleet(broker=broker, settings=settings)
     watch = Watch(fleet.root, fleet.server())
+    servers = [watch.server]
     for moment in sorted(moments, key=lambda moment: moment.order):
         if not moment.early and not watch.devices:
             watch.devices = fleet.join(watch.server)
@@ -53,16 +56,24 @@ def disturbed(fleet, settings, broker, moments):
         elif moment.party == "server":
             assert watch.server.end() == -signal.SIGKILL
             watch.server = fleet.server()
+            servers.append(watch.server)
+            look_back(watch.server, moment)
+        elif moment.party == "server's worker":
             look_back(watch.server, moment)
     digest = digest_of_result(watch.server)
     finish(watch)
+    assert count_of_tries_again(servers) == sum(moment.party == "server's worker" for moment in moments)
     return digest
 
 
 def look_back(again, moment):
-    """What it says when it begins again names the place where it was killed."""
+    """What it says when it begins again, or its worker does, names the place where that was killed."""
     stage, round = moment.place
-    if moment.party == "agent":
+    if moment.party == "server's worker":
+        said = f"the server could not {JOBS[moment.phase]}: the worker process ended by SIGKILL"
+        while said not in again.wait_for("warning")["text"]:
+            pass  # others are about devices
+    elif moment.party == "agent":
         event, said = ("update", "is waiting to be") if moment.phase == "sending" else ("warning", "was interrupted")
         assert re.search(rf"stage {stage}, round {round} {said}", again.wait_for(event)["text"])
     elif moment.phase == "exporting":
@@ -71,6 +82,10 @@ def look_back(again, moment):
         phase = PHASES[moment.phase].replace("measuring", "evaluating")
         said = rf"goes on at stage {stage} of \d, round {round} of \d, {phase} \("
         assert re.search(said, again.wait_for("run", status="resumed")["text"])
+
+
+def count_of_tries_again(servers):
+    return sum("; it tries again" in warning["text"] for server in servers for warning in server.all_said("warning"))
 
 
 def finish(watch):
@@ -101,6 +116,7 @@ FEW = {  # what differs between brokers is of the server alone: each sees to som
     "embedded": (
         Moment("agent", "training", (1, 1)),
         Moment("broker", "sending", (1, 1)),
+        Moment("server's worker", "aggregating", (1, 1)),
         Moment("server", "calibrating", (1, 2)),
         Moment("server", "exporting", (1, 2)),
     ),
