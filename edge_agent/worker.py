@@ -183,7 +183,8 @@ class Worker:
             self._memory = self._memory or Memory(found.features_bytes)
         update = sum(len(_read(sources[part])) for part in config.plan(data["stage"]).uploaded)
         room = min(config.train.features_mb * MB, _left_on(Path(data["kept"]), data["budget_mb"], found))
-        place = self._memory or Folder(features(data), room, UPDATES * update)
+        more = "its files are memory: " + ("free some" if data["budget_mb"] is None else "raise --memory-budget")
+        place = self._memory or Folder(features(data), room, UPDATES * update, more)
         return FeatureCache(place, digests, lambda why: say({"event": "recomputes", "why": why}))
 
     def _load(self, data: Json, config: RunConfig, say: Say) -> Images:

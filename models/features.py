@@ -105,6 +105,9 @@ class Place(Protocol):
 
     def forget(self, but: str | None = None) -> None: ...
 
+    def remedy(self, wanted: float) -> str:
+        """For people: what gives room for so many bytes, where there was none."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -113,6 +116,7 @@ class Folder:
     path: Path
     room_bytes: float = math.inf  # at most
     spare_bytes: float = 0.0  # of the free disk, left to others
+    raises_room: str = ""  # for people: what raises `room_bytes`
 
     def names(self) -> list[str]:
         with contextlib.suppress(OSError):
@@ -154,6 +158,9 @@ class Folder:
                 if file.name != f"{but}{SUFFIX}":
                     file.unlink()
 
+    def remedy(self, wanted: float) -> str:
+        return self.raises_room if wanted > self.room_bytes else "free some space on the disk of the state directory"
+
     def _file(self, name: str) -> Path:
         return self.path / f"{name}{SUFFIX}"
 
@@ -189,6 +196,9 @@ class Memory:
 
     def forget(self, but: str | None = None) -> None:
         self._held = {name: held for name, held in self._held.items() if name == but}
+
+    def remedy(self, wanted: float) -> str:
+        return "free some memory"
 
 
 def sealed(data: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Views:
         self._layouts = self._measured()
         self._kept: _Kept | None = None
         self._tell: Callable[[str], None] = lambda text: None
+        self._damaged = False  # some of what was kept, and that was said
 
     def keep(self, cache: FeatureCache, images: str, on_rows: Progress | None = None) -> None:
         """Take the tokens from `cache`, where they are put first if they are not there. `images` names the images."""
@@ -149,9 +150,10 @@ class Views:
     def _say_how_few(self, cache: FeatureCache, held: int) -> None:
         if (kept := held // self._row_bytes) < self._rows:
             wanted, allowed = self._rows * self._row_bytes, self._config.train.features_mb
-            limited = (kept + 1) * self._row_bytes > allowed * 1e6
-            more = f"raise train.features_mb from {allowed} to {math.ceil(wanted / 1e6)}"
-            way = more if limited else "free some space on the disk of the state directory"
+            one_more = (kept + 1) * self._row_bytes  # what limits is what this exceeds
+            way = cache.place.remedy(one_more)
+            if one_more > allowed * 1e6:
+                way = f"raise train.features_mb from {allowed} to {math.ceil(wanted / 1e6)}"
             cache.tell(
                 f"features of views that are used again take {wanted / 1e6:.0f} MB, for which there is no room: those of "
                 f"{self._rows - kept} of {self._rows} pairs are computed each time; {way}"
@@ -169,8 +171,10 @@ class Views:
 
     def _say_damaged(self) -> None:
         """Once."""
+        if self._damaged:
+            return
+        self._damaged = True
         self._tell("features of views that are used again have been damaged: they are computed anew; check the disk of the state directory")
-        self._tell = lambda text: None
 
     def _blocks(self, passed: int, below: _Kept | None, on_rows: Progress | None) -> Iterator[Tensor]:
         """uint8 [rows, bytes] of all rows, some at a time; those in `below` have passed so many layers already."""

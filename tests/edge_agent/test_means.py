@@ -444,9 +444,10 @@ def test_without_a_budget_files_in_memory_get_a_share_of_what_is_free(tmp_path, 
     assert worker._left_on(tmp_path, None, Found(Means(), "", needs_mb=302.0)) == 3e6
 
 
-def test_features_keep_to_what_is_left_for_files_in_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("budget_mb", "remedy"), [(None, "free some"), (4000.0, "raise --memory-budget")])
+def test_features_keep_to_what_is_left_for_files_in_memory_and_say_that_it_is_memory(tmp_path, monkeypatch, budget_mb, remedy):
     monkeypatch.setattr(worker, "_left_on", lambda *_: 0.0)
     device = Device(tmp_path, config(*REUSED), 3)
-    device.train(1)
+    device.train(1, budget_mb=budget_mb)
     assert sum(file.stat().st_size for file in (tmp_path / "kept" / "features").iterdir()) == 0
-    assert "are computed each time" in device.recomputes[-1]
+    assert device.recomputes[-1].endswith(f"are computed each time; its files are memory: {remedy}")

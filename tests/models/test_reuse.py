@@ -3,6 +3,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from lwfed.config import load_config
 from lwfed.errors import ConfigError
+from lwfed.models import features
 from lwfed.models.features import Folder, Memory
 from lwfed.models.initial import init_parts
 from lwfed.models.local import device_task, train_local
@@ -53,7 +55,7 @@ def device(tiny, images, tmp_path):
             model = prepare(self.config, tensors, plan.trained).online
             prefix = Counting(model, len(plan.frozen) - 1)
             parts, self.told = tuple(marks[: len(plan.frozen)]), []
-            cache = FeatureCache(place or Folder(self.folder, room), parts, self.told.append) if cached else None
+            cache = FeatureCache(place or Folder(self.folder, room, raises_room="allow more"), parts, self.told.append) if cached else None
             task = device_task(self.config, plan, 10 * stage + round, self.config.place(stage, round), reuse(self.config, plan, 0, round))
             count = iter(range(10**6))
 
@@ -241,7 +243,7 @@ def test_what_has_no_room_is_computed_each_time(device, room):
     assert one.files[0].stat().st_size == room // RECORD * RECORD
     assert one.work > 2 * (room // RECORD) * 2 + 2
     (text,) = one.told
-    assert f"those of {40 - room // RECORD} of 40 pairs are computed each time; free some space on the disk" in text
+    assert f"those of {40 - room // RECORD} of 40 pairs are computed each time; allow more" in text
     limited = one.train(3, room=room)
     assert limited == one.train(3)
     assert one.files[0].stat().st_size == 40 * RECORD  # there is room now
@@ -253,6 +255,23 @@ def test_where_the_configuration_gives_no_room_it_is_that_which_is_named(device)
     one = device("train.features_mb=0")
     one.train(3, room=0)
     assert one.told[0].endswith("those of 40 of 40 pairs are computed each time; raise train.features_mb from 0 to 1")
+
+
+def test_where_the_disk_has_no_room_it_is_the_disk_that_is_named(device, monkeypatch):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * RECORD / features.FREE_SHARE))
+    one = device()
+    one.train(3, room=30 * RECORD)
+    assert one.told[0].endswith("those of 27 of 40 pairs are computed each time; free some space on the disk of the state directory")
+
+
+def test_where_memory_has_no_room_it_is_memory_that_is_named(device, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(features, "_fill", no_memory)
+    one = device()
+    one.train(3, place=Memory(EVERYWHERE))
+    assert one.told[0].endswith("those of 40 of 40 pairs are computed each time; free some memory")
 
 
 def test_a_file_that_leaves_no_room_for_the_next_one_goes_first(device):
