@@ -38,12 +38,22 @@ class ReceivedUpdate:
     traffic: Traffic
 
 
-@dataclass
-class _Transfer:
+@dataclass(frozen=True)
+class _Offered:
+    """It waits for a slot."""
+
     device: str
     offer: Offer
-    moved_s: float = 0.0  # when it got its slot, or the last chunk that was not there
-    part: PartFile | None = None  # None: waiting
+
+
+@dataclass
+class _Transfer:
+    """It has a slot, or had one."""
+
+    device: str
+    offer: Offer
+    part: PartFile
+    moved_s: float  # when it got its slot, or the last chunk that was not there
 
 
 class Inbox:
@@ -68,9 +78,9 @@ class Inbox:
         self._window = window
         self._worker = worker
         self._granted: dict[str, _Transfer] = {}  # by contribution
-        self._waiting: dict[str, _Transfer] = {}  # first come, first served
+        self._waiting: dict[str, _Offered] = {}  # first come, first served
         self._checking: dict[str, _Transfer] = {}
-        self._left: dict[str, _Transfer] = {}  # lost their slot, and have a part
+        self._left: dict[str, _Transfer] = {}  # lost their slot, and keep what has arrived
         self._told: dict[str, float] = {}  # when a device without a slot was last told so
 
     def offer(self, device: str, offer: Offer, now: float) -> list[Command]:
@@ -92,8 +102,8 @@ class Inbox:
         left = self._granted.pop(contribution, None) or self._left.get(contribution)
         if left is not None and left.offer.manifest != offer.manifest:
             self._left.pop(contribution, None)
-            self._discard(left)
-        self._waiting.setdefault(contribution, _Transfer(device, offer)).offer = offer
+            left.part.discard()
+        self._waiting[contribution] = _Offered(device, offer)  # in the place that it had, if it waits already
         granted = self._fill(now)
         if contribution in self._waiting:
             granted.append(self._tell(device, Wait(contribution=contribution, retry_s=WAIT_S)))
@@ -108,7 +118,7 @@ class Inbox:
         if transfer is None or transfer.device != topic.device or topic.worker != self._worker:
             return self._stop_stray(topic, now)
         try:
-            if transfer.part and transfer.part.write(topic.index, data):
+            if transfer.part.write(topic.index, data):
                 transfer.moved_s = now
         except InvalidPayload:
             self.bad_chunks += 1
@@ -123,7 +133,7 @@ class Inbox:
         """The device has sent everything: ask for what is missing, or hand the update to the shell."""
         contribution = fin.contribution
         transfer = self._granted.get(contribution)
-        if transfer is None or transfer.device != device or transfer.part is None:
+        if transfer is None or transfer.device != device:
             return self._fin_without_slot(device, contribution), None
         if not transfer.part.complete:
             return [self._tell(device, Miss(contribution=contribution, missing=ranges(transfer.part.missing())))], None
@@ -142,18 +152,21 @@ class Inbox:
 
     def refuse(self, device: str, contribution: str | None, code: RefuseCode, reason: str) -> list[Command]:
         """Refuse an offer or a received update, and forget what belongs to it."""
-        for table in (self._granted, self._waiting, self._checking, self._left):
+        for table in (self._granted, self._checking, self._left):
             if contribution in table and table[contribution].device == device:
-                self._discard(table.pop(contribution))
+                table.pop(contribution).part.discard()
+        if contribution in self._waiting and self._waiting[contribution].device == device:
+            del self._waiting[contribution]
         return [self._tell(device, Refuse(contribution=contribution, code=code, reason=reason[:1000]))]
 
     def clear(self, code: RefuseCode, reason: str) -> list[Command]:
         """Refuse everything that is under way, at the end of a round, and forget the parts."""
         for id in list(self._left):
-            self._discard(self._left.pop(id))
+            self._left.pop(id).part.discard()
         self._told.clear()
-        open_ = [(transfer.device, id) for table in (self._granted, self._waiting) for id, transfer in table.items()]
-        return [command for device, id in open_ for command in self.refuse(device, id, code, reason)]
+        granted = [(transfer.device, id) for id, transfer in self._granted.items()]
+        waiting = [(offered.device, id) for id, offered in self._waiting.items()]
+        return [command for device, id in granted + waiting for command in self.refuse(device, id, code, reason)]
 
     def poll(self, now: float) -> list[Command]:
         """Give the slots of devices that get nowhere to those that wait. Call it when all that has come was handed over:
@@ -174,11 +187,11 @@ class Inbox:
         """Give free slots to those that wait."""
         commands: list[Command] = []
         while self._waiting and len(self._granted) < self._slots:
-            contribution, transfer = next(iter(self._waiting.items()))
+            contribution, offered = next(iter(self._waiting.items()))
             del self._waiting[contribution]
             left = self._left.pop(contribution, None)
-            transfer.part = left.part if left else self._store.part(transfer.offer.manifest, contribution)
-            transfer.moved_s = now
+            part = left.part if left else self._store.part(offered.offer.manifest, contribution)
+            transfer = _Transfer(offered.device, offered.offer, part, now)
             self._granted[contribution] = transfer
             commands.append(self._grant(transfer))
         return commands
@@ -201,16 +214,14 @@ class Inbox:
 
     def _drop_others(self, device: str, contribution: str) -> None:
         """A device has one update at a time, so that no device can fill the disk with parts."""
-        for table in (self._granted, self._waiting, self._left):
+        for table in (self._granted, self._left):
             for id in [id for id, transfer in table.items() if transfer.device == device and id != contribution]:
-                self._discard(table.pop(id))
-
-    def _discard(self, transfer: _Transfer) -> None:
-        if transfer.part:
-            transfer.part.discard()
+                table.pop(id).part.discard()
+        for id in [id for id, offered in self._waiting.items() if offered.device == device and id != contribution]:
+            del self._waiting[id]
 
     def _grant(self, transfer: _Transfer) -> Send:
-        missing = ranges(transfer.part.missing()) if transfer.part else ""
+        missing = ranges(transfer.part.missing())
         grant = Grant(contribution=transfer.offer.contribution, worker=self._worker, missing=missing, window=self._window)
         return self._tell(transfer.device, grant)
 

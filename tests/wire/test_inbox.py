@@ -120,6 +120,15 @@ def test_who_finds_no_slot_waits_in_order_and_silence_loses_a_slot(inbox, store)
     assert inbox.next_wakeup(11.0) is None
 
 
+def test_who_offers_again_while_it_waits_keeps_its_place(inbox, store):
+    devices = ["d1", "d2", "d3", "d4"]
+    offers = {device: make_offer(store, device) for device in devices}
+    for device in (*devices, "d3"):
+        inbox.offer(device, offers[device], 0.0)
+    inbox.refuse("d1", offers["d1"].contribution, "stale", "over")
+    assert [command.topic for command in inbox.poll(1.0)] == [TOPICS.to_device("d3", "grant")]
+
+
 def test_only_what_was_missing_keeps_a_slot(inbox, store):
     offers = {device: make_offer(store, device, content=CONTENT + device.encode()) for device in ("d1", "d2", "d3")}
     for device, offer in offers.items():
