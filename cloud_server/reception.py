@@ -84,7 +84,9 @@ class Reception:
                 self.broadcast.need(device, message, now)
             case Got():
                 self.broadcast.got(device, message.chunks, now)
-            case Beat() if self._is_on(member, message):
+            case Beat() | Fail() if not self._is_on(message):
+                self._count_stray(member, message)
+            case Beat():
                 self._fleet.works(member.participant, now)
                 self._news.progress(member.participant, message, now)
             case Offer():
@@ -94,7 +96,7 @@ class Reception:
                     self.complaints.count(device, "slot")
                 commands, received = self._inbox.fin(device, message, now)
                 return commands + (self._on_update(member, received, now) if received else [])
-            case Fail() if self._is_on(member, message):
+            case Fail():
                 self._on_fail(member, message, now)
         return []
 
@@ -201,15 +203,18 @@ class Reception:
 
     # Updates
 
-    def _is_on(self, member: Member, message: Beat | Fail) -> bool:
-        """Whether it is of the present round. One of a round before is late, which is nobody's fault."""
-        place, known = (message.stage, message.round), message.run == self._course.config.run.name
-        if not known:
+    def _is_on(self, message: Beat | Fail) -> bool:
+        """Whether it is of the present round."""
+        here = message.run == self._course.config.run.name and (message.stage, message.round) == self._place
+        return here and self._course.state.phase == "training"
+
+    def _count_stray(self, member: Member, message: Beat | Fail) -> None:
+        """It is not of the present round. One of a round before is late, which is nobody's fault."""
+        if message.run != self._course.config.run.name:
             self.complaints.count(member.id, "foreign")  # it may not have heard yet of a new run
-        elif place > self._place:
+        elif (message.stage, message.round) > self._place:
             text = f"device {member.participant} speaks of stage {message.stage}, round {message.round}, which has not begun; ignored"
             self.complain(member.id, "foreign", text)
-        return known and place == self._place and self._course.state.phase == "training"
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         participant, state = member.participant, self._course.state
