@@ -145,7 +145,7 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
 @click.option("--strategies", callback=listed(click.Choice(get_args(Strategy))), metavar="A,B", help="Default: the configuration's.")
 @click.option("--threads", callback=listed(click.IntRange(1, 256)), metavar="1,2,4", help="Default: the configuration's.")
 @click.option(
-    "--limits", "limits", callback=listed(click.IntRange(min=64)), metavar="512,1000,...", help="Each under so many MB, by systemd."
+    "--limits", "limits", callback=listed(click.IntRange(min=64)), metavar="512,1000,...", help="Each under so many MB, in a control group."
 )
 @click.option(
     "--images", type=click.IntRange(min=2), default=5000, show_default=True, help="That this device has, for the time of an epoch."

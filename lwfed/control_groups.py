@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 OWN = PROC / "self" / "cgroup"  # names them
+MOUNTS = "mountinfo"  # beside it: which part of a hierarchy is to be seen
+PROCESSES = "cgroup.procs"  # of a group, in both versions
 
 
 @dataclass(frozen=True)
@@ -16,16 +18,34 @@ class Hierarchy:
 
     controller: str  # as /proc/self/cgroup has it
     root: str  # below the groups
-    limits: tuple[str, ...]
+    limits: tuple[str, ...]  # what is never exceeded comes first
     taken: str
+    peak: str
     reclaimable: str  # of memory.stat: cached files, which give way when memory is wanted
     ended: str  # has a line "oom_kill N"
 
 
-HIERARCHIES = (
-    Hierarchy("", "", ("memory.max", "memory.high"), "memory.current", "inactive_file", "memory.events"),
-    Hierarchy("memory", "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control"),
+VERSION_2 = Hierarchy("", "", ("memory.max", "memory.high"), "memory.current", "memory.peak", "inactive_file", "memory.events")
+VERSION_1 = Hierarchy(
+    "memory",
+    "memory",
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    "memory.max_usage_in_bytes",
+    "total_inactive_file",
+    "memory.oom_control",
 )
+HIERARCHIES = (VERSION_2, VERSION_1)
+
+
+def limiting(own: Path = OWN, groups: Path = GROUPS) -> Hierarchy | None:
+    """The one that limits memory here, for a system has its controller in one at most; None where it is in neither."""
+    if next(own_groups(VERSION_1, own, groups), None) is not None:
+        return VERSION_1
+    try:
+        return VERSION_2 if "memory" in (groups / "cgroup.controllers").read_text().split() else None
+    except OSError:
+        return None
 
 
 def own_groups(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> Iterator[Path]:
@@ -35,9 +55,33 @@ def own_groups(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> 
     except OSError:
         return
     root = groups / hierarchy.root
-    for path in (path for _, controllers, path in lines if hierarchy.controller in controllers.split(",")):
-        group = root / path.lstrip("/")
+    seen = _seen(root, own.with_name(MOUNTS))
+    for path in (PurePosixPath(path) for _, controllers, path in lines if hierarchy.controller in controllers.split(",")):
+        group = root / (path.relative_to(seen) if path.is_relative_to(seen) else path.relative_to("/"))
         yield from (one for one in (group, *group.parents) if one.is_relative_to(root))
+
+
+def own_group(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> Path | None:
+    """The innermost of them that is to be seen."""
+    return next((group for group in own_groups(hierarchy, own, groups) if group.is_dir()), None)
+
+
+def limit_without_swap(group: Path, size: int) -> None:
+    """Let a group of version 1 take `size` bytes, a multiple of a page. Raises OSError."""
+    (group / VERSION_1.limits[0]).write_text(str(size))
+    (group / "memory.swappiness").write_text("0")  # alone keeps it from swapping where swap is not counted
+    counted = group / "memory.memsw.limit_in_bytes"
+    if counted.exists():
+        counted.write_text(str(size))
+
+
+def _seen(root: Path, mounts: Path) -> str:
+    """The group that `root` shows: in a container perhaps its own."""
+    try:
+        fields = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return "/"
+    return next((group for _, _, _, group, place, *_ in reversed(fields) if place == str(root)), "/")
 
 
 class OomKills:

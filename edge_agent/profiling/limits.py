@@ -1,77 +1,182 @@
-"""Memory limits that are exact: a control group (version 2) of systemd, for one program and all its processes.
+"""Memory limits that are exact: a control group for one program and all its processes.
 
-Nothing else will do: limits of a process (RLIMIT_AS, RLIMIT_DATA) count addresses that were asked for, not memory that is held.
+Where control groups of version 2 limit memory, systemd makes it; where those of version 1 do, it is made here, within that
+of this process. Nothing else will do: limits of a process (RLIMIT_AS, RLIMIT_DATA) count addresses that were asked for, not
+memory that is held.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
+from lwfed.control_groups import (
+    GROUPS,
+    OWN,
+    PROC,
+    PROCESSES,
+    VERSION_1,
+    VERSION_2,
+    Hierarchy,
+    limit_without_swap,
+    limiting,
+    own_group,
+)
+from lwfed.edge_agent.profiling import scratch
+
 PROBE_S = 20
+END_S = 5  # until the kernel has let go of processes that were killed
+FOLDER = "edge-agent-profile-"  # a group of ours
+ENTER = f'echo $$ > "$0/{PROCESSES}" && exec "$@"'
 # The limit that is in force, said on a descriptor that must have come through.
-PROBE = 'cat "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/memory.max" >/dev/fd/{descriptor}'
+PROBE = """
+import os, sys
+from lwfed import control_groups as groups
+hierarchy = groups.limiting()
+os.write(int(sys.argv[1]), (groups.own_group(hierarchy) / hierarchy.limits[0]).read_bytes())
+"""
+CONTAINER = "in a container, limit the container instead"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where a program runs."""
+
+    command: tuple[str, ...] = ()  # becomes the program that is in it
+    hierarchy: Hierarchy | None = None  # None: where this process is
+
+    def peak_mb(self, pid: int) -> float | None:
+        """Of the group of `pid`, where that is of its program alone."""
+        if self.hierarchy is None:
+            return None
+        group = own_group(self.hierarchy, PROC / str(pid) / OWN.name)
+        try:
+            return round(int((group / self.hierarchy.peak).read_text()) / 1e6, 1) if group else None
+        except (OSError, ValueError):
+            return None
+
+
+Grouping = Callable[[], AbstractContextManager[Group]]  # a new one, for a block
+
+
+def by_its_command(group: Group) -> AbstractContextManager[Group]:
+    """There is nothing else to be done for it."""
+    return contextlib.nullcontext(group)
+
+
+NOWHERE_ELSE = partial(by_its_command, Group())
 
 
 @dataclass(frozen=True)
 class Limit:
     mb: int | None  # None: as much as there is
-    command: tuple[str, ...] = ()  # becomes the program that is limited
+    group: Grouping = NOWHERE_ELSE
     problem: str = ""  # why it cannot be had here
-
-    def peak_mb(self, pid: int) -> float | None:
-        """Peak of the control group of `pid`, where the group is of that program alone."""
-        if not self.command:
-            return None
-        try:
-            (line,) = (one for one in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if one.startswith("0::/"))
-            return round(int((GROUPS / line.removeprefix("0::/") / "memory.peak").read_text()) / 1e6, 1)
-        except (OSError, ValueError):
-            return None
 
 
 NO_LIMIT = Limit(None)
 
 
-def limited(mb: int) -> Limit:
+def limited(mb: int, own: Path = OWN, groups: Path = GROUPS) -> Limit:
     """A limit of `mb` MB without swap, in force when tried; otherwise with the `problem`."""
-    if not (GROUPS / "cgroup.controllers").exists():
-        return Limit(mb, problem="this system has no control groups of version 2")
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = mb * 10**6 // page * page
+    hierarchy = limiting(own, groups)
+    if hierarchy is None:
+        return Limit(mb, problem=f"this system's control groups do not limit memory; {CONTAINER}")
+    if hierarchy is VERSION_1:
+        return _of_ours(mb, size, own_group(VERSION_1, own, groups))
+    return _of_systemd(mb, size)
+
+
+def _of_systemd(mb: int, size: int) -> Limit:
     if shutil.which("systemd-run") is None:
-        return Limit(mb, problem="there is no systemd-run here; in a container, limit the container instead")
-    size = mb * 10**6 // 4096 * 4096
+        return Limit(mb, problem=f"there is no systemd-run here; {CONTAINER}")
     options = ("--scope", "--quiet", "--collect", f"--property=MemoryMax={size}", "--property=MemorySwapMax=0", "--")
     problem = ""
     for manager in (("systemd-run",), ("systemd-run", "--user")) if os.geteuid() == 0 else (("systemd-run", "--user"),):
-        problem = _problem((*manager, *options), size)
+        group = partial(by_its_command, Group((*manager, *options), VERSION_2))
+        try:
+            problem = _problem(group, size)
+        except OSError as error:
+            problem = f"it did not work: {error}"
         if not problem:
-            return Limit(mb, (*manager, *options))
-    return Limit(mb, problem=problem)
+            return Limit(mb, group)
+    return Limit(mb, problem=f"systemd-run gives no memory limit here: {problem}")
 
 
-def _problem(command: tuple[str, ...], size: int) -> str:
-    """Why a program within `command` has no limit of `size` bytes; empty when it has."""
-    ours, theirs = os.pipe()
+def _of_ours(mb: int, size: int, within: Path | None) -> Limit:
+    if within is None:
+        return Limit(mb, problem=f"the control group of this process is not to be seen here; {CONTAINER}")
+    group = partial(_own_group, within, size)
     try:
+        problem = _problem(group, size)
+    except OSError as error:
+        problem = f"{error.strerror or error}; run this as root, or {CONTAINER}"
+    return Limit(mb, problem=f"no group can be made in {within}: {problem}") if problem else Limit(mb, group)
+
+
+@contextlib.contextmanager
+def _own_group(within: Path, size: int) -> Iterator[Group]:
+    """One of ours for a block, at whose end nothing is left in it. Raises OSError."""
+    for left in scratch.abandoned(within, FOLDER):
+        with contextlib.suppress(OSError):  # its processes are just ending
+            left.rmdir()
+    folder = scratch.make(within, FOLDER)
+    try:
+        limit_without_swap(folder, size)
+        yield Group(("sh", "-c", ENTER, str(folder)), VERSION_1)
+    finally:
+        _end(folder)
+
+
+def _end(group: Path) -> None:
+    """Take it away with the processes in it: a child may outlive its parent by a moment."""
+    until = time.monotonic() + END_S
+    while time.monotonic() < until:
+        try:
+            group.rmdir()
+        except OSError:
+            _kill(group)
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _kill(group: Path) -> None:
+    with contextlib.suppress(OSError):
+        for pid in map(int, (group / PROCESSES).read_text().split()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _problem(grouping: Grouping, size: int) -> str:
+    """Why a program in such a group has no limit of `size` bytes; empty when it has. Raises OSError where there is no group."""
+    with grouping() as group:
+        ours, theirs = os.pipe()
         with open(ours, "rb") as said:
             try:
                 done = subprocess.run(
-                    [*command, "sh", "-c", PROBE.format(descriptor=theirs)],
+                    [*group.command, sys.executable, "-c", PROBE, str(theirs)],
                     pass_fds=[theirs],
                     capture_output=True,
                     text=True,
                     timeout=PROBE_S,
                 )
+            except subprocess.TimeoutExpired as error:
+                return f"it did not work: {error}"
             finally:
                 os.close(theirs)
             in_force = said.read().strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"systemd-run did not work: {error}"
     if in_force == str(size).encode():
         return ""
-    said_last = (done.stderr.strip().splitlines() or ["the limit is not in force"])[-1]
-    return f"systemd-run gives no memory limit here: {said_last}"
+    return (done.stderr.strip().splitlines() or ["the limit is not in force"])[-1]

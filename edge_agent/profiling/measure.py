@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import queue
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,15 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.config import RunConfig
 from lwfed.edge_agent.events import VIEWS
-from lwfed.edge_agent.profiling.limits import NO_LIMIT, Limit
+from lwfed.edge_agent.profiling.limits import NO_LIMIT, Group, Limit
 from lwfed.edge_agent.profiling.memory import Footprint, Watch
+from lwfed.edge_agent.profiling.scratch import scratch
 from lwfed.errors import StateError, WorkerFailed
-from lwfed.locks import state_home
 from lwfed.models.onnx_layer import NO_GRAPH
 
 WARM_UP = 1  # steps
@@ -40,7 +35,6 @@ SAMPLE_S = 0.25
 CONTROL = "lwfed.edge_agent.profiling.control"
 SAMPLE = "lwfed.edge_agent.profiling.sample"
 PUBLISHED = "lwfed.models.end_to_end"
-SCRATCH = "profile-"  # and the process that it belongs to
 
 OnStep = Callable[[int, int], None]  # done, of how many
 OnReady = Callable[[float], None]  # MB that the program holds with its imports made
@@ -98,7 +92,7 @@ class DidNotFit(Exception):
 @contextlib.contextmanager
 def sampled(config: RunConfig, stage: int, steps: int) -> Iterator[Sample]:
     """Model and images for `steps` steps besides the warm-up, in a folder where agents keep theirs, gone after the block."""
-    with _scratch() as folder:
+    with scratch() as folder:
         settled = settle(config)
         file = folder / "config"
         file.write_bytes(settled.to_bytes())
@@ -145,7 +139,8 @@ def agent(
     }
     told = {"order": order, "threads": config.train.threads, "sample_s": config.worker.sample_s, "state": str(state)}
     state.mkdir()
-    found = _Run(CONTROL, {}, limit, state, on_step, on_ready, enough_s).measure(told, "started")
+    with limit.group() as group:
+        found = _Run(CONTROL, {}, group, state, on_step, on_ready, enough_s).measure(told, "started")
     if found.planned.get("reason") == NO_GRAPH:
         found = replace(found, planned={**found.planned, "reason": sample.no_graphs})
     rounds = 1 if config.plan(stage).prefix_moves else config.round_counts[stage - 1]
@@ -164,7 +159,7 @@ def published(
     kernels: bool = False,
 ) -> Measured:
     """The plain baseline; after `enough_s` seconds with at least `least_steps` that count. Raises DidNotFit and WorkerFailed."""
-    with _scratch() as folder:
+    with scratch() as folder:
         file, state = folder / "config", folder / "state"
         state.mkdir()
         file.write_bytes(config.to_bytes())
@@ -175,7 +170,7 @@ def published(
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a pool of processes stays, whose memory would count
             "TORCHINDUCTOR_CACHE_DIR": str(state),
         }
-        return _Run(PUBLISHED, environment, NO_LIMIT, state, on_step, lambda _: None, enough_s, least_steps).measure(told, "ready")
+        return _Run(PUBLISHED, environment, Group(), state, on_step, lambda _: None, enough_s, least_steps).measure(told, "ready")
 
 
 class _Run:
@@ -185,7 +180,7 @@ class _Run:
         self,
         module: str,
         env: Mapping[str, str],
-        limit: Limit,
+        group: Group,
         folder: Path,
         on_step: OnStep,
         on_ready: OnReady,
@@ -193,9 +188,9 @@ class _Run:
         least_steps: int = 1,
     ) -> None:
         self._said: queue.SimpleQueue[Said | Ended] = queue.SimpleQueue()
-        self._child = Child(module, self._said.put, env, limit.command)
+        self._child = Child(module, self._said.put, env, group.command)
         self._watch = Watch(self._child.pid)
-        self._limit, self._folder, self._on_step, self._on_ready, self._enough_s = limit, folder, on_step, on_ready, enough_s
+        self._group, self._folder, self._on_step, self._on_ready, self._enough_s = group, folder, on_step, on_ready, enough_s
         self._least_steps, self._started = least_steps, time.monotonic()
         self._ends: list[float] = []  # of steps, by time.monotonic
         self._cpu_s: list[float] = []  # at these, of the computing process
@@ -210,7 +205,7 @@ class _Run:
                 if said["event"] == greeting:
                     self._child.send(told)
                 self._hear(said)
-            memory = self._watch.finish(self._folder, self._limit.peak_mb(self._child.pid))
+            memory = self._watch.finish(self._folder, self._group.peak_mb(self._child.pid))
         finally:
             self._child.kill()
             self._child.close()
@@ -264,27 +259,3 @@ def _ask(order: Json) -> dict[str, Any]:
         raise WorkerFailed(f"no model could be made to measure with ({problem}): `edge-agent doctor` checks torch")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    place = state_home() / "edge-agent"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        for left in place.glob(f"{SCRATCH}*"):  # by one that was killed
-            if (pid := left.name.split("-")[1]).isdigit() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=place))
-    except OSError as error:
-        raise _unusable(place, error) from None
-    try:
-        yield folder
-    except OSError as error:
-        raise _unusable(place, error) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _unusable(place: Path, error: OSError) -> StateError:
-    why = error.strerror or error
-    return StateError(f"{place} cannot hold what is measured with ({why}): check its permissions and free space, or set XDG_STATE_HOME")

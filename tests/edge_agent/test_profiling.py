@@ -17,12 +17,13 @@ from lwfed.cloud_server.patches import publish
 from lwfed.config import load_config
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.previous import Turn
-from lwfed.edge_agent.profiling import limits, measure, memory, sample
-from lwfed.edge_agent.profiling.limits import limited
+from lwfed.edge_agent.profiling import measure, memory, sample
 from lwfed.edge_agent.profiling.measure import DidNotFit
 from lwfed.edge_agent.profiling.memory import Watch, size_mb
+from lwfed.edge_agent.profiling.scratch import scratch
 from lwfed.edge_agent.resources import filesystem
 from lwfed.errors import StateError, WorkerFailed
+from lwfed.locks import state_home
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import tensors
 
@@ -208,51 +209,14 @@ def test_a_model_that_cannot_be_made_is_an_error_in_words(tmp_path):
 def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    with pytest.raises(StateError, match="XDG_STATE_HOME"), measure._scratch():
+    with pytest.raises(StateError, match="XDG_STATE_HOME"), scratch():
         pass
-
-
-@pytest.fixture
-def systemd_run(tmp_path, monkeypatch):
-    """Puts `script` where systemd-run is looked for, on a system with control groups."""
-
-    def put(script):
-        program = tmp_path / "systemd-run"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        (tmp_path / "cgroup.controllers").touch()
-        monkeypatch.setattr(limits, "GROUPS", tmp_path)
-
-    return put
-
-
-IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; eval "echo $max >${4##*>}"'
-
-
-def test_a_limit_is_used_when_it_is_in_force(systemd_run):
-    systemd_run(IN_FORCE)
-    found = limited(512)
-    assert found.problem == ""
-    assert found.command[0] == "systemd-run"
-    assert "--property=MemoryMax=512000000" in found.command
-
-
-@pytest.mark.parametrize(("script", "text"), [("echo no bus >&2; exit 1", "no bus"), ("exit 0", "not in force")])
-def test_a_limit_that_is_not_in_force_is_not_pretended(systemd_run, script, text):
-    systemd_run(script)
-    assert text in limited(512).problem
-
-
-def test_without_control_groups_there_is_no_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "GROUPS", tmp_path)
-    assert "control groups of version 2" in limited(512).problem
 
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    place = measure.state_home() / "edge-agent"
+    place = state_home() / "edge-agent"
     place.mkdir(parents=True)
     return place
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lwfed.control_groups import OomKills
+from lwfed.control_groups import VERSION_1, VERSION_2, OomKills, limiting, own_group
 
 
 @pytest.fixture
@@ -53,3 +53,39 @@ def test_a_group_that_is_gone_at_the_end_does_not_count(system):
     kills = OomKills(system / "proc", system / "cgroup")
     events.unlink()
     assert kills.happened() is False
+
+
+@pytest.mark.parametrize(
+    ("named", "controllers", "version"),
+    [
+        ("4:memory:/box\n0::/box\n", None, VERSION_1),
+        ("3:hugetlb,memory:/box\n", None, VERSION_1),
+        ("4:memory:/box\n0::/box\n", "cpu", VERSION_1),
+        ("0::/box\n", "cpu memory pids", VERSION_2),
+        ("0::/box\n", "cpu pids", None),
+        ("1:name=systemd:/box\n", None, None),
+    ],
+)
+def test_memory_is_limited_by_the_version_that_has_its_controller(system, named, controllers, version):
+    own, groups = system / "proc" / "self" / "cgroup", system / "cgroup"
+    own.write_text(named)
+    if controllers:
+        (groups / "cgroup.controllers").write_text(f"{controllers}\n")
+    assert limiting(own, groups) is version
+
+
+MOUNTS = """\
+31 24 0:27 / {groups} ro - tmpfs tmpfs rw
+35 31 0:32 / {groups}/memory rw - cgroup cgroup rw,memory
+36 31 0:32 /docker/one {groups}/memory rw - cgroup cgroup rw,memory
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "found"), [("/docker/one", "."), ("/docker/one/box/agent", "box/agent"), ("/box/gone", "box"), ("/x", ".")]
+)
+def test_in_a_container_that_sees_its_own_groups_only_they_are_found(system, named, found):
+    own, groups = system / "proc" / "self" / "cgroup", system / "cgroup"
+    own.write_text(f"4:memory:{named}\n")
+    own.with_name("mountinfo").write_text(MOUNTS.format(groups=groups))
+    assert own_group(VERSION_1, own, groups) == groups / "memory" / found

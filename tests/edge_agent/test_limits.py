@@ -1,0 +1,175 @@
+"""Limits of memory: in force where they can be had here, said in words where not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lwfed.control_groups import PROCESSES, VERSION_1, own_group
+from lwfed.edge_agent.profiling import limits
+from lwfed.edge_agent.profiling.limits import FOLDER, limited
+
+MB = 10**6
+HOG = """
+import sys
+held = bytearray(int(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+FAMILY = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode != 0)"
+
+
+@pytest.fixture
+def group():
+    """A control group of 128 MB."""
+    limit = limited(128)
+    if limit.problem:
+        pytest.skip(limit.problem)
+    with limit.group() as group:
+        yield group
+
+
+@pytest.fixture
+def ours():
+    """The control group of this process, and a limit of 128 MB in one below it."""
+    limit, group = limited(128), own_group(VERSION_1)
+    if limit.problem or group is None:
+        pytest.skip(limit.problem or "this system has no control groups of version 1")
+    return group, limit
+
+
+def hog(group, size, *before):
+    """A process of the group, that holds so many bytes or has ended."""
+    command = [*group.command, sys.executable, *before, "-c", HOG, str(size)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_what_stays_within_its_limit_lives_and_its_group_says_the_peak(group):
+    with hog(group, 60 * MB) as process:
+        assert 60 < group.peak_mb(process.pid) <= 128
+        process.stdin.close()
+        assert process.wait() == 0
+    assert group.peak_mb(process.pid) is None
+
+
+def test_what_takes_more_is_ended_by_the_kernel(group):
+    with hog(group, 200 * MB) as process:
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_the_limit_is_for_a_program_with_all_its_children(group):
+    with hog(group, 60 * MB, "-c", FAMILY) as process:
+        assert group.peak_mb(process.pid) > 60
+    with hog(group, 200 * MB, "-c", FAMILY) as process:
+        assert process.wait() == 1
+
+
+def test_a_group_of_ours_ends_with_all_that_is_still_in_it(ours):
+    within, limit = ours
+    with limit.group() as group:
+        (made,) = within.glob(f"{FOLDER}{os.getpid()}-*")
+        process = hog(group, 1)
+        assert (made / PROCESSES).read_text().split() == [str(process.pid)]
+    with process:
+        assert process.wait() == -signal.SIGKILL
+    assert not made.exists()
+
+
+def test_a_group_that_a_killed_measurement_has_left_goes_with_the_next(ours):
+    within, limit = ours
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    left, kept = (within / f"{FOLDER}{pid}-abc" for pid in (dead.pid, os.getpid()))
+    for folder in (left, kept):
+        folder.mkdir()
+    try:
+        with limit.group():
+            assert not left.exists()
+            assert kept.exists()
+    finally:
+        kept.rmdir()
+
+
+@pytest.fixture
+def system(tmp_path):
+    """Makes what a process of the group /box sees of control groups of that version; what `limited` is given."""
+
+    def make(version):
+        own = tmp_path / "self" / "cgroup"
+        own.parent.mkdir()
+        own.write_text("4:memory:/box\n0::/box\n" if version == 1 else "0::/box\n")
+        groups = tmp_path / "groups"
+        (groups / "memory" / "box").mkdir(parents=True)
+        if version == 2:
+            (groups / "cgroup.controllers").write_text("cpu memory\n")
+        return own, groups
+
+    return make
+
+
+@pytest.fixture
+def systemd_run(tmp_path, monkeypatch):
+    """Puts `script` where systemd-run is looked for."""
+
+    def put(script):
+        program = tmp_path / "systemd-run"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return put
+
+
+IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; echo $max >/dev/fd/$5'
+
+
+@pytest.mark.parametrize(("page", "size"), [(4096, 499_998_720), (16384, 499_990_528), (65536, 499_974_144)])
+def test_a_limit_of_systemd_is_used_when_it_is_in_force(system, systemd_run, monkeypatch, page, size):
+    """In whole pages, as the kernel says it."""
+    monkeypatch.setattr(limits.os, "sysconf", lambda _: page)
+    systemd_run(IN_FORCE)
+    found = limited(500, *system(2))
+    assert found.problem == ""
+    with found.group() as group:
+        assert group.command[0] == "systemd-run"
+        assert f"--property=MemoryMax={size}" in group.command
+
+
+@pytest.mark.parametrize(("script", "text"), [("echo no bus >&2; exit 1", "no bus"), ("exit 0", "not in force")])
+def test_a_limit_of_systemd_that_is_not_in_force_is_not_pretended(system, systemd_run, script, text):
+    systemd_run(script)
+    assert limited(512, *system(2)).problem == f"systemd-run gives no memory limit here: {text}".replace("not", "the limit is not")
+
+
+def test_a_group_of_ours_that_limits_nothing_is_not_pretended(system, monkeypatch):
+    monkeypatch.setattr(limits, "END_S", 0)
+    own, groups = system(1)
+    found = limited(512, own, groups)
+    assert found.problem == f"no group can be made in {groups / 'memory' / 'box'}: the limit is not in force"
+
+
+def test_a_group_that_takes_none_below_it_is_said_with_what_to_do(system, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(limits.scratch, "make", denied)
+    own, groups = system(1)
+    why = "Permission denied; run this as root, or in a container, limit the container instead"
+    assert limited(512, own, groups).problem == f"no group can be made in {groups / 'memory' / 'box'}: {why}"
+
+
+def test_without_control_groups_that_limit_memory_there_is_no_limit(system, tmp_path):
+    own, groups = system(2)
+    (groups / "cgroup.controllers").write_text("cpu pids\n")
+    assert "do not limit memory" in limited(512, own, groups).problem
+    assert "do not limit memory" in limited(512, tmp_path / "none", tmp_path / "none").problem
+
+
+def test_a_group_that_is_not_to_be_seen_takes_none(system):
+    own, groups = system(1)
+    assert "is not to be seen here" in limited(512, own, Path(groups, "elsewhere")).problem
