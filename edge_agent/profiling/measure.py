@@ -22,6 +22,7 @@ from typing import Any
 
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.config import RunConfig
+from lwfed.control_groups import OomKills
 from lwfed.edge_agent.events import VIEWS
 from lwfed.edge_agent.profiling.limits import NO_LIMIT, Group, Limit
 from lwfed.edge_agent.profiling.memory import Footprint, Watch
@@ -188,6 +189,7 @@ class _Run:
         least_steps: int = 1,
     ) -> None:
         self._said: queue.SimpleQueue[Said | Ended] = queue.SimpleQueue()
+        self._oom_kills = OomKills()
         self._child = Child(module, self._said.put, env, group.command)
         self._watch = Watch(self._child.pid)
         self._group, self._folder, self._on_step, self._on_ready, self._enough_s = group, folder, on_step, on_ready, enough_s
@@ -225,6 +227,8 @@ class _Run:
             except queue.Empty:
                 continue
             if isinstance(said, Ended):
+                if said.kind == "killed" and self._oom_kills.happened():  # systemd ends the rest of a scope
+                    raise DidNotFit(f"{said.reason} when memory had run out")
                 raise _failed(said.kind, said.reason)
             return said.data
 

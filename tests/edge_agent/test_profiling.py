@@ -18,6 +18,7 @@ from lwfed.config import load_config
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.previous import Turn
 from lwfed.edge_agent.profiling import measure, memory, sample
+from lwfed.edge_agent.profiling.limits import Group
 from lwfed.edge_agent.profiling.measure import DidNotFit
 from lwfed.edge_agent.profiling.memory import Watch, size_mb
 from lwfed.edge_agent.profiling.scratch import scratch
@@ -198,6 +199,15 @@ def test_want_of_memory_is_told_from_other_failures(kind, message, error):
     found = measure._failed(kind, message)
     assert type(found) is error
     assert message in str(found)
+
+
+@pytest.mark.parametrize(("memory_ran_out", "error"), [(True, DidNotFit), (False, WorkerFailed), (None, WorkerFailed)])
+def test_what_systemd_ends_since_the_kernel_has_ended_another_did_not_fit(tmp_path, monkeypatch, memory_ran_out, error):
+    (tmp_path / "stopped.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    monkeypatch.setattr(measure, "OomKills", lambda: types.SimpleNamespace(happened=lambda: memory_ran_out))
+    run = measure._Run("stopped", {"PYTHONPATH": str(tmp_path)}, Group(), tmp_path, pytest.fail, pytest.fail)
+    with pytest.raises(error, match="ended by SIGTERM"):
+        run.measure({}, "ready")
 
 
 @pytest.mark.slow
