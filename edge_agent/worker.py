@@ -24,7 +24,6 @@ beyond torch, numpy and Pillow is loaded.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import platform
@@ -59,7 +58,6 @@ from lwfed.models.shapes import part_shapes, shapes
 from lwfed.plan import part_of
 from lwfed.wire import tensors as wire
 
-OOM_SCORE = 500  # when memory runs out, the kernel ends this process before the agent and the device's own work
 SHOWN_EVERY = 50  # images
 UPDATES = 2  # that a cache of features leaves room for on the disk
 
@@ -275,8 +273,6 @@ class Ceiling:
 
 
 def main() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     torch.set_num_interop_threads(1)
     read_code_in_pages()
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from lwfed.control_groups import OomKills
+from lwfed.control_groups import PROC, OomKills
 from lwfed.errors import LwfedError
 
 Json = dict[str, Any]
+OOM_SCORE = 500  # above its parent's: of 1000, which stand for all memory that there is
 OUTPUT_VARIABLE = "LWFED_CHILD_OUTPUT"  # the file descriptor that a child writes its lines to
 EndKind = Literal["out of memory", "killed", "crashed", "exit"]  # killed: by somebody, with the memory that it had
 END_KINDS: tuple[EndKind, ...] = get_args(EndKind)
@@ -63,6 +64,7 @@ class Child:
             )
         finally:
             os.close(theirs)
+        _give_way(self._process.pid)
         self._reader = threading.Thread(target=self._read, name=f"read {module}", daemon=True)
         self._reader.start()
 
@@ -96,6 +98,13 @@ class Child:
                 self._deliver(Said(self, json.loads(line)))
         code, no_memory = self._process.wait(), self._oom_kills.happened()
         self._deliver(Ended(self, kind_of_end(code, no_memory), describe_exit(code, no_memory)))
+
+
+def _give_way(pid: int) -> None:
+    """When memory runs out, let the kernel end the process `pid` before this one and the device's own work: from its imports on."""
+    with contextlib.suppress(OSError):
+        ours = int((PROC / "self" / "oom_score_adj").read_text())
+        (PROC / str(pid) / "oom_score_adj").write_text(str(min(1000, ours + OOM_SCORE)))
 
 
 def kind_of_end(code: int, no_memory: bool | None) -> EndKind:

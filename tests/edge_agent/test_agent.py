@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from lwfed.config import load_config
 from lwfed.console import Console
 from lwfed.control_groups import OomKills
 from lwfed.data.load import device_images
-from lwfed.edge_agent import trainer
+from lwfed.edge_agent import process, trainer
 from lwfed.edge_agent.agent import JOURNAL, LEAST_TORCH_MB, Agent, Join, check_budget, torch_version
 from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.profiling.limits import limited
 from lwfed.edge_agent.screen import Screen
 from lwfed.errors import ConfigError, DataError, InvalidPayload, ProtocolMismatch, StateError
 from lwfed.models.initial import init_part
@@ -65,11 +67,13 @@ def as_many_threads_as_a_worker():
 
 @pytest.fixture
 def host(tmp_path, server_class):
-    def make(script, data="digits"):
+    def make(script, data="digits", budget_mb=None):
         broker = MemoryBroker()
         server = server_class(broker, tmp_path / "server", config=CONFIG)
         server.parts = {part: server.store.put(data) for part, data in weights().items()}
-        agent = Hosted(Join(data, "default", "tester", tmp_path / "state", 15), broker.transport(), Screen(Console(as_json=True)))
+        agent = Hosted(
+            Join(data, "default", "tester", tmp_path / "state", 15, budget_mb), broker.transport(), Screen(Console(as_json=True))
+        )
         return agent.host(broker, server, script)
 
     (tmp_path / "state").mkdir()
@@ -191,6 +195,43 @@ def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_reported_and_the_n
     assert "the device ran out of memory" in agent.server.of(Fail)[0].reason
     assert "goes on with the least memory, since memory ran out: 4 images at a time instead of 32" in capsys.readouterr().out
     assert agent.server.of(Offer)[0].report.execution.micro_batch == 4
+
+
+HUNGRY = (  # 515 MB for a batch that is not cut, 94 MB with 4 images at a time
+    *("model.image_size=64", "model.depth=6", "stages.layers_per_stage=6", "stages.rounds_per_stage=1", "ssl.hidden_dim=32"),
+    *("train.batch_size=64", "train.micro_batch=64", "train.epochs=1", "data.devices=1", "data.auxiliary_share=0", "data.partition=even"),
+)
+
+
+def test_a_worker_that_the_kernel_kills_in_a_control_group_is_reported_and_the_next_one_fits(host, tmp_path, monkeypatch, capsys):
+    limit = limited(384)
+    if limit.problem:
+        pytest.skip(limit.problem)
+    np.savez(tmp_path / "images.npz", train_images=np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8))
+    config = load_config("demo", HUNGRY)
+
+    def script(agent):
+        server = agent.server
+        assign_once(agent)
+        if server.of(Fail) and agent._journal.task is None and not server.received:
+            server.assign(server.greeted[0])
+        if server.received and agent._journal.update is None:
+            stop()
+
+    agent = host(script, str(tmp_path / "images.npz"), budget_mb=2000)
+    server = agent.server
+    server.config = server.store.put(config.to_bytes())
+    held = {part: {name: tensor.numpy() for name, tensor in init_part(config, part).items()} for part in config.plan(1).present}
+    server.parts = {part: server.store.put(tensors.encode(tensors_of)) for part, tensors_of in held.items()}
+    with limit.group() as group:
+        monkeypatch.setattr(process, "Child", partial(child.Child, within=group.command))
+        agent.run()
+    (fail,) = server.of(Fail)
+    assert (fail.code, fail.reason) == ("memory", "the training process ended by SIGKILL: the device ran out of memory")
+    assert "goes on with the least memory, since memory ran out: 4 images at a time instead of 64" in capsys.readouterr().out
+    report = server.of(Offer)[0].report
+    assert report.execution.micro_batch == 4
+    assert report.memory.peak_mb < 384
 
 
 CRASHES = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"

@@ -20,6 +20,14 @@ print("held", flush=True)
 sys.stdin.read()
 """
 FAMILY = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode != 0)"
+PARENT = """
+import queue
+from lwfed.child import Child
+held, events = bytearray(70_000_000), queue.Queue()
+child = Child("greedy", events.put)
+print(events.get().kind)
+child.close()
+"""
 
 
 @pytest.fixture
@@ -67,6 +75,14 @@ def test_the_limit_is_for_a_program_with_all_its_children(group):
         assert group.peak_mb(process.pid) > 60
     with hog(group, 200 * MB, "-c", FAMILY) as process:
         assert process.wait() == 1
+
+
+def test_when_memory_runs_out_the_kernel_ends_a_child_before_its_larger_parent(group, tmp_path):
+    """While it makes its imports already."""
+    (tmp_path / "greedy.py").write_text("held = bytearray(70_000_000)\n")
+    command = [*group.command, sys.executable, "-c", PARENT]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "out of memory\n"), done.stderr
 
 
 def test_a_group_of_ours_ends_with_all_that_is_still_in_it(ours):
