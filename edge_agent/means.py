@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.edge_agent.resources import MB, own_share_bytes, resident_mb
+from lwfed.edge_agent.resources import MB, SHARE, own_share_bytes, resident_mb
 from lwfed.errors import Unfit
 from lwfed.models import fitting
 from lwfed.models.allocator import give_back, let_code_go
@@ -211,7 +211,9 @@ class _Search:
 
     def _explained(self, error: Unfit) -> Unfit:
         way = "free memory" if self.budget_mb is None else "raise the memory budget"
-        return Unfit(f"stage {self.stage}: {error}; {way} or lower train.batch_size")
+        share = f" ({SHARE * 100:.0f} % of what is available, without a memory budget)"
+        where = share if self.budget_mb is None and self._device.type == "cpu" else ""
+        return Unfit(f"stage {self.stage}: {error}{where}; {way} or lower train.batch_size")
 
     def _over(self, need: fitting.Need, room: float) -> float:
         """Bytes of what is needed at least that have no room."""

@@ -431,6 +431,12 @@ def test_what_cannot_fit_is_refused_before_anything_is_tried(tmp_path, monkeypat
         means(config(), 3, tmp_path, budget_mb=1.0)
 
 
+def test_without_a_budget_a_refusal_says_what_the_room_is_a_share_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "own_share_bytes", lambda: 1e4)
+    with pytest.raises(Unfit, match=r"room for 0 MB \(80 % of what is available, without a memory budget\); free memory or lower"):
+        means(config(), 3, tmp_path, budget_mb=None)
+
+
 @pytest.mark.parametrize(("kind", "budget_mb", "room"), [("ext4", 310.0, math.inf), ("tmpfs", 310.0, 1e7), ("tmpfs", 200.0, 0.0)])
 def test_files_that_are_memory_get_what_training_leaves_of_the_budget(tmp_path, monkeypatch, kind, budget_mb, room):
     monkeypatch.setattr(worker, "filesystem", lambda _: kind)
