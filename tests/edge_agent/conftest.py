@@ -23,6 +23,11 @@ TOPICS = Topics("default")
 CONFIG = load_config("demo", ["transfer.chunk_bytes=1024", "worker.linger_s=60"])
 
 
+def state(world):
+    """What the broker retains of the device."""
+    return messages.decode(State, world.broker.retained[TOPICS.from_device(world.device.id, "state")])
+
+
 def part_file(part: str, content: bytes = b"weights" * 1000) -> bytes:
     """As it travels: one tensor, of 25 rows, of the bytes `content`."""
     return tensors.encode({f"{part}.weight": np.frombuffer(content, "<f4").reshape(25, -1)})
@@ -242,3 +247,23 @@ def world(tmp_path):
 @pytest.fixture
 def server_class():
     return Server
+
+
+@pytest.fixture
+def one_thread():
+    """torch has as many threads afterwards as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory):
+    """Of the layers of the small model that plans are made for."""
+    from lwfed.models.graphs import make_graphs
+
+    from .planning import config
+
+    return make_graphs(config().model, ["onnx", "onnx_int8"], tmp_path_factory.mktemp("graphs"))
