@@ -148,3 +148,28 @@ def test_a_stage_goes_on_as_it_began_where_what_computes_it_is_the_same(world, p
     again.ready(onnxruntime=version)
     world.settle(0.2)
     assert again.worker[-1].order["execution"] == {"prefix": prefix, "micro_batch": 16}
+
+
+def killed_until_it_is_said(world, device):
+    """A task whose training processes are killed as often as the agent bears."""
+    for _ in range(4):
+        if not isinstance(device.worker[-1], Train):
+            device.ready()
+            world.settle(0.2)
+        device.queue.append(WorkerError("killed", "the training process ended by SIGTERM"))
+        world.settle()
+
+
+def test_a_task_whose_training_processes_are_killed_again_and_again_takes_less_memory_and_says_what_both_may_be(world):
+    server, device = world.training()
+    killed_until_it_is_said(world, device)
+    (fail,) = server.of(Fail)
+    assert fail.code == "memory"
+    assert fail.reason.endswith("It is the 4th in this task: memory is probably short, unless somebody ends them all")
+    assert fail.reason in device.texts("warning")[-1]
+    assert "with the least memory, since memory is probably short: 4 images at a time" in device.texts("warning")[-2]
+    server.assign(device.id)
+    world.settle(2)
+    killed_until_it_is_said(world, device)
+    assert [effect.order["execution"] for effect in device.worker if isinstance(effect, Train)][-1] == LEAST
+    assert [fail.code for fail in server.of(Fail)] == ["memory", "unfit"], "or each round would end so"
