@@ -16,7 +16,7 @@ from lwfed.wire.messages import Manifest, Offer, Traffic, encode
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import contribution_id
 
-from .conftest import report
+from .devices import report
 from .fleets import HELLO, start
 
 TOPICS = Topics("default")

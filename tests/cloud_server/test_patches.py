@@ -23,9 +23,10 @@ from lwfed.errors import Diverged, InvalidPayload, StateError
 from lwfed.models.shapes import part_shapes
 from lwfed.wire import deltas, messages, tensors
 
-from .conftest import NumpyWorker, drawn
+from .devices import drawn
 from .fleets import of, undisturbed
 from .merging import RULES, settings_of
+from .world import NumpyWorker
 
 CODECS = ("int8", "bf16")
 PART = "layer.1"

@@ -16,8 +16,8 @@ from lwfed.models.shapes import shapes
 from lwfed.transport.memory import Faults
 from lwfed.wire import messages
 
-from .conftest import NumpyWorker
 from .fleets import of, undisturbed
+from .world import NumpyWorker
 
 
 def unreliable(random):

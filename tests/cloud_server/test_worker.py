@@ -16,8 +16,8 @@ from lwfed.cloud_server.workshop import Workshop, starter
 from lwfed.errors import DataError, Diverged, MissingDependency, WorkerFailed
 from lwfed.models.shapes import part_shapes
 
-from .conftest import NumpyWorker
 from .fleets import of, undisturbed
+from .world import NumpyWorker
 
 
 @pytest.fixture

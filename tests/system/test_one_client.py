@@ -23,7 +23,7 @@ from lwfed.seeds import derive
 from lwfed.transport.memory import MemoryBroker
 from lwfed.wire.messages import Memory
 
-from ..cloud_server import conftest as server_side
+from ..cloud_server import world as server_side
 from ..edge_agent import conftest as agent_side
 
 SMALL = [
