@@ -7,17 +7,16 @@ from typing import Any
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.console import counted
-from lwfed.edge_agent.events import Effect, Tell, WorkerPlanned, WorkerReady
+from lwfed.edge_agent.events import LEAST_IMAGES, Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal
 from lwfed.plan import PrefixEngine
 from lwfed.wire.messages import Execution, Task
-
-LEAST_IMAGES = 4  # at a time: one saves 2 % more in stage 12 of ViT-Tiny with batches of 128, and takes twice as long
 
 
 class Executions:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._planned: tuple[str, int, WorkerPlanned] | None = None  # run, stage and the last plan since this agent was started
 
     def fixed(self, task: Task, config: RunConfig, ready: WorkerReady) -> dict[str, Any] | None:
         """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine.
@@ -35,6 +34,7 @@ class Executions:
 
     def fix(self, task: Task, config: RunConfig, ready: WorkerReady, planned: WorkerPlanned) -> list[Effect]:
         """Before the first step of the stage; a later change is said."""
+        self._planned = task.run, task.stage, planned
         now = Execution(
             prefix=planned.prefix,
             micro_batch=planned.micro_batch,
@@ -63,9 +63,11 @@ class Executions:
         before = self._journal.execution(task.run, task.stage)
         if before is None:
             return []  # before anything was planned: perhaps others took the memory
-        least = before.model_copy(update={"prefix": "torch", "onnxruntime": None, "micro_batch": _least_images(before, config)})
-        train, reuses = config.train, config.plan(task.stage).frozen and config.train.views_per_round != "fresh"
-        in_memory = bool(reuses) and train.features_in == "memory"
+        planned = self._planned[2] if self._planned is not None and self._planned[:2] == (task.run, task.stage) else None
+        least = before.model_copy(update={"micro_batch": _least_images(before, config)})
+        if planned is None or planned.least == "torch":
+            least = least.model_copy(update={"prefix": "torch", "onnxruntime": None})
+        in_memory = _may_keep_features(config, task.stage) if planned is None else planned.features_in_memory
         if self._journal.takes_least(task.run, task.stage) or (least == before and not in_memory):
             return None
         self._journal.take_least(task.run, task.stage, least)
@@ -83,6 +85,12 @@ class Executions:
 def _least_images(before: Execution, config: RunConfig) -> int:
     """At a time. Backbones with statistics of the batch take it whole."""
     return before.micro_batch if config.model.backbone in CONVOLUTIONAL else min(before.micro_batch, LEAST_IMAGES)
+
+
+def _may_keep_features(config: RunConfig, stage: int) -> bool:
+    """In memory."""
+    train = config.train
+    return bool(config.plan(stage).frozen) and train.views_per_round != "fresh" and train.features_in == "memory"
 
 
 def _runtime(prefix: PrefixEngine, ready: WorkerReady) -> str | None:

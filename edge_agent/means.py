@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
+from lwfed.edge_agent.events import LEAST_IMAGES
 from lwfed.edge_agent.resources import MB, SHARE, own_share_bytes, resident_mb
 from lwfed.errors import Unfit
 from lwfed.models import fitting
@@ -39,6 +40,7 @@ class Found:
     reason: str  # for people
     needs_mb: float  # what this process has to be allowed for the same plan
     features_bytes: float = 0.0  # of memory, for those of views that are used again; 0: they go to a file
+    least: PrefixEngine = "torch"  # this engine or torch: which takes less, with `LEAST_IMAGES` at a time
 
     @property
     def engine(self) -> PrefixEngine:
@@ -135,7 +137,8 @@ class _Search:
         if engine != "torch":
             need = self._need(engine, code + fitting.mapped_by(partial(chosen.prefix, trial[:size], ())))
             if (more := self._over(need, self._memory()[1])) <= 0:
-                return self._on_cpu(need, chosen.prefix, reason, held + expected[engine].of(sizes[engine]))
+                found = self._on_cpu(need, chosen.prefix, reason, held + expected[engine].of(sizes[engine]), judged=size)
+                return replace(found, least=engine if self._least(need) < self._least(self._need("torch", code)) else "torch")
             reason = self._too_much(engine, more)
         del chosen, trial
         return self._instead(reason, code)
@@ -222,10 +225,15 @@ class _Search:
     def _too_much(self, engine: PrefixEngine, over: float) -> str:
         return f"{engine} would take {math.ceil(over / MB)} MB more than {'there is' if self.budget_mb is None else 'the budget'}"
 
-    def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0) -> Found:
-        """`least`: bytes without which this would not have been tried."""
+    def _least(self, need: fitting.Need) -> float:
+        """Bytes with the fewest images at a time that are worth it."""
+        size = fitting.sizes(self.config, need, self._batch_size, self._device)[0]
+        return need.of(size if self.config.model.backbone in CONVOLUTIONAL else min(size, LEAST_IMAGES))
+
+    def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0, judged: float = math.inf) -> Found:
+        """`least`: bytes without which this would not have been tried; `judged`: images at a time by which `prefix` was found fit."""
         held, room = self._memory()
-        size = self._micro_batch(need, room)
+        size = int(min(self._micro_batch(need, room), judged))
         takes = need.of(size)
         return self._found(Means(prefix, size), reason, max(least, held + takes), need.features, room - takes)
 

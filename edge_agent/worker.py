@@ -11,7 +11,7 @@ Out:  {"event": "ready", "torch", "machine", "accelerator", "onnxruntime"} after
       {"event": "patched", "files"}                         the parts that were made of patches; the parent takes them away
       {"event": "warning", "text"}                          for people
       {"event": "loading", "what", "done", "total"}         while it decodes images, or makes what later steps and rounds use again
-      {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb"}
+      {"event": "planned", "prefix", "micro_batch", "reason", "needs_mb", "least", "features_in_memory"}
       {"event": "recomputes", "why"}                        views that are used again go through layers that they had passed
       {"event": "progress", "epoch", "epochs", "step", "steps", "loss"}
       {"event": "over", "peak_mb", "budget_mb"}             once, when its high-water mark passes the budget
@@ -79,7 +79,8 @@ class Worker:
         images = self._load(data, config, say)
         sources = _sources(config, data, say)
         parts, found = self._plan(data, config, device, images, sources)
-        say({"event": "planned", **found.fixed, "reason": found.reason, "needs_mb": round(found.needs_mb, 1)})
+        told = {"needs_mb": round(found.needs_mb, 1), "least": found.least, "features_in_memory": found.features_bytes > 0}
+        say({"event": "planned", **found.fixed, "reason": found.reason, **told})
 
         ceiling = Ceiling(data["budget_mb"], say)
 

@@ -74,6 +74,33 @@ def test_int8_trains_where_torch_has_no_room(graphs, monkeypatch):
 
 
 @needs_onnx
+@pytest.mark.parametrize(("mapped", "least"), [(0.0, "onnx_int8"), (3e6, "torch")])
+def test_the_engine_of_the_least_memory_is_told_which_is_not_int8_where_onnx_runtime_takes_more_than_tokens_give(
+    graphs, monkeypatch, mapped, least
+):
+    room = Room(monkeypatch, "onnx_int8")
+    room.mapped = mapped
+    assert (room.needs("onnx_int8", mapped) < room.needs("torch")) == (least == "onnx_int8")
+    found = means(room.config, 3, graphs)
+    assert (found.engine, found.least) == ("onnx_int8", least)
+
+
+@needs_onnx
+def test_no_more_images_go_through_an_engine_at_a_time_than_it_was_judged_by(graphs, monkeypatch):
+    room = Room(monkeypatch, "onnx_int8")
+    room.config = config("train.prefix=onnx_int8", "train.micro_batch=auto")
+    foreseen = 2e6  # of ONNX Runtime, which turns out to take nothing
+    monkeypatch.setattr("lwfed.edge_agent.means.ONNX_BYTES", foreseen)
+    room.bytes = room.needs("onnx_int8", foreseen)
+    judged = []
+    make = module.make_prefix
+    monkeypatch.setattr(module, "make_prefix", lambda *given: judged.append(given[5]) or make(*given))
+    found = means(room.config, 3, graphs)
+    assert judged[0] < 20
+    assert found.micro_batch == judged[0]
+
+
+@needs_onnx
 def test_an_engine_that_takes_more_than_foreseen_is_let_go(graphs, monkeypatch):
     sessions = []
     make = prefix.OnnxPrefix.__init__

@@ -40,7 +40,8 @@ def test_after_memory_ran_out_the_stage_takes_the_least_and_where_that_is_too_mu
 def test_features_leave_memory_where_all_else_takes_the_least_already(world):
     reused = load_config("demo", ["transfer.chunk_bytes=1024", "train.views_per_round=2", "train.features_in=memory"])
     server, device = world.training(stage=2, config=reused)
-    device.queue.append(WorkerPlanned(prefix="torch", micro_batch=4, reason="little memory", needs_mb=300.0))
+    planned = WorkerPlanned(prefix="torch", micro_batch=4, reason="little memory", needs_mb=300.0, features_in_memory=True)
+    device.queue.append(planned)
     device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
     world.settle()
     text = "stage 2 goes on with the least memory, since memory ran out: features of views that are used again in a file"
@@ -53,6 +54,32 @@ def test_features_leave_memory_where_all_else_takes_the_least_already(world):
     device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
     world.settle()
     assert [fail.code for fail in server.of(Fail)] == ["memory", "unfit"]
+
+
+def test_features_that_had_no_room_in_memory_leave_none(world):
+    reused = load_config("demo", ["transfer.chunk_bytes=1024", "train.views_per_round=2", "train.features_in=memory"])
+    server, device = world.training(stage=2, config=reused)
+    device.queue.append(WorkerPlanned(prefix="torch", micro_batch=4, reason="features in a file", needs_mb=300.0))
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    assert [fail.code for fail in server.of(Fail)] == ["unfit"], "nothing smaller is left"
+
+
+def test_the_least_that_a_stage_takes_is_by_the_engine_of_its_plan_where_that_takes_less_than_torch(world):
+    server, device = world.training(stage=2)
+    device.queue.append(WorkerPlanned(**RICH, reason="a large batch", least="onnx_int8"))
+    device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    text = (
+        "stage 2 goes on with the least memory, since memory ran out: 4 images at a time instead of 16; "
+        "its updates cannot be repeated bit for bit"
+    )
+    assert text in device.texts("warning")
+    server.assign(device.id, stage=2)
+    world.settle(2)
+    device.ready()
+    world.settle(0.2)
+    assert device.worker[-1].order["execution"] == {**LEAST, "prefix": "onnx_int8"}
 
 
 def test_a_round_that_takes_more_than_the_budget_is_finished_as_it_began_and_the_next_takes_less(world):
