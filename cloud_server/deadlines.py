@@ -29,7 +29,8 @@ def opened(rules: Rules, state: State, now: float) -> State:
 
 def scheduled(rules: Rules, state: State) -> State:
     """With the time at which the next device, or the round, is over its deadline."""
-    return replace(state, due=min((own_deadline(rules, state, one) for one in state.expected), default=state.deadline))
+    due = min((own_deadline(rules, state, one) for one in state.expected), default=state.deadline)
+    return state if due == state.due else replace(state, due=due)
 
 
 def elapsed(state: State, participants: Iterable[int], now: float) -> dict[int, float]:

@@ -203,6 +203,8 @@ class State:
 
 
 def with_presence(state: State, participant: int, presence: Presence) -> State:
+    if state.devices.get(participant) == presence:
+        return state
     return replace(state, devices={**state.devices, participant: presence})
 
 

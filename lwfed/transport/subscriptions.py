@@ -19,6 +19,7 @@ class Subscriptions(Generic[Client]):
     def __init__(self) -> None:
         self._exact: dict[str, set[Client]] = {}  # topic -> clients
         self._below: dict[str, set[Client]] = {}  # a -> clients of a/+
+        self._under: dict[str, set[Client]] = {}  # a -> clients of a/#
         self._others: dict[str, set[Client]] = {}  # filter -> clients
 
     def add(self, client: Client, filter: str) -> None:
@@ -35,16 +36,18 @@ class Subscriptions(Generic[Client]):
 
     def of(self, topic: str) -> list[Client]:
         """Those who get what is published there, in the order of their opening."""
-        found = self._exact.get(topic, set()) | self._below.get(topic.rpartition("/")[0], set())
-        for filter, clients in self._others.items():
-            if matches(filter, topic):
-                found = found | clients
-        return sorted(found, key=lambda client: client.number)
+        parent = topic.rpartition("/")[0]
+        found: list[Iterable[Client]] = [self._exact.get(topic, ()), self._below.get(parent, ()), self._under.get(topic, ())]
+        while parent:
+            found.append(self._under.get(parent, ()))
+            parent = parent.rpartition("/")[0]
+        found += [clients for filter, clients in self._others.items() if matches(filter, topic)]
+        return sorted(set[Client]().union(*found), key=lambda client: client.number)
 
     def _place(self, filter: str) -> tuple[dict[str, set[Client]], str]:
         parent, _, last = filter.rpartition("/")
         if "+" not in filter and "#" not in filter:
             return self._exact, filter
-        if last == "+" and parent and "+" not in parent:
-            return self._below, parent
+        if last in ("+", "#") and parent and "+" not in parent:
+            return self._below if last == "+" else self._under, parent
         return self._others, filter

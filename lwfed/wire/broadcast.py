@@ -258,7 +258,8 @@ class Broadcast:
 
     def _forget_old(self, now: float) -> None:
         self._askers = {device: asker for device, asker in self._askers.items() if not asker.is_past(now)}
+        held = {id for id in self._order if self._store.has(id)}
         for asker in self._askers.values():
-            asker.had = {id: bits for id, bits in asker.had.items() if id in asker.wants or self._store.has(id)}
+            asker.had = {id: bits for id, bits in asker.had.items() if id in asker.wants or id in held}
         known = {id for asker in self._askers.values() for id in asker.had}
         self._order = {id: None for id in self._order if id in known}

@@ -16,6 +16,7 @@ from lwfed.wire.messages import MAX_BLOB_BYTES, Record
 
 Codec = Literal["int8", "bf16", "fp32"]
 Form = Literal["single", "half", "byte"]  # of the differences of a tensor: float32, bfloat16, int8
+FORMS: tuple[Form, ...] = get_args(Form)
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -71,7 +72,7 @@ def raw_bytes(shapes: Shapes, codec: Codec) -> int:
 
 def counts_of(shapes: Shapes, codec: Codec) -> tuple[int, dict[Form, int]]:
     """Of differences: how many scales, and numbers of each form."""
-    scales, counts = 0, dict.fromkeys(get_args(Form), 0)
+    scales, counts = 0, dict.fromkeys(FORMS, 0)
     for name, shape in shapes.items():
         form = form_of(name, shape, codec)
         scales += shape[0] if form == "byte" else 0
