@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from lwfed.wire.messages import Memory
 
 WIDTH, HIDDEN = 8, 32
 HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest
+KNOWN = 64  # parts that were read last
 Tensors = dict[str, wire.Array]
 Model = dict[str, Tensors]  # part -> its tensors
 Forms = tuple[tuple[int, ...], ...]  # shapes, one after another
@@ -86,7 +87,7 @@ def loss(stage: int, round: int, participant: int) -> float:
 
 
 def load(files: Mapping[str, str]) -> Model:
-    return {part: wire.decode(Path(file).read_bytes(), shapes(part)) for part, file in files.items()}
+    return {part: _decoded(part, Path(file).read_bytes()) for part, file in files.items()}
 
 
 def receive(order: Mapping[str, Any], config: RunConfig) -> tuple[Model, WorkerPatched | None]:
@@ -196,6 +197,11 @@ def _write(model: Model, job: Json) -> dict[str, str]:
 
 def _forms(tensors: Tensors) -> Forms:
     return tuple(tensor.shape for tensor in tensors.values())
+
+
+@lru_cache(maxsize=KNOWN)  # all devices read the same parts, and some in every round
+def _decoded(part: str, data: bytes) -> Tensors:
+    return wire.decode(data, shapes(part))
 
 
 @cache  # of all schedules

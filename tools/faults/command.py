@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -76,6 +77,8 @@ def run_all(seeds: range, note: Note | None = None) -> Iterator[Outcome]:
 def run_some(seeds: Iterable[int], note: Note | None = None) -> Iterator[Outcome]:
     base = load_config("base", BASE)
     where = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+    gc.collect()
+    gc.freeze()  # modules stay: collections of what schedules leave behind need not look at them
     for seed in seeds:
         with tempfile.TemporaryDirectory(prefix="lwfed-faults-", dir=where) as folder:
             yield run_one(seed, base, Path(folder), note)

@@ -22,7 +22,7 @@ from lwfed.cloud_server.aggregate import combine, screen
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import Contribution
-from lwfed.cloud_server.updates import Share, Updates
+from lwfed.cloud_server.updates import Array, Index, Share, Updates
 from lwfed.config import RunConfig
 from lwfed.plan import StagePlan
 from lwfed.seeds import derive
@@ -49,6 +49,8 @@ class Judge:
 
     def published(self, course: Course, topic: str, payload: bytes) -> None:
         """What the server is about to say."""
+        if not topic.endswith("/done"):
+            return
         match self._topics.parse(topic):
             case ToDevice(device, "done"):
                 id = decode(Done, payload).contribution
@@ -161,24 +163,23 @@ class Reference:
             self._model, self._lost = kept | {part: canned.initial(part, 1) for part in plan.added}, {}
             self._digests = {part: _digest(held) for part, held in self._model.items()}
             for round in range(1, rounds + 1):
-                updates, shares = self._updates(plan, stage, round)
-                after = self._model | self._aggregated(plan, shares)
+                updates, weights = self._updates(plan, stage, round)
+                after = self._model | self._aggregated(plan, weights)
                 every = self._config.calibration.every
                 if every == "round" or (every == "stage" and round == rounds):
                     after |= canned.calibrated(after, plan.calibrated, stage, round)
                 self._publish(after, derive(self._config.run.seed, "publish", stage, round))
                 yield stage, round, updates, dict(self._digests)
 
-    def _updates(self, plan: StagePlan, stage: int, round: int) -> tuple[dict[int, str], list[Share]]:
-        """The digests of what counts, as it travels, and the weights that it stands for."""
+    def _updates(self, plan: StagePlan, stage: int, round: int) -> tuple[dict[int, str], dict[int, canned.Tensors]]:
+        """By participant: the digests of what counts, as it travels, and the weights that it stands for."""
         received = {name: tensor for part in plan.uploaded for name, tensor in self._model[part].items()}
-        updates, shares = {}, []
+        updates, found = {}, {}
         for place in [place for place in self._recorded if place[:2] == (stage, round)]:
             participant = place[2]
-            data, weights = self._travelled(received, canned.trained(self._model, plan.uploaded, *place), participant, place)
+            data, found[participant] = self._travelled(received, canned.trained(self._model, plan.uploaded, *place), participant, place)
             updates[participant] = hashlib.sha256(data).hexdigest()
-            shares.append(Share(participant, canned.images(participant), self._file(f"update-{participant}", weights)))
-        return updates, shares
+        return updates, found
 
     def _travelled(self, received: canned.Tensors, update: canned.Tensors, participant: int, place: Place) -> tuple[bytes, canned.Tensors]:
         transfer, (stage, round, _) = self._config.transfer, place
@@ -191,7 +192,7 @@ class Reference:
         """The model becomes what devices can make of what they are sent."""
         for part in sorted(after):
             before, held = self._model[part], after[part]
-            if _digest(held) == self._digests[part]:
+            if held is before or _digest(held) == self._digests[part]:
                 continue
             if self._config.transfer.codec != "fp32":
                 _, held = self._encoded(part, before, held, 1.0, derive(seed, "patch", part))
@@ -206,11 +207,17 @@ class Reference:
         sent = deltas.decode(data, {name: tensor.shape for name, tensor in after.items()}, codec)
         return data, {name: before[name] + sent[name] for name in after}
 
-    def _aggregated(self, plan: StagePlan, shares: list[Share]) -> canned.Model:
-        if not shares:
+    def _aggregated(self, plan: StagePlan, weights: dict[int, canned.Tensors]) -> canned.Model:
+        """`weights`: of each participant."""
+        if not weights:
             return {}
+
+        def read(update: Path, name: str, before: Array, index: Index) -> Array:
+            return weights[int(update.name)][name][index]
+
         previous = {part: self._file(part, self._model[part]) for part in plan.uploaded}
-        settings, updates = self._config.aggregation, Updates(previous, shares)
+        shares = [Share(participant, canned.images(participant), Path(str(participant))) for participant in weights]
+        settings, updates = self._config.aggregation, Updates(previous, shares, read)
         return dict(combine(settings, screen(settings, updates), updates))
 
     def _file(self, name: str, held: canned.Tensors) -> Path:

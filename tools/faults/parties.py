@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -29,10 +28,11 @@ from lwfed.edge_agent.work import MAX_KILLED, Places
 from lwfed.errors import Diverged, InvalidPayload, TransportError, WorkerFailed
 from lwfed.tools.faults import canned
 from lwfed.tools.faults.disk import Disk
-from lwfed.tools.faults.schedule import Kill, Point
+from lwfed.tools.faults.fuse import Fuse, FusedFacts, FusedTransport, Killed
+from lwfed.tools.faults.schedule import Kill
 from lwfed.tools.faults.store import Kept, MemoryStore
 from lwfed.tools.simulation.virtual import VirtualDevice
-from lwfed.transport.memory import MemoryBroker, MemoryTransport
+from lwfed.transport.memory import MemoryBroker
 from lwfed.wire.messages import Hello, Start, State, encode
 from lwfed.wire.topics import Topics
 
@@ -41,39 +41,6 @@ RESTART_S = 5.0  # after which a service starts again what has ended by itself
 MEMORY = ("out of memory", "OutOfMemory")  # kinds of failures
 KEEP_ALIVE_S = 90.0  # until a broker misses a client that has vanished
 RESTARTED = (TransportError, WorkerFailed, Diverged)  # errors after which docs/EXIT_CODES.md lets a service start again
-
-
-class Killed(BaseException):
-    """The process ends here, whatever it was about."""
-
-    def __init__(self, how: Kill) -> None:
-        self.how = how
-
-
-class Fuse:
-    """Kills the process that passes the point at which `kill` is to happen."""
-
-    def __init__(self) -> None:
-        self.kill: Kill | None = None
-        self._passed: Counter[Point] = Counter()
-        self._committed = False
-
-    def at_commit(self) -> None:
-        self._committed = True
-        self._pass("uncommitted")
-
-    def at_publication(self) -> None:
-        if self._committed:
-            self._committed = False
-            self._pass("unpublished")
-
-    def _pass(self, point: Point) -> None:
-        kill = self.kill
-        if kill is None or kill.point != point:
-            return
-        self._passed[point] += 1
-        if self._passed[point] > kill.skip:
-            raise Killed(kill)
 
 
 class Surroundings(Protocol):
@@ -89,29 +56,6 @@ class Surroundings(Protocol):
     def later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def note(self, who: str, text: str) -> None: ...
     def published(self, who: str, topic: str, payload: bytes) -> None: ...
-
-
-class FusedTransport(MemoryTransport):
-    def __init__(self, broker: MemoryBroker, fuse: Fuse, published: Callable[[str, bytes], None]) -> None:
-        super().__init__(broker)
-        self._fuse, self._published = fuse, published
-
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        self._fuse.at_publication()
-        self._published(topic, payload)
-        super().publish(topic, payload, retain=retain)
-
-
-class FusedFacts(MemoryFacts):
-    def __init__(self, held: Mapping[str, str], fuse: Fuse) -> None:
-        super().__init__(held)
-        self._fuse = fuse
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        with super().transaction():
-            yield
-            self._fuse.at_commit()
 
 
 class Party(ABC):
@@ -154,8 +98,7 @@ class Party(ABC):
         self._around.broker.restore(self.client_id)
         self._link = FusedTransport(self._around.broker, self._fuse, partial(self._around.published, self.name))
         self._around.note(self.name, f"starts for the {self.starts}. time")
-        with self._mortal():
-            self._begin(self._link)
+        self._live(self._begin, self._link)
 
     def kill(self, how: Kill) -> None:
         """At once, or when it passes the point that the fault names."""
@@ -194,17 +137,17 @@ class Party(ABC):
             self._link = None
             self._end()
 
-    @contextmanager
-    def _mortal(self) -> Iterator[None]:
-        """What is done by the process, which may end of it."""
+    def _live(self, action: Callable[..., Any], *arguments: object) -> Any:
+        """What the process does, which may end of it: the action's result, or None."""
         try:
-            yield
+            return action(*arguments)
         except Killed as killed:
             self._perish(killed.how)
         except RESTARTED as error:
             self._around.note(self.name, f"ends: {error}")
             self.die()
             self._around.later(RESTART_S, self.start)
+        return None
 
     def next_failure(self) -> str | None:
         return self.fails.popleft() if self.fails else None
@@ -230,16 +173,11 @@ class ServerParty(Party):
 
     def hear(self) -> bool:
         """Take what has arrived; whether that was anything."""
-        count = 0
-        if self._server is not None:
-            with self._mortal():
-                count = self._server.drain()
-        return count > 0
+        return self._server is not None and bool(self._live(self._server.drain))
 
     def poll(self) -> None:
         if self._server is not None:
-            with self._mortal():
-                self._server.handle(None)
+            self._live(self._server.handle, None)
 
     def next_wakeup(self) -> float | None:
         return self._server.next_wakeup(self._around.now) if self._server else None
@@ -301,9 +239,8 @@ class DeviceParty(Party):
     def leave(self) -> None:
         if self._agent is not None:
             self._around.note(self.name, "is ended by its owner")
-            with self._mortal():
-                self._agent.leave(self._around.now)
-                self._close()
+            self._live(self._agent.leave, self._around.now)
+            self._close()
 
     def mend(self) -> None:
         """Start it, also where it cannot train until it is started anew."""
@@ -313,16 +250,14 @@ class DeviceParty(Party):
 
     def poll(self) -> None:
         if self._agent is not None:
-            with self._mortal():
-                self._agent.poll(self._around.now)
+            self._live(self._agent.poll, self._around.now)
 
     def next_wakeup(self) -> float | None:
         return self._agent.next_wakeup(self._around.now) if self._agent else None
 
     def take(self, agent: CannedAgent, event: Event) -> None:
         if agent is self._agent:
-            with self._mortal():
-                agent.take(event, self._around.now)
+            self._live(agent.take, event, self._around.now)
 
     def _begin(self, link: FusedTransport) -> None:
         self._agent = agent = CannedAgent(self, FusedFacts(self._facts, self._fuse), link, self._around)

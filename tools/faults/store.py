@@ -46,7 +46,7 @@ class Tables:
 
     run: str = ""
     config: RunConfig | None = None
-    state: str = ""
+    state: State = field(default_factory=State)
     epoch: int = 0
     times: tuple[float, float | None] = (0.0, None)
     devices: dict[str, Device] = field(default_factory=dict)
@@ -125,14 +125,14 @@ class MemoryStore(Store):
         now = self._clock()
         tables, known = self._tables.copy(), self._tables.config is not None
         if not known:
-            tables.run, tables.state, tables.times = self.run, State().to_json(), (now, None)
+            tables.run, tables.times = self.run, (now, None)
         tables.config, tables.epoch = config, max(tables.epoch + 1, int(now))
         self._kept.tables = tables
         return self.state, tables.epoch, known
 
     @property
     def state(self) -> State:
-        return State.from_json(self._tables.state)
+        return State.from_json(self._tables.state.to_json())  # as a start finds it in a database
 
     @property
     def times(self) -> tuple[float, float | None]:
@@ -142,7 +142,7 @@ class MemoryStore(Store):
     def step(self, state: State) -> Iterator[Step]:
         now, tables = self._clock(), self._tables.copy()
         yield MemoryStep(tables, now)
-        tables.state = state.to_json()
+        tables.state = state
         started_s, finished_s = tables.times
         if state.over and finished_s is None:
             tables.times = started_s, now
