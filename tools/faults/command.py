@@ -21,7 +21,7 @@ from lwfed.console import counted, printable
 from lwfed.tools.faults.schedule import draw
 from lwfed.tools.faults.world import Note, Outcome, World
 
-BASE = ("calibration.data=canned", "model.width=8", "model.heads=2")
+BASE = ("calibration.data=canned", "model.width=8", "model.heads=2", "ssl.method=simclr")
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108, for files that need no disk; elsewhere schedules take longer
 WORTH_A_POOL = 100  # schedules: starting processes takes longer than fewer of them
 
