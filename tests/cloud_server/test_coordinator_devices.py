@@ -36,6 +36,14 @@ def test_a_second_update_of_a_device_is_illegal():
         advance(RULES, state, Contributed(0, "other"), 0.0)
 
 
+def test_who_falls_silent_after_the_wait_for_others_is_not_waited_for():
+    rules = replace(RULES, min_devices=3)
+    state = after(rules, State(), Prepared({}), Evaluated(), Present(0), Present(1), Absent(1, for_good=False))
+    state = after(rules, state, TimeUp(), now=RETURN_S)
+    state = after(rules, state, Present(2), Absent(2, for_good=False), Present(3), Present(1), now=RETURN_S + 1)
+    assert (state.phase, state.chosen) == ("training", (0, 1, 3))
+
+
 def test_the_first_round_waits_for_its_devices_however_long():
     state = after(RULES, State(), Prepared({}), Evaluated(), Present(0))
     assert after(RULES, state, TimeUp(), TimeUp(), now=1e6).phase == "waiting"

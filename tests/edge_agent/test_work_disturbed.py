@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 
-from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerWarning
+from lwfed.edge_agent.events import EndWorker, StartWorker, Train, WorkerError, WorkerProgress, WorkerWarning
 from lwfed.wire.messages import Fail, Offer
 from lwfed.wire.upload import contribution_id
 
@@ -126,6 +128,37 @@ def test_a_task_whose_training_process_was_killed_begins_again_as_it_was_and_nob
     device.finish()
     world.settle(2)
     assert server.of(Offer)[0].report.execution.micro_batch == 16
+
+
+def test_kills_in_one_task_are_not_held_against_the_next(world):
+    server, device = world.training()
+    for round in (1, 2):
+        for _ in range(3):
+            device.queue.append(WorkerError("killed", "the training process ended by SIGKILL"))
+            world.settle()
+            device.ready()
+            world.settle(0.2)
+        device.finish()
+        world.settle(2)
+        if round == 1:
+            server.announce(round=2)
+            server.assign(device.id, round=2)
+            world.settle(2)
+    assert [offer.round for offer in server.of(Offer)] == [1, 2]
+    assert not server.of(Fail)
+
+
+def test_losses_of_a_training_that_was_killed_are_not_those_of_the_one_that_begins_again(world):
+    _, device = world.training()
+    progress = partial(WorkerProgress, epoch=1, epochs=1, steps=2, rss_mb=100.0)
+    device.queue.append(progress(step=1, loss=9.0))
+    device.queue.append(WorkerError("killed", "the training process ended by SIGKILL"))
+    world.settle()
+    device.ready()
+    world.settle(0.2)
+    device.queue += [progress(step=1, loss=3.0), progress(step=2, loss=1.0)]
+    world.settle()
+    assert device.texts("training") == ["epoch 1 of 1: loss 2.0000, memory 100 MB"]
 
 
 def test_a_training_process_that_is_killed_while_it_starts_is_started_again(world):
