@@ -121,9 +121,9 @@ def describe_exit(code: int, no_memory: bool | None = None) -> str:
     if code >= 0:
         return f"ended with exit code {code}: what it said last is above; `edge-agent doctor` checks torch"
     killed = {
-        True: "the device ran out of memory",
+        True: "memory ran out",
         False: "somebody did that, or a program like earlyoom; by the kernel's count memory had not run out",
-        None: "probably because the device ran out of memory",
+        None: "probably because memory ran out",
     }
     hints = {
         signal.SIGKILL: killed[no_memory],

@@ -192,7 +192,7 @@ def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_reported_and_the_n
     agent = host(script)
     agent.run()
     assert [fail.code for fail in agent.server.of(Fail)] == ["memory"]
-    assert "the device ran out of memory" in agent.server.of(Fail)[0].reason
+    assert "memory ran out" in agent.server.of(Fail)[0].reason
     assert "goes on with the least memory, since memory ran out: 4 images at a time instead of 32" in capsys.readouterr().out
     assert agent.server.of(Offer)[0].report.execution.micro_batch == 4
 
@@ -227,7 +227,7 @@ def test_a_worker_that_the_kernel_kills_in_a_control_group_is_reported_and_the_n
         monkeypatch.setattr(process, "Child", partial(child.Child, within=group.command))
         agent.run()
     (fail,) = server.of(Fail)
-    assert (fail.code, fail.reason) == ("memory", "the training process ended by SIGKILL: the device ran out of memory")
+    assert (fail.code, fail.reason) == ("memory", "the training process ended by SIGKILL: memory ran out")
     assert "goes on with the least memory, since memory ran out: 4 images at a time instead of 64" in capsys.readouterr().out
     report = server.of(Offer)[0].report
     assert report.execution.micro_batch == 4

@@ -189,7 +189,7 @@ def test_the_published_baseline_is_measured_the_same_way(state, micro_batch):
 @pytest.mark.parametrize(
     ("kind", "message", "error"),
     [
-        ("out of memory", "ended by SIGKILL: the device ran out of memory", DidNotFit),
+        ("out of memory", "ended by SIGKILL: memory ran out", DidNotFit),
         ("OutOfMemory", "MemoryError: ", DidNotFit),
         ("crashed", "ended by SIGILL", WorkerFailed),
         ("DataError", "no images", WorkerFailed),
