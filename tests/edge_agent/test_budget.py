@@ -84,7 +84,8 @@ def test_what_is_planned_is_hardly_more_than_what_is_used_and_never_less(order, 
     assert planned.prefix == prefix
     if done.memory.peak_source != "VmHWM":
         pytest.skip("this system has no clear_refs")
-    assert done.memory.peak_mb <= planned.needs_mb <= 1.2 * done.memory.peak_mb
+    # 1.2 at most, but where the cache of files has libraries in large pieces, as after an installation: those of both engines overlap then
+    assert done.memory.peak_mb <= planned.needs_mb <= 1.3 * done.memory.peak_mb
 
 
 def test_a_process_beyond_its_budget_says_so_once(monkeypatch):
