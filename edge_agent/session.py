@@ -29,9 +29,6 @@ from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES
 QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 GREET_S = 15.0  # connected without an order of the server for so long: greet it again
 SAVE_BYTES, SAVE_S = 65_536, 5.0  # what of the traffic a kill makes forget; an idle device writes nothing
-UNVERIFIED = (
-    "enrolled before announcements were signed: it believes what the broker announces; enrolled anew, by another name, it verifies that"
-)
 REVOKED = "it may have been revoked (`cloud-server status` says so): then enrol it anew, by another name and with another --state"
 GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
 
@@ -249,7 +246,7 @@ class Session:
         if self._believe and state.online and state.epoch < self._journal.seen.epoch:  # then it would follow what was announced long ago
             raise InvalidMessage(
                 f"the server's state is of its start {state.epoch}, and {self._journal.seen.epoch} has announced a run: it is repeated by "
-                "somebody, or the server's clock was put back and its state lost"
+                "somebody, or the server has begun anew with its clock behind: set that right and start it again"
             )
         first, self._quiet_until = self._quiet_until is not None, None
         if not messages.speaks_our_version(state):
