@@ -218,7 +218,7 @@ def test_a_worker_that_the_kernel_kills_in_a_control_group_is_reported_and_the_n
         if server.received and agent._journal.update is None:
             stop()
 
-    agent = host(script, str(tmp_path / "images.npz"), budget_mb=2000)
+    agent = host(script, str(tmp_path / "images.npz"), budget_mb=20_000)  # of which the group leaves 384
     server = agent.server
     server.config = server.store.put(config.to_bytes())
     held = {part: {name: tensor.numpy() for name, tensor in init_part(config, part).items()} for part in config.plan(1).present}

@@ -45,7 +45,7 @@ def test_an_error_is_said_and_the_child_goes_on(child, events):
 @pytest.mark.parametrize(
     ("signal", "risen", "kind", "cause"),
     [
-        ("SIGKILL", True, "out of memory", "ran out of memory"),
+        ("SIGKILL", True, "out of memory", ": memory ran out"),
         ("SIGKILL", False, "killed", "memory had not run out"),
         ("SIGKILL", None, "out of memory", "probably"),
         ("SIGSEGV", True, "crashed", "SIGSEGV"),
