@@ -89,8 +89,8 @@ def test_drop_out_blocks_no_round(undisturbed):
 
 @pytest.fixture
 def endings():
-    """A simulation that was ended ignores further signals, as its process is to end."""
-    before = {number: signal.getsignal(number) for number in ENDINGS}
+    """None is ignored, as after nohup, before; and a simulation that was ended ignores further ones, as its process is to end."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDINGS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
