@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,6 +66,17 @@ def own_groups(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> 
 def own_group(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> Path | None:
     """The innermost of them that is to be seen."""
     return next((group for group in own_groups(hierarchy, own, groups) if group.is_dir()), None)
+
+
+def limits_in_force(own: Path = OWN, groups: Path = GROUPS) -> Iterator[float]:
+    """Bytes of every limit that this process is under, of its own group first; infinity where a group says that it has none."""
+    if (hierarchy := limiting(own, groups)) is None:
+        return
+    for group in own_groups(hierarchy, own, groups):
+        for limit in hierarchy.limits:
+            with contextlib.suppress(OSError):  # a root has none, and a container may not see it
+                said = (group / limit).read_text().strip()
+                yield math.inf if said == "max" else int(said)
 
 
 def limit_without_swap(group: Path, size: int) -> None:

@@ -38,12 +38,11 @@ PROBE_S = 20
 END_S = 5  # until the kernel has let go of processes that were killed
 FOLDER = "edge-agent-profile-"  # a group of ours
 ENTER = f'echo $$ > "$0/{PROCESSES}" && exec "$@"'
-# The limit that is in force, said on a descriptor that must have come through.
+# The limits that are in force, said on a descriptor that must have come through.
 PROBE = """
 import os, sys
-from lwfed import control_groups as groups
-hierarchy = groups.limiting()
-os.write(int(sys.argv[1]), (groups.own_group(hierarchy) / hierarchy.limits[0]).read_bytes())
+from lwfed.control_groups import limits_in_force
+os.write(int(sys.argv[1]), " ".join(map(str, limits_in_force())).encode())
 """
 CONTAINER = "in a container, limit the container instead"
 
@@ -122,8 +121,8 @@ def _of_ours(mb: int, size: int, within: Path | None) -> Limit:
     try:
         problem = _problem(group, size)
     except OSError as error:
-        problem = f"{error.strerror or error}; run this as root, or {CONTAINER}"
-    return Limit(mb, problem=f"no group can be made in {within}: {problem}") if problem else Limit(mb, group)
+        return Limit(mb, problem=f"no group can be made in {within}: {error.strerror or error}; run this as root, or {CONTAINER}")
+    return Limit(mb, problem=f"a group in {within} gives no memory limit: {problem}") if problem else Limit(mb, group)
 
 
 @contextlib.contextmanager
@@ -160,7 +159,7 @@ def _kill(group: Path) -> None:
 
 
 def _problem(grouping: Grouping, size: int) -> str:
-    """Why a program in such a group has no limit of `size` bytes; empty when it has. Raises OSError where there is no group."""
+    """Why `size` bytes are not the limit of a program in such a group; empty when they are. Raises OSError where there is no group."""
     with grouping() as group:
         ours, theirs = os.pipe()
         with open(ours, "rb") as said:
@@ -176,7 +175,7 @@ def _problem(grouping: Grouping, size: int) -> str:
                 return f"it did not work: {error}"
             finally:
                 os.close(theirs)
-            in_force = said.read().strip()
-    if in_force == str(size).encode():
-        return ""
-    return (done.stderr.strip().splitlines() or ["the limit is not in force"])[-1]
+            in_force = [float(one) for one in said.read().split()]
+    if in_force[:1] != [size]:
+        return (done.stderr.strip().splitlines() or ["it is not seen to be in force"])[-1]
+    return f"a group around it has only {min(in_force) / 1e6:.1f} MB" if min(in_force) < size else ""

@@ -111,6 +111,15 @@ def test_a_group_that_a_killed_measurement_has_left_goes_with_the_next(ours):
         kept.rmdir()
 
 
+def test_a_limit_above_that_of_a_group_around_it_is_not_pretended(ours):
+    within, limit = ours
+    with limit.group() as group:
+        (around,) = within.glob(f"{FOLDER}{os.getpid()}-*")
+        ask = "from lwfed.edge_agent.profiling.limits import limited; print(limited(200).problem, limited(100).problem, sep='; ')"
+        done = subprocess.run([*group.command, sys.executable, "-c", ask], capture_output=True, text=True)
+    assert done.stdout == f"a group in {around} gives no memory limit: a group around it has only 128.0 MB; \n", done.stderr
+
+
 @pytest.fixture
 def system(tmp_path):
     """Makes what a process of the group /box sees of control groups of that version; what `limited` is given."""
@@ -141,14 +150,17 @@ def systemd_run(tmp_path, monkeypatch):
     return put
 
 
-IN_FORCE = 'while [ "$1" != -- ]; do case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac; shift; done; echo $max >/dev/fd/$5'
+def saying(limits):
+    """A systemd-run whose program says that `limits` are in force; $max is what was asked for."""
+    asked = "case $1 in --property=MemoryMax=*) max=${1#*Max=};; esac"
+    return f'while [ "$1" != -- ]; do {asked}; shift; done; echo {limits} >/dev/fd/$5'
 
 
 @pytest.mark.parametrize(("page", "size"), [(4096, 499_998_720), (16384, 499_990_528), (65536, 499_974_144)])
 def test_a_limit_of_systemd_is_used_when_it_is_in_force(system, systemd_run, monkeypatch, page, size):
     """In whole pages, as the kernel says it."""
     monkeypatch.setattr(limits.os, "sysconf", lambda _: page)
-    systemd_run(IN_FORCE)
+    systemd_run(saying("$max inf inf"))
     found = limited(500, *system(2))
     assert found.problem == ""
     with found.group() as group:
@@ -156,17 +168,25 @@ def test_a_limit_of_systemd_is_used_when_it_is_in_force(system, systemd_run, mon
         assert f"--property=MemoryMax={size}" in group.command
 
 
-@pytest.mark.parametrize(("script", "text"), [("echo no bus >&2; exit 1", "no bus"), ("exit 0", "not in force")])
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("echo no bus >&2; exit 1", "no bus"),
+        ("exit 0", "it is not seen to be in force"),
+        (saying("inf inf $max"), "it is not seen to be in force"),
+        (saying("$max inf inf 268435456 inf"), "a group around it has only 268.4 MB"),
+    ],
+)
 def test_a_limit_of_systemd_that_is_not_in_force_is_not_pretended(system, systemd_run, script, text):
     systemd_run(script)
-    assert limited(512, *system(2)).problem == f"systemd-run gives no memory limit here: {text}".replace("not", "the limit is not")
+    assert limited(512, *system(2)).problem == f"systemd-run gives no memory limit here: {text}"
 
 
 def test_a_group_of_ours_that_limits_nothing_is_not_pretended(system, monkeypatch):
     monkeypatch.setattr(limits, "END_S", 0)
     own, groups = system(1)
     found = limited(512, own, groups)
-    assert found.problem == f"no group can be made in {groups / 'memory' / 'box'}: the limit is not in force"
+    assert found.problem == f"a group in {groups / 'memory' / 'box'} gives no memory limit: it is not seen to be in force"
 
 
 def test_a_group_that_takes_none_below_it_is_said_with_what_to_do(system, monkeypatch):

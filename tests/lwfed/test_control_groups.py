@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from lwfed.control_groups import VERSION_1, VERSION_2, OomKills, limiting, own_group
+from lwfed.control_groups import VERSION_1, VERSION_2, OomKills, limiting, limits_in_force, own_group
 
 
 @pytest.fixture
@@ -72,6 +74,20 @@ def test_memory_is_limited_by_the_version_that_has_its_controller(system, named,
     if controllers:
         (groups / "cgroup.controllers").write_text(f"{controllers}\n")
     assert limiting(own, groups) is version
+
+
+def test_all_limits_above_a_process_are_in_force_its_own_first(system):
+    own, groups = system / "proc" / "self" / "cgroup", system / "cgroup"
+    own.write_text("0::/box/agent\n")
+    assert list(limits_in_force(own, groups)) == []
+    (groups / "cgroup.controllers").write_text("memory\n")
+    for folder, limit, throttled in (("box/agent", "900", "max"), ("box", "max", "700")):
+        (groups / folder / "memory.max").write_text(f"{limit}\n")
+        (groups / folder / "memory.high").write_text(f"{throttled}\n")
+    assert list(limits_in_force(own, groups)) == [900, math.inf, math.inf, 700]
+    own.write_text("4:memory:/box/agent\n0::/box/agent\n")
+    (groups / "memory" / "box" / "memory.limit_in_bytes").write_text("800\n")
+    assert list(limits_in_force(own, groups)) == [800]
 
 
 MOUNTS = """\
