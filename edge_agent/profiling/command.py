@@ -21,7 +21,7 @@ from lwfed.edge_agent.agent import torch_version
 from lwfed.edge_agent.profiling import measure
 from lwfed.edge_agent.profiling.cases import NO_FIT, PAPER, Case, judge, make_cases, measured, recommend, tried
 from lwfed.edge_agent.profiling.condition import condition
-from lwfed.edge_agent.profiling.limits import NO_LIMIT, limited
+from lwfed.edge_agent.profiling.limits import NO_LIMIT, NoGroup, limited
 from lwfed.edge_agent.profiling.measure import WARM_UP, DidNotFit
 from lwfed.edge_agent.profiling.page import page, reasons
 from lwfed.edge_agent.resources import MB, own_share_bytes
@@ -31,6 +31,7 @@ from lwfed.plan import Strategy
 STEPS = 5  # that count, at most
 ENOUGH_S = 30.0  # for a case; then one step is enough
 LIMITS = cache(limited)
+NO_SUCH = "no such limit: "
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def measure_case(case: Case, told: Profile, on_step: Callable[[int, int], None])
 
     limit = NO_LIMIT if case.limit_mb is None else LIMITS(case.limit_mb)
     if limit.problem:
-        return {**case.record(), "skipped": True, "reason": f"no such limit: {limit.problem}"}
+        return {**case.record(), "skipped": True, "reason": f"{NO_SUCH}{limit.problem}"}
     batch_size = case.config.train.batch_size
     with measure.sampled(case.config, case.stage, STEPS) as sample:
         travels = {"bytes_down": sample.bytes_down, "bytes_up": sample.bytes_up, "gmacs": round(sample.macs / 1e9, 2)}
@@ -112,6 +113,8 @@ def measure_case(case: Case, told: Profile, on_step: Callable[[int, int], None])
             found = measure.agent(case.config, sample, case.stage, on_step, on_ready, limit, told.budget_mb, ENOUGH_S)
         except DidNotFit as problem:
             return {**case.record(), **travels, "reason": f"{NO_FIT}{problem}"}
+        except NoGroup as problem:
+            return {**case.record(), **travels, "skipped": True, "reason": f"{NO_SUCH}{problem}"}
         except WorkerFailed as problem:
             return {**case.record(), **travels, "skipped": True, "reason": str(problem)}
     times = {"epoch_s": round(found.epoch_s(told.images, batch_size), 2)}

@@ -47,6 +47,10 @@ os.write(int(sys.argv[1]), " ".join(map(str, limits_in_force())).encode())
 CONTAINER = "in a container, limit the container instead"
 
 
+class NoGroup(Exception):
+    """None can be made, with what to do; for who measures, not for the command line."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Where a program runs."""
@@ -65,7 +69,7 @@ class Group:
             return None
 
 
-Grouping = Callable[[], AbstractContextManager[Group]]  # a new one, for a block
+Grouping = Callable[[], AbstractContextManager[Group]]  # a new one, for a block; raises NoGroup
 
 
 def by_its_command(group: Group) -> AbstractContextManager[Group]:
@@ -120,23 +124,28 @@ def _of_ours(mb: int, size: int, within: Path | None) -> Limit:
     group = partial(_own_group, within, size)
     try:
         problem = _problem(group, size)
+    except NoGroup as error:
+        return Limit(mb, problem=str(error))
     except OSError as error:
-        return Limit(mb, problem=f"no group can be made in {within}: {error.strerror or error}; run this as root, or {CONTAINER}")
+        problem = f"it did not work: {error}"
     return Limit(mb, problem=f"a group in {within} gives no memory limit: {problem}") if problem else Limit(mb, group)
 
 
 @contextlib.contextmanager
 def _own_group(within: Path, size: int) -> Iterator[Group]:
-    """One of ours for a block, at whose end nothing is left in it. Raises OSError."""
+    """One of ours for a block, at whose end nothing is left in it. Raises NoGroup."""
     for left in scratch.abandoned(within, FOLDER):
         with contextlib.suppress(OSError):  # its processes are just ending
             left.rmdir()
-    folder = scratch.make(within, FOLDER)
-    try:
-        limit_without_swap(folder, size)
+    with contextlib.ExitStack() as made:
+        try:
+            folder = scratch.make(within, FOLDER)
+            made.callback(_end, folder)
+            limit_without_swap(folder, size)
+        except OSError as error:
+            why = error.strerror or error
+            raise NoGroup(f"no group can be made in {within}: {why}; run this as root, or {CONTAINER}") from None
         yield Group(("sh", "-c", ENTER, str(folder)), VERSION_1)
-    finally:
-        _end(folder)
 
 
 def _end(group: Path) -> None:
@@ -159,7 +168,7 @@ def _kill(group: Path) -> None:
 
 
 def _problem(grouping: Grouping, size: int) -> str:
-    """Why `size` bytes are not the limit of a program in such a group; empty when they are. Raises OSError where there is no group."""
+    """Why `size` bytes are not the limit of a program in such a group; empty when they are. Raises NoGroup and OSError."""
     with grouping() as group:
         ours, theirs = os.pipe()
         with open(ours, "rb") as said:

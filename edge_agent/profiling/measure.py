@@ -121,7 +121,7 @@ def agent(
     budget_mb: float | None = None,
     enough_s: float = math.inf,
 ) -> Measured:
-    """The agent of this device, training `stage` on `sample`; ends as `published` does. Raises DidNotFit and WorkerFailed."""
+    """The agent of this device, training `stage` on `sample`; ends as `published` does. Raises DidNotFit, NoGroup and WorkerFailed."""
     state = sample.folder / "state"
     places = {"data": sample.data, "shared": False, "kept": str(state / "images"), "out": str(state / "update.safetensors")}
     order = {

@@ -12,7 +12,7 @@ from lwfed.edge_agent.cli import main
 from lwfed.edge_agent.profiling import command, condition, measure
 from lwfed.edge_agent.profiling.cases import PAPER, PAPER_LESS, judge, make_cases, recommend
 from lwfed.edge_agent.profiling.condition import Condition
-from lwfed.edge_agent.profiling.limits import Limit
+from lwfed.edge_agent.profiling.limits import Limit, NoGroup
 from lwfed.edge_agent.profiling.measure import DidNotFit, Measured, Sample
 from lwfed.edge_agent.profiling.memory import Footprint
 from lwfed.edge_agent.profiling.page import WIDTH, bars
@@ -164,7 +164,7 @@ def test_bars_are_svg_with_the_budget_where_it_is_in_sight():
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """Runs the command with figures in place of measurements: MB of each (strategy, stage); None dies."""
+    """Runs the command with figures in place of measurements: MB of each (strategy, stage), or what is raised; None dies."""
     asked = []
 
     def run(*arguments, peaks, baseline=300.0, problem="", needs_mb=0.0):
@@ -175,7 +175,7 @@ def measured(monkeypatch, tmp_path):
             asked.append((config.stages.strategy, stage, limit.mb, budget_mb))
             on_ready(baseline)
             peak = peaks[config.stages.strategy, stage]
-            if isinstance(peak, SystemExit):
+            if isinstance(peak, BaseException):
                 raise peak
             if peak is None:
                 raise DidNotFit("ended by SIGKILL")
@@ -253,6 +253,14 @@ def test_a_limit_that_cannot_be_had_is_left_out_with_its_reason(measured):
     assert "Nothing was tried." in done.stdout
     assert "train.batch_size" not in done.stdout
     assert (done.exit_code, measured.asked) == (MissingDependency.exit_code, [])
+
+
+def test_a_case_whose_group_can_no_longer_be_made_is_left_out_and_the_others_are_measured(measured):
+    peaks = {("layer_wise", 1): NoGroup("no group can be made in /box: No such device"), ("layer_wise", 12): 500.0}
+    done = measured("--stages", "1,12", "--limits", "512", "--json", peaks=peaks)
+    first, last = json.loads(done.stdout)["cases"]
+    assert (first["skipped"], first["reason"]) == (True, "no such limit: no group can be made in /box: No such device")
+    assert (last["fits"], done.exit_code) == (True, 0)
 
 
 def test_what_was_planned_and_why_is_in_the_table_and_on_the_page(measured, tmp_path):

@@ -17,8 +17,8 @@ from lwfed.cloud_server.patches import publish
 from lwfed.config import load_config
 from lwfed.edge_agent import differences
 from lwfed.edge_agent.previous import Turn
-from lwfed.edge_agent.profiling import measure, memory, sample
-from lwfed.edge_agent.profiling.limits import Group
+from lwfed.edge_agent.profiling import limits, measure, memory, sample
+from lwfed.edge_agent.profiling.limits import Group, Limit, NoGroup
 from lwfed.edge_agent.profiling.measure import DidNotFit
 from lwfed.edge_agent.profiling.memory import Watch, size_mb
 from lwfed.edge_agent.profiling.scratch import scratch
@@ -260,6 +260,20 @@ def test_a_full_disk_is_said_with_the_folder(home, monkeypatch, where):
     with told, measure.sampled(load_config("demo"), 1, 1):
         pass
     assert not list(home.iterdir())
+
+
+def test_a_group_that_cannot_be_made_is_named_and_not_the_folder_of_the_measurement(home, monkeypatch, tmp_path):
+    def busy(*_):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(measure, "_ask", lambda order: MADE)
+    monkeypatch.setattr(limits, "limit_without_swap", busy)
+    (within := tmp_path / "box").mkdir()
+    config, limit = load_config("base", TINY), Limit(512, lambda: limits._own_group(within, 512))
+    told = pytest.raises(NoGroup, match=f"^no group can be made in {within}: Device or resource busy; run this as root")
+    with told, measure.sampled(config, 2, 1) as sample:
+        measure.agent(config, sample, 2, pytest.fail, limit=limit)
+    assert (list(home.iterdir()), list(within.iterdir())) == ([], [])
 
 
 def test_making_a_sample_on_a_full_disk_ends_with_the_code_of_a_state_error(monkeypatch, tmp_path, capsys):
