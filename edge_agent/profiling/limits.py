@@ -45,6 +45,7 @@ from lwfed.control_groups import limits_in_force
 os.write(int(sys.argv[1]), " ".join(map(str, limits_in_force())).encode())
 """
 CONTAINER = "in a container, limit the container instead"
+TURN_ON = "where the kernel has that off, as on a Raspberry Pi, `cgroup_enable=memory cgroup_memory=1` in cmdline.txt turns it on"
 
 
 class NoGroup(Exception):
@@ -96,7 +97,7 @@ def limited(mb: int, own: Path = OWN, groups: Path = GROUPS) -> Limit:
     size = mb * 10**6 // page * page
     hierarchy = limiting(own, groups)
     if hierarchy is None:
-        return Limit(mb, problem=f"this system's control groups do not limit memory; {CONTAINER}")
+        return Limit(mb, problem=f"this system's control groups do not limit memory; {TURN_ON}; {CONTAINER}")
     if hierarchy is VERSION_1:
         return _of_ours(mb, size, own_group(VERSION_1, own, groups))
     return _of_systemd(mb, size)

@@ -199,11 +199,13 @@ def test_a_group_that_takes_none_below_it_is_said_with_what_to_do(system, monkey
     assert limited(512, own, groups).problem == f"no group can be made in {groups / 'memory' / 'box'}: {why}"
 
 
-def test_without_control_groups_that_limit_memory_there_is_no_limit(system, tmp_path):
+def test_without_control_groups_that_limit_memory_there_is_no_limit_and_what_to_do_is_said(system, tmp_path):
     own, groups = system(2)
     (groups / "cgroup.controllers").write_text("cpu pids\n")
-    assert "do not limit memory" in limited(512, own, groups).problem
-    assert "do not limit memory" in limited(512, tmp_path / "none", tmp_path / "none").problem
+    problem = limited(512, own, groups).problem
+    assert problem == limited(512, tmp_path / "none", tmp_path / "none").problem
+    assert "control groups do not limit memory; where the kernel has that off, as on a Raspberry Pi, `cgroup_enable=memory" in problem
+    assert problem.endswith("; in a container, limit the container instead")
 
 
 def test_a_group_that_is_not_to_be_seen_takes_none(system):
