@@ -31,6 +31,7 @@ from lwfed.cloud_server.events import (
     Present,
     RanShort,
     Reconnected,
+    Refused,
     Restarted,
     Resumed,
     Started,
@@ -80,7 +81,7 @@ def _restarted(rules: Rules, state: State, event: Restarted, now: float) -> Resu
     def others(known: Mapping[int, str]) -> dict[int, str]:
         return {participant: text for participant, text in known.items() if participant != event.participant}
 
-    retried = {participant: attempt for participant, attempt in state.retried.items() if participant != event.participant}
+    retried = tuple(participant for participant in state.retried if participant != event.participant)
     return _proceed(rules, replace(state, failed=others(state.failed), unfit=others(state.unfit), retried=retried), now)
 
 
@@ -105,26 +106,33 @@ def _contributed(rules: Rules, state: State, event: Contributed, now: float) -> 
     return _proceed(rules, replace(state, contributed=contributed, pace=pace), now)
 
 
-def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) -> Result:
+def _refused(rules: Rules, state: State, event: Refused, now: float) -> Result:
     if event.participant not in state.owing:
         raise IllegalEvent(event, state)
-    failed = {**state.failed, event.participant: "refused" if event.refused else "failed"}
-    return _proceed(rules, replace(state, failed=failed), now)
+    return _proceed(rules, replace(state, failed={**state.failed, event.participant: "refused"}), now)
+
+
+def _counted(state: State, event: CannotTrain | RanShort | Unfit) -> State:
+    """What arrives twice counts once, also where the device begins anew in between."""
+    if event.participant not in state.owing or state.knows_failure(event.participant, event.attempt):
+        raise IllegalEvent(event, state)
+    return replace(state, attempts={**state.attempts, event.participant: event.attempt})
+
+
+def _cannot_train(rules: Rules, state: State, event: CannotTrain, now: float) -> Result:
+    return _proceed(rules, replace(_counted(state, event), failed={**state.failed, event.participant: "failed"}), now)
 
 
 def _ran_short(rules: Rules, state: State, event: RanShort, now: float) -> Result:
-    if event.participant not in state.owing or state.knows_shortage(event.participant, event.attempt):
-        raise IllegalEvent(event, state)
     if event.participant in state.retried:
-        return _cannot_train(rules, state, CannotTrain(event.participant, refused=False), now)
-    asked, retried = {**state.asked, event.participant: now}, {**state.retried, event.participant: event.attempt}
-    return _proceed(rules, replace(state, asked=asked, retried=retried), now)
+        return _cannot_train(rules, state, CannotTrain(event.participant, event.attempt), now)
+    asked, retried = {**state.asked, event.participant: now}, (*state.retried, event.participant)
+    return _proceed(rules, replace(_counted(state, event), asked=asked, retried=retried), now)
 
 
 def _unfit(rules: Rules, state: State, event: Unfit, now: float) -> Result:
-    if event.participant not in state.owing:
-        raise IllegalEvent(event, state)
-    left = with_presence(replace(state, unfit={**state.unfit, event.participant: event.reason}), event.participant, "gone")
+    counted = _counted(state, event)
+    left = with_presence(replace(counted, unfit={**state.unfit, event.participant: event.reason}), event.participant, "gone")
     substitute = tuple(free(rules, left)[:1])
     chosen = tuple(sorted({*state.chosen, *substitute} - {event.participant}))
     joined: list[Notice] = [Joined(substitute)] if substitute else []
@@ -215,6 +223,7 @@ TRANSITIONS: dict[tuple[str, type[Event]], Transition] = {
     ("evaluating", Evaluated): _evaluated,
     ("waiting", TimeUp): _waited,
     ("training", Contributed): _contributed,
+    ("training", Refused): _refused,
     ("training", CannotTrain): _cannot_train,
     ("training", RanShort): _ran_short,
     ("training", Unfit): _unfit,
@@ -314,7 +323,7 @@ def _cleared(state: State) -> State:
 
 def _between_rounds(state: State) -> State:
     """Without what is of one round."""
-    return replace(state, chosen=(), contributed={}, failed={}, retried={}, needed=0, asked={}, stragglers=())
+    return replace(state, chosen=(), contributed={}, failed={}, attempts={}, retried=(), needed=0, asked={}, stragglers=())
 
 
 def _with(notices: Sequence[Notice], result: Result) -> Result:

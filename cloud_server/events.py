@@ -70,9 +70,16 @@ class Contributed(Event):
 
 
 @dataclass(frozen=True)
+class Refused(Event):
+    """We found its update wrong: after the deadline others are asked before it."""
+
+    participant: int
+
+
+@dataclass(frozen=True)
 class CannotTrain(Event):
     participant: int
-    refused: bool  # we found its update wrong: after the deadline others are asked before it
+    attempt: int  # of the device, in the round
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class RanShort(Event):
     """A device ran out of memory, and has planned to take less: it is asked once more in the round."""
 
     participant: int
-    attempt: int  # of the device, in the round
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Unfit(Event):
 
     participant: int
     reason: str
+    attempt: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lwfed.cloud_server.complaints import Complaints
 from lwfed.cloud_server.course import Course, Write
-from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, RanShort, Restarted, Unfit
+from lwfed.cloud_server.events import Absent, CannotTrain, Contributed, Event, Present, RanShort, Refused, Restarted, Unfit
 from lwfed.cloud_server.fleet import Fleet, Member
 from lwfed.cloud_server.limits import Buckets
 from lwfed.cloud_server.news import News
@@ -218,20 +218,20 @@ class Reception:
 
     def _on_fail(self, member: Member, fail: Fail, now: float) -> None:
         participant, state = member.participant, self._course.state
-        again = fail.code == "memory" and state.knows_shortage(participant, fail.attempt)  # the message came twice
-        if again or participant not in state.owing:
+        if participant not in state.owing or state.knows_failure(participant, fail.attempt):  # the message came twice, perhaps
             return
         event: Event
         text = f"device {participant} cannot train in this round ({fail.code}): {fail.reason}"
         match fail.code:
             case "data" | "unfit":  # no later round brings it images, or memory
-                event, text = Unfit(participant, fail.reason or "it cannot train"), f"{text}; it is not asked again until it is restarted"
+                event = Unfit(participant, fail.reason or "it cannot train", fail.attempt)
+                text += "; it is not asked again until it is restarted"
             case "memory":
                 event = RanShort(participant, fail.attempt)
                 if participant not in state.retried:
                     text = f"device {participant} ran out of memory: {fail.reason}; it is asked once more, to take less"
             case _:
-                event = CannotTrain(participant, refused=False)
+                event = CannotTrain(participant, fail.attempt)
         self.complain(member.id, fail.code, text)
         self._fleet.remind(participant)  # at once, or should it be asked again after the deadline
         self._apply(event, now, None)
@@ -268,7 +268,7 @@ class Reception:
         if objection is not None:
             commands = self._refuse(member, offer, *objection)
             if objection[0] in ("content", "not_finite"):
-                self._apply(CannotTrain(member.participant, refused=True), now, None)
+                self._apply(Refused(member.participant), now, None)
             return commands
         course.spool.adopt(received.path)  # where equal updates of several devices are one file
         contribution = Contribution.of(offer, received.traffic)

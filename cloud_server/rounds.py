@@ -136,7 +136,8 @@ class State:
     needed: int = 0  # contributions that make the round valid
     contributed: dict[int, str] = field(default_factory=dict)  # participant -> contribution
     failed: dict[int, str] = field(default_factory=dict)  # participant -> "failed" | "refused"
-    retried: dict[int, int] = field(default_factory=dict)  # participant -> attempt that ran out of memory: it is asked once more
+    attempts: dict[int, int] = field(default_factory=dict)  # participant -> its last attempt at the round that failed, as it says
+    retried: tuple[int, ...] = ()  # ran out of memory, and are asked once more
     unfit: dict[int, str] = field(default_factory=dict)  # participant -> why it is not asked until it begins anew
     pace: dict[int, float] = field(default_factory=dict)  # participant -> seconds from its task to its update, the last time
     asked: dict[int, float] = field(default_factory=dict)  # participant -> when it was chosen; absent where a restart came between
@@ -180,9 +181,9 @@ class State:
         """Training, and nobody is left who could still contribute: free devices are asked as soon as they are needed."""
         return self.phase == "training" and all(self.devices.get(one) == "gone" for one in self.owing)
 
-    def knows_shortage(self, participant: int, attempt: int) -> bool:
-        """Whether it was asked once more in the round because memory ran out in this attempt, or in a later one."""
-        return attempt <= self.retried.get(participant, 0)
+    def knows_failure(self, participant: int, attempt: int) -> bool:
+        """Whether this attempt at the round is known to have failed, or a later one."""
+        return attempt <= self.attempts.get(participant, 0)
 
     def waits_for(self, participant: int) -> bool:
         away = self.phase == "waiting" and self.devices.get(participant) == "away"
@@ -194,12 +195,11 @@ class State:
     @classmethod
     def from_json(cls, text: str) -> State:
         data = {**json.loads(cls().to_json()), **json.loads(text)}  # one of an older program lacks what came later
-        if isinstance(data["retried"], list):  # of a program that did not count attempts
-            data["retried"] = dict.fromkeys(data["retried"], 1)
-        for key in ("devices", "contributed", "failed", "retried", "unfit", "losses", "pace", "asked"):
+        data["attempts"] = data["attempts"] or dict.fromkeys(data["retried"], 1)  # of a program that did not count them
+        for key in ("devices", "contributed", "failed", "attempts", "unfit", "losses", "pace", "asked"):
             data[key] = {int(number): value for number, value in sorted(data[key].items(), key=lambda item: int(item[0]))}
         data["patches"] = {part: tuple((base, blob) for base, blob in steps) for part, steps in data["patches"].items()}
-        return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "stragglers")}})
+        return cls(**{**data, **{key: tuple(data[key]) for key in ("chosen", "retried", "stragglers")}})
 
 
 def with_presence(state: State, participant: int, presence: Presence) -> State:

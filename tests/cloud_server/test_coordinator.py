@@ -19,6 +19,7 @@ from lwfed.cloud_server.events import (
     Prepared,
     Present,
     RanShort,
+    Refused,
     Restarted,
     Resumed,
     Started,
@@ -32,7 +33,8 @@ from .machine import RULES, after, training, update_of, work
 
 
 @pytest.mark.parametrize(
-    "event", [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), CannotTrain(7, True), Unfit(7, "no")]
+    "event",
+    [Prepared({}), Evaluated(), Aggregated({}, 1.0), Calibrated({}), Contributed(7, "x"), Refused(7), CannotTrain(7, 1), Unfit(7, "no", 1)],
 )
 def test_an_illegal_event_names_event_and_place(event):
     with pytest.raises(IllegalEvent, match=rf"{type(event).__name__}.* in phase training of stage 1, round 1"):
@@ -40,7 +42,7 @@ def test_an_illegal_event_names_event_and_place(event):
 
 
 def test_the_state_survives_as_json():
-    state = after(RULES, training(), Contributed(0, "x"), CannotTrain(1, refused=True))
+    state = after(RULES, training(), Contributed(0, "x"), Refused(1))
     assert State.from_json(state.to_json()) == state
 
 
@@ -105,9 +107,10 @@ EVENTS = st.one_of(
     st.builds(Present, st.integers(0, 3)),
     st.builds(Absent, st.integers(0, 3), st.booleans()),
     st.builds(Restarted, st.integers(0, 3)),
-    st.builds(CannotTrain, st.integers(0, 3), st.booleans()),
+    st.builds(Refused, st.integers(0, 3)),
+    st.builds(CannotTrain, st.integers(0, 3), st.integers(1, 3)),
     st.builds(RanShort, st.integers(0, 3), st.integers(1, 3)),
-    st.builds(Unfit, st.integers(0, 3), st.just("no images")),
+    st.builds(Unfit, st.integers(0, 3), st.just("no images"), st.integers(1, 3)),
     st.builds(lambda number: number, st.integers(0, 3)),  # an update of this device
     st.just(TimeUp()),
     st.just(Started()),
@@ -157,7 +160,7 @@ def check(rules, before, state, collapsed):
         assert len(state.contributed) >= state.needed >= 1
     assert (state.due is not None) == (state.phase == "training" or (state.phase == "waiting" and not state.paused))
     assert set(state.stragglers) <= set(state.chosen)
-    assert not state.retried or state.chosen
+    assert not (state.retried or state.attempts) or state.chosen
     if state.paused:
         assert state.phase != "training" or before.phase == "training", "no round begins"
     if before.suspended and state.suspended:

@@ -19,6 +19,7 @@ from lwfed.cloud_server.events import (
     Present,
     RanShort,
     Reconnected,
+    Refused,
     Restarted,
     Started,
     TimeUp,
@@ -103,25 +104,25 @@ def test_the_deadline_closes_a_round_with_a_quorum():
 
 
 def test_the_deadline_without_a_quorum_is_extended_and_failures_are_forgiven():
-    state = after(RULES, training(), CannotTrain(0, refused=False), CannotTrain(1, refused=True))
+    state = after(RULES, training(), CannotTrain(0, attempt=1), Refused(1))
     following, notices = advance(RULES, state, TimeUp(), 100.0)
     assert notices == [Extended(1, 1, 0, 1)]
     assert (following.phase, following.due, following.owing) == ("training", 200.0, (0,))
 
 
 def test_the_deadline_forgives_refused_ones_too_when_no_quorum_is_left_without_them():
-    for gone in (Absent(0, for_good=True), CannotTrain(0, refused=True)):
-        state = after(RULES, training(), CannotTrain(1, refused=True), gone)
+    for gone in (Absent(0, for_good=True), Refused(0)):
+        state = after(RULES, training(), Refused(1), gone)
         state = after(RULES, state, TimeUp(), now=100.0)
         assert 1 in state.owing
     rules = replace(RULES, quorum=1.0)
-    state = after(rules, training(rules), Contributed(0, "x"), CannotTrain(1, refused=True), TimeUp(), now=100.0)
+    state = after(rules, training(rules), Contributed(0, "x"), Refused(1), TimeUp(), now=100.0)
     assert state.owing == (1,)
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_device_that_was_started_again_is_asked_again(refused):
-    state = after(RULES, training(), CannotTrain(0, refused))
+@pytest.mark.parametrize("event", [CannotTrain(0, attempt=1), Refused(0)])
+def test_a_device_that_was_started_again_is_asked_again(event):
+    state = after(RULES, training(), event)
     assert state.owing == (1,)
     state = after(RULES, state, Absent(0, for_good=True), Restarted(0), Present(0))
     assert state.expected == (0, 1)
@@ -131,7 +132,7 @@ def test_a_device_that_was_started_again_is_asked_again(refused):
 def test_a_device_that_ran_short_of_memory_is_expected_once_more_in_each_round():
     state = after(RULES, training(), RanShort(0, attempt=1), now=7.0)
     assert state.expected == (0, 1)
-    assert (state.asked, state.retried) == ({0: 7.0, 1: 0.0}, {0: 1})
+    assert (state.asked, state.retried) == ({0: 7.0, 1: 0.0}, (0,))
     assert State.from_json(state.to_json()) == state
     for gone in (after(RULES, state, RanShort(0, attempt=2)), after(RULES, state, Absent(0, for_good=True))):
         assert gone.expected == (1,)
@@ -139,7 +140,7 @@ def test_a_device_that_ran_short_of_memory_is_expected_once_more_in_each_round()
     assert failed.failed == {0: "failed"}
     assert after(RULES, failed, Restarted(0), RanShort(0, attempt=3)).expected == (0, 1), "begun anew it may have more"
     done = after(RULES, state, Contributed(0, "x"), Contributed(1, "y"), Aggregated({}, 1.0), Calibrated({}))
-    assert (done.round, done.retried) == (2, {})
+    assert (done.round, done.retried) == (2, ())
     assert after(RULES, done, RanShort(1, attempt=1)).expected == (0, 1)
 
 
@@ -149,16 +150,30 @@ def test_who_is_not_waited_for_cannot_run_short():
         advance(RULES, state, RanShort(0, attempt=1), 0.0)
 
 
-def test_an_attempt_that_ran_short_is_counted_once():
-    state = after(RULES, training(), RanShort(0, attempt=2))
+def failure(kind, participant, attempt):
+    return Unfit(participant, "no images", attempt) if kind is Unfit else kind(participant, attempt)
+
+
+@pytest.mark.parametrize("kind", [CannotTrain, RanShort, Unfit])
+def test_an_attempt_that_failed_is_counted_once_in_a_round_though_its_device_begins_anew(kind):
+    failed = after(RULES, training(), failure(kind, 0, attempt=2))
+    anew = after(RULES, failed, Restarted(0), Present(0))
+    anew = after(RULES, anew, TimeUp(), now=100.0) if kind is Unfit else anew  # the deadline, at which it is chosen again
+    assert 0 in anew.owing
     for attempt in (1, 2):
         with pytest.raises(IllegalEvent):
-            advance(RULES, state, RanShort(0, attempt), 0.0)
+            advance(RULES, anew, failure(kind, 0, attempt), 0.0)
+    assert after(RULES, anew, RanShort(0, attempt=3)).expected == (0, 1), "it still has its second try"
+    done = after(RULES, anew, Contributed(0, "x"), Contributed(1, "y"), Aggregated({}, 1.0), Calibrated({}))
+    assert after(RULES, done, failure(kind, 0, attempt=1)).attempts == {0: 1}, "in another round it counts from 1"
 
 
 def test_whom_a_server_that_counted_no_attempts_asked_once_more_is_asked_no_third_time():
     stored = {**json.loads(training().to_json()), "retried": [0]}
-    assert after(RULES, State.from_json(json.dumps(stored)), RanShort(0, attempt=2)).failed == {0: "failed"}
+    del stored["attempts"]
+    state = State.from_json(json.dumps(stored))
+    assert state.knows_failure(0, attempt=1)
+    assert after(RULES, state, RanShort(0, attempt=2)).failed == {0: "failed"}
 
 
 def test_once_begun_a_quorum_is_enough_in_every_later_round():
@@ -176,7 +191,7 @@ def test_others_are_chosen_when_those_chosen_cannot_make_a_quorum():
     state = training(rules)
     assert len(state.chosen) == 1
     failed, other = state.chosen[0], 1 - state.chosen[0]
-    following, notices = advance(rules, state, CannotTrain(failed, refused=False), 0.0)
+    following, notices = advance(rules, state, CannotTrain(failed, attempt=1), 0.0)
     assert notices == [Joined((other,))]
     assert following.owing == (other,)
 
@@ -201,11 +216,12 @@ def test_a_restart_gives_the_round_its_whole_time_again():
 
 def test_an_unfit_device_counts_no_longer():
     rules = replace(RULES, quorum=1.0, min_devices=3)
-    state = after(rules, training(rules, devices=3), Unfit(0, "no images"))
+    state = after(rules, training(rules, devices=3), Unfit(0, "no images", attempt=1))
     assert (state.chosen, state.needed, state.devices[0]) == ((1, 2), 2, "gone")
     assert after(rules, state, Contributed(1, "x"), Contributed(2, "y")).phase == "aggregating"
-    assert after(rules, training(rules, devices=3), Contributed(1, "x"), Contributed(2, "y"), Unfit(0, "no images")).phase == "aggregating"
-    alone = after(RULES, training(), Unfit(0, "no images"), Unfit(1, "no images"))
+    state = after(rules, training(rules, devices=3), Contributed(1, "x"), Contributed(2, "y"), Unfit(0, "no images", attempt=1))
+    assert state.phase == "aggregating"
+    alone = after(RULES, training(), Unfit(0, "no images", attempt=1), Unfit(1, "no images", attempt=1))
     assert (alone.phase, alone.needed, alone.stuck) == ("training", 1, True)
 
 
@@ -213,7 +229,7 @@ def test_another_device_trains_in_the_place_of_an_unfit_one_which_stays_so_until
     rules = replace(RULES, sample=2, min_devices=4)
     before = training(rules, devices=4)
     assert len(before.chosen) == 2
-    state, notices = advance(rules, before, Unfit(before.chosen[0], "no memory"), 0.0)
+    state, notices = advance(rules, before, Unfit(before.chosen[0], "no memory", attempt=1), 0.0)
     (joined,) = notices
     assert set(state.chosen) == {before.chosen[1], *joined.participants}
     assert state.needed == before.needed
@@ -318,7 +334,7 @@ def test_of_more_chosen_devices_the_first_sample_make_the_round():
 def test_over_selection_makes_up_for_who_fails():
     state = training(OVER, devices=4)
     first, second, third = state.chosen
-    state = after(OVER, state, CannotTrain(first, refused=False))
+    state = after(OVER, state, CannotTrain(first, attempt=1))
     assert state.chosen == (first, second, third)  # nobody else has to be asked
     assert after(OVER, state, Contributed(second, "x"), Contributed(third, "y")).phase == "aggregating"
 

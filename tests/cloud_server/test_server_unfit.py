@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from lwfed.wire.messages import Fail
+
 from .fleets import of
 
 
@@ -140,6 +142,22 @@ def test_a_failure_that_arrives_twice_costs_its_device_no_attempt(world, said):
     assert len(warnings(said)) == 1
 
 
+@pytest.mark.parametrize(("code", "attempts"), [("memory", 2), ("worker", 1), ("unfit", 1)])
+def test_a_failure_that_arrives_again_after_its_device_was_started_again_counts_no_second_time(world, code, attempts):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.join("late", fails=attempts, code=code)
+    fleet.settle(until=lambda: len(device.tasks) == attempts and device.task is None)
+    fleet.quiet()
+    late = Fail(run=device.run.run, stage=1, round=1, code=code, reason=f"out of {code}", attempt=attempts)
+    device.restart()
+    fleet.settle(until=lambda: not fleet.course.state.failed and not fleet.course.state.unfit)
+    device.tell("fail", late)
+    fleet.finish()
+    assert fleet.now < 30
+    assert len(device.tasks) == attempts + 4
+
+
 def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     fleet = world("rounds.min_devices=1")
     fleet.start()
@@ -147,7 +165,7 @@ def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     fleet.settle(until=lambda: len(device.tasks) == 2)
     fleet.kill()
     fleet.start()
-    assert fleet.course.state.retried == {0: 1}
+    assert fleet.course.state.retried == (0,)
     fleet.finish()
     assert fleet.now >= 100
 

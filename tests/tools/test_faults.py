@@ -1,13 +1,15 @@
 """The fault simulator: that the machines withstand it, and that it notices when they do not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from lwfed import disk
 from lwfed.child import END_KINDS
-from lwfed.cloud_server import course, merge
+from lwfed.cloud_server import coordinator, course, merge
+from lwfed.cloud_server.events import Restarted
 from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.updates import Updates
@@ -163,25 +165,37 @@ BROKEN = {
 }
 
 
-def short_of_memory_where_all_messages_arrive_twice(folder):
-    """Two devices, both of which each round needs; the first job of one of them runs out of memory."""
+def failing_where_all_messages_arrive_twice(folder, kind, *more, delay_s=0.0):
+    """Two devices, both of which each round needs; the first job of one of them fails."""
     settings = {
         "model": {"depth": 2},
         "stages": {"rounds_per_stage": (1, 1)},
         "rounds": {"min_devices": 2, "quorum": 1.0, "deadline_s": 300.0},
     }
-    doubled = Weather(at_s=0.0, ends_s=200.0, drop=0.0, duplicate=1.0, reorder=0.0, delay_s=0.0)
-    schedule = Schedule(1, 2, settings, (doubled, Fail(0.0, 0, ("out of memory",))), calm_s=200.0)
+    doubled = Weather(at_s=0.0, ends_s=200.0, drop=0.0, duplicate=1.0, reorder=0.0, delay_s=delay_s)
+    schedule = Schedule(1, 2, settings, (doubled, Fail(0.0, 0, (kind,)), *more), calm_s=200.0)
     folder.mkdir()
     return World(schedule, load_config("base", BASE), folder, None).run()
 
 
 def test_a_failure_that_arrives_twice_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
-    outcome = short_of_memory_where_all_messages_arrive_twice(tmp_path / "mended")
+    outcome = failing_where_all_messages_arrive_twice(tmp_path / "mended", "out of memory")
     assert (outcome.violations, outcome.rounds) == ((), 2)
     assert outcome.virtual_s < 300, "no round lasts until its deadline"
-    monkeypatch.setattr(State, "knows_shortage", lambda self, participant, attempt: False)
-    broken = short_of_memory_where_all_messages_arrive_twice(tmp_path / "broken")
+    monkeypatch.setattr(State, "knows_failure", lambda self, participant, attempt: False)
+    broken = failing_where_all_messages_arrive_twice(tmp_path / "broken", "out of memory")
+    assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
+
+
+def test_a_failure_that_arrives_again_after_a_restart_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
+    kill, restarted = Kill(40.0, 0, 0.5, "anywhere", skip=0, power=False, disk=False), coordinator.ALWAYS[Restarted]
+
+    def forgetting(rules, state, event, now):
+        return restarted(rules, replace(state, attempts={}), event, now)
+
+    assert failing_where_all_messages_arrive_twice(tmp_path / "mended", "Diverged", kill, delay_s=6.0).violations == ()
+    monkeypatch.setitem(coordinator.ALWAYS, Restarted, forgetting)
+    broken = failing_where_all_messages_arrive_twice(tmp_path / "broken", "Diverged", kill, delay_s=6.0)
     assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
 
 

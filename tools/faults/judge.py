@@ -42,6 +42,7 @@ class Judge:
         self._acknowledged: set[str] = set()
         self._state = State()
         self._failures: dict[tuple[str, int, int], set[int]] = {}  # device, stage, round -> attempts of which it said that they failed
+        self._counted: Counter[tuple[int, int, int]] = Counter()  # stage, round, participant -> failures that counted
 
     def blame(self, text: str) -> None:
         if text not in self.violations:
@@ -73,8 +74,8 @@ class Judge:
         self._state = state
         if _order(state) < _order(before):
             self.blame(f"the run went back from {_place(before)} to {_place(state)}")
-        if (state.failed, state.retried) != (before.failed, before.retried):
-            self._look_at_failures(course)
+        if failures := _failures(state) - _failures(before):
+            self._look_at_failures(course, [participant for _, participant in failures])
         if not state.contributed or state.contributed == before.contributed:
             return
         if _order(state) == _order(before) and not before.contributed.items() <= state.contributed.items():
@@ -84,14 +85,15 @@ class Judge:
         if (stored := self._stored(course)) != set(state.contributed.values()):
             self.blame(f"{_place(state)}: {len(state.contributed)} updates are counted and {len(stored)} stored")
 
-    def _look_at_failures(self, course: Course) -> None:
+    def _look_at_failures(self, course: Course, participants: list[int]) -> None:
+        """`participants`: of whom one more counts, each as often as it does."""
         state = course.state
-        failed = [participant for participant, how in state.failed.items() if how == "failed"]
-        counted = Counter([*failed, *state.retried])
+        self._counted.update((state.stage, state.round, participant) for participant in participants)
         for device in course.store.devices():
             said = len(self._failures.get((device.id, state.stage, state.round), ()))
-            if counted[device.participant] > said:
-                self.blame(f"{_place(state)}: of participant {device.participant} {counted[device.participant]} failures count, not {said}")
+            counted = self._counted[state.stage, state.round, device.participant]
+            if counted > said:
+                self.blame(f"{_place(state)}: of participant {device.participant} {counted} failures count, not {said}")
 
     def begun(self, course: Course) -> None:
         """After every start of the server: nothing that was seen before is forgotten."""
@@ -228,6 +230,12 @@ class Reference:
 
 def _digest(held: canned.Tensors) -> str:
     return hashlib.sha256(tensors.encode(held)).hexdigest()
+
+
+def _failures(state: State) -> set[tuple[str, int]]:
+    """How devices have failed, each with the participant."""
+    failed = {("failed", participant) for participant, how in state.failed.items() if how == "failed"}
+    return failed | {("short", participant) for participant in state.retried} | {("unfit", participant) for participant in state.unfit}
 
 
 def _order(state: State) -> tuple[int, int, int]:
