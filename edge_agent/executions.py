@@ -8,7 +8,7 @@ from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.console import counted
 from lwfed.edge_agent.events import LEAST_IMAGES, Effect, Tell, WorkerPlanned, WorkerReady
-from lwfed.edge_agent.journal import Journal
+from lwfed.edge_agent.journal import Journal, Planned
 from lwfed.plan import PrefixEngine
 from lwfed.wire.messages import Execution, Task
 
@@ -16,7 +16,6 @@ from lwfed.wire.messages import Execution, Task
 class Executions:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._planned: tuple[str, int, WorkerPlanned] | None = None  # run, stage and the last plan since this agent was started
 
     def fixed(self, task: Task, config: RunConfig, ready: WorkerReady) -> dict[str, Any] | None:
         """What an earlier round of the stage has fixed, where it was computed by the same program on the same machine.
@@ -34,7 +33,6 @@ class Executions:
 
     def fix(self, task: Task, config: RunConfig, ready: WorkerReady, planned: WorkerPlanned) -> list[Effect]:
         """Before the first step of the stage; a later change is said."""
-        self._planned = task.run, task.stage, planned
         now = Execution(
             prefix=planned.prefix,
             micro_batch=planned.micro_batch,
@@ -45,9 +43,9 @@ class Executions:
             onnxruntime=_runtime(planned.prefix, ready),
         )
         before = self._journal.execution(task.run, task.stage)
+        self._journal.fix_execution(task.run, task.stage, now, Planned(least=planned.least, features_in_memory=planned.features_in_memory))
         if before == now:
             return []
-        self._journal.fix_execution(task.run, task.stage, now)
         if before is None:
             text = f"stage {task.stage}: frozen layers by {now.prefix}, {counted(now.micro_batch, 'image')} at a time ({planned.reason})"
             return [Tell("planned", text, {"stage": task.stage, "prefix": now.prefix, "micro_batch": now.micro_batch})]
@@ -63,7 +61,7 @@ class Executions:
         before = self._journal.execution(task.run, task.stage)
         if before is None:
             return []  # before anything was planned: perhaps others took the memory
-        planned = self._planned[2] if self._planned is not None and self._planned[:2] == (task.run, task.stage) else None
+        planned = self._journal.planned(task.run, task.stage)
         least = before.model_copy(update={"micro_batch": _least_images(before, config)})
         if planned is None or planned.least == "torch":
             least = least.model_copy(update={"prefix": "torch", "onnxruntime": None})

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lwfed.edge_agent.facts import Facts, SqliteFacts
 from lwfed.errors import StateError
+from lwfed.plan import PrefixEngine
 from lwfed.wire.messages import BlobRef, Count, Execution, Name, Ordinal, Record, Report, Task, Traffic
 
 Stored = TypeVar("Stored", bound=BaseModel)
@@ -47,6 +48,13 @@ class Taken(Record):
 
     stage: Ordinal
     rounds: Annotated[tuple[Ordinal, ...], Field(min_length=1, max_length=2)]
+
+
+class Planned(Record):
+    """What the last plan of a stage says beside the execution: how the least memory is taken, should it run out."""
+
+    least: PrefixEngine  # with few images at a time
+    features_in_memory: bool
 
 
 class Least(Record):
@@ -165,9 +173,16 @@ class Journal:
         """How this device computes in the stage, fixed before its first step there."""
         return self._read(f"execution {run} {stage}", Execution)
 
-    def fix_execution(self, run: str, stage: int, execution: Execution) -> None:
+    def planned(self, run: str, stage: int) -> Planned | None:
+        """With the execution; None too where that is of a program that did not keep it."""
+        return self._read(f"planned {run} {stage}", Planned)
+
+    def fix_execution(self, run: str, stage: int, execution: Execution, planned: Planned) -> None:
+        if (execution, planned) == (self.execution(run, stage), self.planned(run, stage)):
+            return
         with self._facts.transaction():
             self._put(f"execution {run} {stage}", execution)
+            self._put(f"planned {run} {stage}", planned)
 
     def takes_least(self, run: str, stage: int) -> bool:
         """Whether the stage is computed with the least memory, since there was too little for another execution."""

@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from lwfed.edge_agent.facts import MemoryFacts, SqliteFacts
-from lwfed.edge_agent.journal import Accepted, Journal, Seen, Update
+from lwfed.edge_agent.journal import Accepted, Journal, Planned, Seen, Update
 from lwfed.errors import StateError
 from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
 from lwfed.wire.topics import is_name
 
 TASK = Task(run="demo", stage=1, round=2, participant=3)
 EXECUTION = Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2.9", machine="x86")
+PLANNED = Planned(least="onnx_int8", features_in_memory=True)
 REPORT = Report(
     images=8,
     skipped=0,
@@ -35,8 +36,8 @@ def path(tmp_path):
 def test_how_a_stage_is_computed_is_kept_with_the_version_of_onnx_runtime_and_read_without(path):
     journal = Journal(path)
     by_onnx = EXECUTION.model_copy(update={"prefix": "onnx", "onnxruntime": "1.20"})
-    journal.fix_execution("demo", 1, EXECUTION)
-    journal.fix_execution("demo", 2, by_onnx)
+    journal.fix_execution("demo", 1, EXECUTION, PLANNED)
+    journal.fix_execution("demo", 2, by_onnx, PLANNED)
     assert (journal.execution("demo", 1), journal.execution("demo", 2)) == (EXECUTION, by_onnx)
     journal.close()
 
@@ -72,12 +73,13 @@ def test_everything_comes_back(path):
     journal = Journal(path)
     assert (journal.task, journal.update, journal.execution("demo", 1), journal.seen) == (None, None, None, Seen(epoch=0, seq=0))
     journal.begin(TASK)
-    journal.fix_execution("demo", 1, EXECUTION)
+    journal.fix_execution("demo", 1, EXECUTION, PLANNED)
     journal.count("demo", Traffic(down=7, up=9))
     journal.saw(Seen(epoch=3, seq=4))
     journal.close()
     journal = Journal(path)
     assert (journal.task, journal.execution("demo", 1), journal.seen) == (TASK, EXECUTION, Seen(epoch=3, seq=4))
+    assert (journal.planned("demo", 1), journal.planned("demo", 2)) == (PLANNED, None)
     assert journal.traffic("demo") == Traffic(down=7, up=9)
     assert journal.traffic("other") == Traffic(down=0, up=0)
     journal.finish(UPDATE)
@@ -159,7 +161,7 @@ def test_only_the_run_that_is_followed_is_remembered(path):
     journal.saw(Seen(epoch=1, seq=1))
     for run in ("demo", "demo-2", "1"):
         journal.count(run, Traffic(down=1, up=1))
-        journal.fix_execution(run, 1, EXECUTION)
+        journal.fix_execution(run, 1, EXECUTION, PLANNED)
     journal.keep_run("demo")
     none = Traffic(down=0, up=0)
     assert [journal.traffic(run) == none for run in ("demo", "demo-2", "1")] == [False, True, True]

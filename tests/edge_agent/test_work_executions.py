@@ -82,6 +82,28 @@ def test_the_least_that_a_stage_takes_is_by_the_engine_of_its_plan_where_that_ta
     assert device.worker[-1].order["execution"] == {**LEAST, "prefix": "onnx_int8"}
 
 
+def test_what_the_least_is_outlasts_a_restart_of_the_agent(world):
+    server, device = world.training(stage=2)
+    device.queue.append(WorkerPlanned(**RICH, reason="a large batch", least="onnx_int8", features_in_memory=True))
+    world.settle(0.2)
+    device.kill()
+    again = world.start_device()
+    again.planned = lambda order: None  # memory runs out before there is a plan
+    world.settle()
+    server.assign(again.id, stage=2)
+    world.settle(2)
+    again.ready()
+    world.settle(0.2)
+    again.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
+    world.settle()
+    text = (
+        "stage 2 goes on with the least memory, since memory ran out: 4 images at a time instead of 16, "
+        "features of views that are used again in a file; its updates cannot be repeated bit for bit"
+    )
+    assert text in again.texts("warning")
+    assert again.journal.execution("demo", 2).prefix == "onnx_int8"
+
+
 def test_a_round_that_takes_more_than_the_budget_is_finished_as_it_began_and_the_next_takes_less(world):
     server, device = world.training()
     device.queue.append(WorkerOver(344.0, 300.0))
