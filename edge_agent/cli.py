@@ -134,8 +134,7 @@ def doctor(context: click.Context, url: str | None, data: str | None, state: Pat
 
     place = state or default_state("device")
     access = find_access(url, connection, place) if url or load(place) else None
-    found = checks.examine(place, data, access.address if access else None, access.transport() if access else None)
-    context.exit(checks.report(found, as_json))
+    context.exit(checks.report(checks.examine(place, data, access), as_json))
 
 
 @main.command()

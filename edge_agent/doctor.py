@@ -27,8 +27,9 @@ import psutil
 
 from lwfed.child import describe_exit
 from lwfed.data import open_source
+from lwfed.edge_agent.identity import Access
 from lwfed.edge_agent.session import REVOKED
-from lwfed.errors import Forbidden, LwfedError
+from lwfed.errors import ConfigError, Forbidden, LwfedError
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Connected, Disconnected, Event, Transport
 
@@ -55,14 +56,14 @@ class Check:
         return self.id.split(".")[0]
 
 
-def examine(state: Path, data: str | None, address: BrokerAddress | None, transport: Transport | None) -> Iterator[Check]:
-    """One check after the other, as each is done."""
+def examine(state: Path, data: str | None, access: Access | None) -> Iterator[Check]:
+    """One check after the other, as each is done; `access` is to the broker, if that is to be tried."""
     yield from (_python(), _memory(), _disk(state))
     yield from _torch()
     if data is not None:
         yield _data(data)
-    if address is not None and transport is not None:
-        yield from _broker(address, transport)
+    if access is not None:
+        yield from _broker(access)
 
 
 def report(checks: Iterator[Check], as_json: bool) -> int:
@@ -188,7 +189,12 @@ def _data(spec: str) -> Check:
     return Check("data.readable", "ok", f"{spec}: {'known by name' if count is None else f'{count} images'}")
 
 
-def _broker(address: BrokerAddress, transport: Transport) -> Iterator[Check]:
+def _broker(access: Access) -> Iterator[Check]:
+    address, transport = access.address, None
+    try:
+        transport = access.transport()
+    except ConfigError as error:
+        yield Check("broker.access", "fail", str(error))
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -202,7 +208,8 @@ def _broker(address: BrokerAddress, transport: Transport) -> Iterator[Check]:
         yield Check("broker.tcp", "fail", f"nothing answers at {address.host}:{address.port} ({error})", advice)
         return
     yield Check("broker.tcp", "ok", f"{address.host}:{address.port} answers")
-    yield _mqtt(address, transport)
+    if transport is not None:
+        yield _mqtt(address, transport)
 
 
 def _mqtt(address: BrokerAddress, transport: Transport) -> Check:

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from lwfed.edge_agent import doctor
 from lwfed.edge_agent.cli import main, megabytes
+from lwfed.edge_agent.identity import Identity
 from lwfed.errors import Refused, Unreachable
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Disconnected
@@ -74,12 +76,11 @@ def test_an_empty_folder_is_refused_before_connecting(tmp_path):
     assert "no images" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["join", "mqtt://192.0.2.1", "--data", "/nowhere"], ["doctor", "mqtt://192.0.2.1"]])
-def test_a_plain_connection_beyond_this_machine_must_be_wanted(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(doctor, "examine", lambda *_: iter(()))
-    refused = run(*command, "--state", str(tmp_path))
+def test_a_plain_connection_beyond_this_machine_must_be_wanted(tmp_path):
+    command = ["join", "mqtt://192.0.2.1", "--data", "/nowhere", "--state", str(tmp_path)]
+    refused = run(*command)
     assert (refused.exit_code, "--insecure" in refused.stderr) == (78, True)
-    assert "--insecure" not in run(*command, "--state", str(tmp_path), "--insecure").stderr
+    assert "--insecure" not in run(*command, "--insecure").stderr
 
 
 def test_a_device_that_is_not_enrolled_needs_an_address(tmp_path):
@@ -120,6 +121,43 @@ def test_doctor_says_that_a_state_cannot_be(tmp_path, state):
 def test_doctor_says_that_a_host_cannot_be(tmp_path):
     result = run("doctor", "mqtts://a..b", "--state", str(tmp_path))
     assert (result.exit_code, "a..b has no address" in result.stdout) == (1, True)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_doctor_goes_on_where_a_file_of_tls_is_missing(tmp_path, as_json):
+    result = run("doctor", "mqtts://localhost:1", "--ca", str(tmp_path / "none.pem"), "--state", str(tmp_path), *["--json"] * as_json)
+    assert (result.exit_code, result.stderr) == (1, "")
+    if as_json:
+        found = {check["id"]: check["status"] for check in map(json.loads, result.stdout.splitlines())}
+        assert found == {
+            **dict.fromkeys(("device.python", "device.memory", "device.disk", "torch.works", "broker.dns"), "ok"),
+            **dict.fromkeys(("broker.access", "broker.tcp"), "fail"),
+        }
+    assert f"cannot use {tmp_path / 'none.pem'} for TLS" in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_says_that_the_certificate_of_an_enrolled_device_is_damaged(tmp_path):
+    (tmp_path / "identity").mkdir()
+    (tmp_path / "identity" / "identity.json").write_text(
+        Identity(device="porch", fleet="default", broker="mqtts://localhost:1").model_dump_json()
+    )
+    result = run("doctor", "--state", str(tmp_path))
+    assert result.exit_code == 1
+    assert re.search(r"torch works\nbroker\n  FAIL  cannot use .*certificate\.pem", result.stdout)
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_lets_no_plain_connection_beyond_this_machine_be_made_unless_it_is_wanted(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(doctor, "_mqtt", lambda *_: tried.append("mqtt") or doctor.Check("broker.mqtt", "ok", ""))
+    monkeypatch.setattr(doctor.socket, "create_connection", lambda *_: socket.socket())
+    command = ["doctor", "mqtt://192.0.2.1", "--state", str(tmp_path)]
+    refused = run(*command)
+    assert (refused.exit_code, "--insecure" in refused.stdout, tried) == (1, True, [])
+    wanted = run(*command, "--insecure")
+    assert (wanted.exit_code, "--insecure" in wanted.stdout, tried) == (0, False, ["mqtt"])
 
 
 def test_doctor_finds_a_torch_that_does_not_fit_numpy():
