@@ -113,7 +113,6 @@ class Gate:
         self._topics = Topics(fleet)
         self._authority = Authority(folder)
         self.registry = Registry(folder, clock)
-        self.registry.contact = Contact(place.host, place.port, fleet)
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None
         self._revision: int | None = None  # of the registry, as granted
@@ -154,6 +153,10 @@ class Gate:
         """How the server itself is let in by the broker that was configured."""
         assert self._files is not None
         return Connection(ca=self._files / "authority.pem", cert=self._files / f"{SERVER}.pem", key=self._files / f"{SERVER}.key")
+
+    def advertise(self) -> None:
+        """Let tokens lead devices here, where the broker has started. Raises StateError."""
+        self.registry.contact = Contact(self.place.host, self.place.port, self._topics.fleet)
 
     def close(self) -> None:
         self.registry.close()

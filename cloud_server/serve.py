@@ -23,6 +23,7 @@ from lwfed.data import open_source
 from lwfed.errors import ConfigError, MissingDependency, RunStopped
 from lwfed.locks import locked_state
 from lwfed.transport.address import BrokerAddress
+from lwfed.transport.base import Transport
 from lwfed.wire.topics import Topics
 
 DEFAULT_PORT = 1883
@@ -43,20 +44,20 @@ class Options:
 def serve_run(config: RunConfig, root: Path, options: Options, console: Console) -> None:
     """Serve the run below `root`, which the caller has locked, until it is finished or somebody ends it."""
     check_sources(config)
+    inlet, external = _inlet(options), _external(options)
     with ExitStack() as stack:
-        gate = _gate(options, config, stack)
-        broker = _broker(options, config, root, gate)
-        address = broker.address if broker else BrokerAddress.parse(options.broker)
-        transport = None if broker else options.connection.transport(address)
         course = Course(config, root, database=options.database)  # nothing of the run is there before, should options be refused
         stack.callback(course.store.close)
-        if course.state.over and options.until_done:
+        if course.state.over and options.until_done:  # which needs neither broker nor gate
             _say_over(News(console, config, ""), course)
             return
-        if broker is not None:
-            broker.start()
-            stack.callback(broker.close)
-            address = broker.address  # with the port that it found free
+        gate = None if inlet is None else _gate(inlet, options, config, stack)
+        if external is not None:
+            broker, (address, transport) = None, external
+        else:
+            broker = _broker(options, config, root, gate, stack)
+            address = broker.address
+            transport = (gate.connection() if gate else options.connection).transport(address)
         news = News(console, config, str(gate.public_address if gate else address), gated=gate is not None)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
@@ -71,7 +72,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             news.doing(f"connecting to {address}")
         server = Server(
             course,
-            transport or (gate.connection() if gate else options.connection).transport(address),
+            transport,
             news,
             starter(config.train.threads),
             until_done=options.until_done,
@@ -99,34 +100,50 @@ def check_sources(config: RunConfig) -> None:
         open_source(config.evaluation.data).check_labels()
 
 
-def _gate(options: Options, config: RunConfig, stack: ExitStack) -> Gate | None:
+def _inlet(options: Options) -> Place | None:
+    """Where devices of other machines are let in, if they are. Raises ConfigError."""
     if options.listen is None:
         return None
     if options.broker not in ("auto", "mosquitto"):
         raise ConfigError(f"--listen is for a mosquitto started here, not for --broker {options.broker}: leave one of them out")
     if options.port is not None:
         raise ConfigError(f"--port is for a broker on loopback: write the port behind the host, --listen {options.listen}:{options.port}")
-    place = Place.parse(options.listen)
-    folder = stack.enter_context(locked_state(options.authority, "one server of a user admits devices of other machines: end the other"))
-    gate = Gate(folder, place, config.run.fleet)
-    stack.callback(gate.close)
-    return gate
+    return Place.parse(options.listen)
 
 
-def _broker(options: Options, config: RunConfig, root: Path, gate: Gate | None) -> ManagedBroker | None:
-    for kind in MANAGED:
-        if options.broker == kind:
-            if options.connection != Connection():
-                raise ConfigError(
-                    f"--broker {kind} starts a broker of its own: credentials and --insecure go with the address of another one"
-                )
-            port = DEFAULT_PORT if options.port is None else options.port
-            return ManagedBroker(kind, port, root / "broker", config.transfer.chunk_bytes, gate)
+def _external(options: Options) -> tuple[BrokerAddress, Transport] | None:
+    """The broker that runs already and the way to it, unless one is to be started. Raises ConfigError."""
+    if options.broker in MANAGED:
+        if options.connection != Connection():
+            raise ConfigError(
+                f"--broker {options.broker} starts a broker of its own: credentials and --insecure go with the address of another one"
+            )
+        return None
     if "://" not in options.broker:
         raise ConfigError(f"--broker {options.broker!r}: write auto, mosquitto, embedded, or the address of a broker, mqtt://HOST")
     if options.port is not None:
         raise ConfigError(f"--port is for a broker started here; write the port into the address, {options.broker}:{options.port}")
-    return None
+    address = BrokerAddress.parse(options.broker)
+    return address, options.connection.transport(address)
+
+
+def _gate(inlet: Place, options: Options, config: RunConfig, stack: ExitStack) -> Gate:
+    folder = stack.enter_context(locked_state(options.authority, "one server of a user admits devices of other machines: end the other"))
+    gate = Gate(folder, inlet, config.run.fleet)
+    stack.callback(gate.close)
+    return gate
+
+
+def _broker(options: Options, config: RunConfig, root: Path, gate: Gate | None, stack: ExitStack) -> ManagedBroker:
+    """One that was started; devices come to it."""
+    kind = next(one for one in MANAGED if one == options.broker)
+    port = DEFAULT_PORT if options.port is None else options.port
+    broker = ManagedBroker(kind, port, root / "broker", config.transfer.chunk_bytes, gate)
+    broker.start()
+    stack.callback(broker.close)
+    if gate is not None:
+        gate.advertise()
+    return broker
 
 
 def _say_over(news: News, course: Course) -> None:

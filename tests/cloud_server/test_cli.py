@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import stat
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from safetensors import safe_open
 from safetensors.numpy import load
 from safetensors.torch import load_file
 
-from lwfed.cloud_server import orders, serve
+from lwfed.cloud_server import broker, orders, serve
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
+from lwfed.cloud_server.registry import Contact, Registry
 from lwfed.data.torchvision_sets import import_torchvision
-from lwfed.errors import ConfigError, StateError
+from lwfed.errors import ConfigError, MissingDependency, PortInUse, StateError
 from lwfed.locks import locked_state
 from lwfed.models.backbones import load_encoder
 
@@ -192,6 +195,44 @@ def test_a_finished_run_is_said_to_be_finished_and_ends_at_once(finished, run, m
     other = run(*options, "--set", "train.lr=0.5")
     assert other.exit_code == 73
     assert "train.lr: 0.01 before, 0.5 now" in other.output
+
+
+@pytest.fixture
+def served(finished, run, monkeypatch, tmp_path):
+    """Serve the finished run again with such options, of a user whose state is below `tmp_path`."""
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    finished.course.store.close()
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(finished.config.model_dump(mode="json")))
+    return lambda *options: run("serve", "--config", path, "--state", finished.root / "server", "--json", *options)
+
+
+def test_a_finished_run_needs_neither_the_authority_nor_a_broker_to_be_said_to_be_finished(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(broker, "find_mosquitto", lambda: None)
+    with locked_state(tmp_path / "cloud-server" / "_authority", "end it") as authority:
+        result = served("--listen", "porch.local", "--until-done")
+        assert [path.name for path in authority.iterdir()] == ["lock"]
+    assert (result.exit_code, [json.loads(line)["event"] for line in result.output.splitlines()]) == (0, ["run", "finished"])
+
+
+@pytest.mark.parametrize(
+    ("options", "mosquitto", "code"),
+    [
+        (["--set", "train.lr=0.5"], "/bin/false", StateError.exit_code),
+        ([], None, MissingDependency.exit_code),
+        ([], "/bin/false", PortInUse.exit_code),
+    ],
+    ids=["another run", "no mosquitto", "a port in use"],
+)
+def test_tokens_do_not_lead_to_a_server_that_did_not_start(served, tmp_path, monkeypatch, options, mosquitto, code):
+    monkeypatch.setattr(broker, "find_mosquitto", lambda: mosquitto)
+    monkeypatch.setattr(broker, "RELEASE_S", 0.0)
+    (tmp_path / "cloud-server" / "_authority").mkdir(parents=True)
+    with closing(Registry(tmp_path / "cloud-server" / "_authority")) as registry, socket.create_server(("127.0.0.1", 0)) as other:
+        registry.contact = known = Contact("garden.local", 8883, "default")
+        result = served("--listen", f"localhost:{other.getsockname()[1]}", *options)
+        assert (result.exit_code, registry.contact) == (code, known), result.output
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ def registry(tmp_path):
 @pytest.fixture
 def fleet(world, tmp_path, registry):
     gate = Gate(tmp_path, Place("localhost", 8883), "default")
+    gate.advertise()
     made = world()
     made.start(gate=gate)
     for name in ("a", "b"):

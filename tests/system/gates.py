@@ -82,6 +82,7 @@ class Host:
             stack.callback(self.gate.close)
             self.broker = ManagedBroker("mosquitto", 0, self._root / "broker", 122_880, self.gate)
             self.broker.start()
+            self.gate.advertise()
             stack.callback(self.broker.close)
             transport = self.gate.connection().transport(self.broker.address)
             self.client = Client(transport, "server", TOPICS.from_all_devices, *self.gate.filters)
