@@ -17,6 +17,7 @@ from lwfed.config import load_config
 from lwfed.edge_agent import work
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.previous import Previous
+from lwfed.edge_agent.work import Work
 from lwfed.tools.cli import main
 from lwfed.tools.faults.command import BASE, run_some
 from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Schedule, Weather, draw
@@ -165,38 +166,57 @@ BROKEN = {
 }
 
 
-def failing_where_all_messages_arrive_twice(folder, kind, *more, delay_s=0.0):
-    """Two devices, both of which each round needs; the first job of one of them fails."""
-    settings = {
-        "model": {"depth": 2},
-        "stages": {"rounds_per_stage": (1, 1)},
-        "rounds": {"min_devices": 2, "quorum": 1.0, "deadline_s": 300.0},
-    }
-    doubled = Weather(at_s=0.0, ends_s=200.0, drop=0.0, duplicate=1.0, reorder=0.0, delay_s=delay_s)
-    schedule = Schedule(1, 2, settings, (doubled, Fail(0.0, 0, (kind,)), *more), calm_s=200.0)
+def play(folder, faults, stages, rounds):
+    """Two devices, with both of which each round begins."""
+    settings = {"model": {"depth": 2}, "stages": {"rounds_per_stage": stages}, "rounds": {"min_devices": 2, **rounds}}
     folder.mkdir()
-    return World(schedule, load_config("base", BASE), folder, None).run()
+    return World(Schedule(1, 2, settings, faults, calm_s=200.0), load_config("base", BASE), folder, None).run()
+
+
+def doubled(kind, *more, delay_s=0.0):
+    """What `play` takes for two rounds that need both devices, whose messages all arrive twice; the first job of one fails."""
+    weather = Weather(at_s=0.0, ends_s=200.0, drop=0.0, duplicate=1.0, reorder=0.0, delay_s=delay_s)
+    return (weather, Fail(0.0, 0, (kind,)), *more), (1, 1), {"quorum": 1.0, "deadline_s": 300.0}
 
 
 def test_a_failure_that_arrives_twice_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
-    outcome = failing_where_all_messages_arrive_twice(tmp_path / "mended", "out of memory")
+    played = doubled("out of memory")
+    outcome = play(tmp_path / "mended", *played)
     assert (outcome.violations, outcome.rounds) == ((), 2)
     assert outcome.virtual_s < 300, "no round lasts until its deadline"
     monkeypatch.setattr(State, "knows_failure", lambda self, participant, attempt: False)
-    broken = failing_where_all_messages_arrive_twice(tmp_path / "broken", "out of memory")
+    broken = play(tmp_path / "broken", *played)
     assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
 
 
 def test_a_failure_that_arrives_again_after_a_restart_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
     kill, restarted = Kill(40.0, 0, 0.5, "anywhere", skip=0, power=False, disk=False), coordinator.ALWAYS[Restarted]
+    played = doubled("Diverged", kill, delay_s=6.0)
 
     def forgetting(rules, state, event, now):
         return restarted(rules, replace(state, attempts={}), event, now)
 
-    assert failing_where_all_messages_arrive_twice(tmp_path / "mended", "Diverged", kill, delay_s=6.0).violations == ()
+    assert play(tmp_path / "mended", *played).violations == ()
     monkeypatch.setitem(coordinator.ALWAYS, Restarted, forgetting)
-    broken = failing_where_all_messages_arrive_twice(tmp_path / "broken", "Diverged", kill, delay_s=6.0)
+    broken = play(tmp_path / "broken", *played)
     assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
+
+
+def test_kills_of_one_task_are_not_those_of_the_next_and_where_they_are_that_is_noticed(tmp_path, monkeypatch):
+    """Two in each of two rounds, which go on without the device."""
+    played = (Fail(0.0, 0, ("killed",) * 4),), (3, 1), {"quorum": 0.5, "deadline_s": 30.0}
+    assign = Work.assign
+
+    def and_remember(self, task):
+        killed = self._killed
+        effects = assign(self, task)
+        self._killed = killed
+        return effects
+
+    assert play(tmp_path / "mended", *played).violations == ()
+    monkeypatch.setattr(Work, "assign", and_remember)
+    (violation,) = play(tmp_path / "broken", *played).violations
+    assert "a device whose memory never ran out plans" in violation
 
 
 def cuts_power(seed):

@@ -217,7 +217,6 @@ class DeviceParty(Party):
         self._facts: dict[str, str] = {}
         self._agent: CannedAgent | None = None
         self.ran_short = False  # a worker of it has run out of memory, or may have
-        self.killed = 0  # workers in a row
         self._new_disk()
 
     @property
@@ -291,6 +290,7 @@ class CannedAgent(VirtualDevice):
         self.unfit = False  # it has said that it cannot train before it is started anew
         self._party, self._around = party, around
         self._worker = 0  # number of the worker that runs; what an earlier one says is not heard
+        self._killed = 0  # workers in the present task
 
     def leave(self, now: float) -> None:
         """As an agent that is told to end: it says goodbye."""
@@ -330,11 +330,10 @@ class CannedAgent(VirtualDevice):
 
     def _finish(self, order: Mapping[str, Any], model: canned.Model) -> None:
         if kind := self._party.next_failure():
-            self._party.killed = self._party.killed + 1 if kind == "killed" else 0
-            self._party.ran_short |= kind in MEMORY or self._party.killed > MAX_KILLED
+            self._killed += kind == "killed"
+            self._party.ran_short |= kind in MEMORY or self._killed > MAX_KILLED
             self._say(WorkerError(kind, "as the schedule says"))
             return
-        self._party.killed = 0
         done = canned.train(order, self._around.config, model)
         self._say(done)
 
@@ -351,6 +350,8 @@ class CannedAgent(VirtualDevice):
         self._around.later(self._around.random.uniform(*range_s), unless_ended)
 
     def _tell(self, line: Tell) -> None:
+        if line.event == "task":
+            self._killed = 0
         self.unfit = self.unfit or line.fields.get("code") in ("data", "unfit")
         self._around.note(self.name, line.text)
 
