@@ -1,5 +1,6 @@
 """The fault simulator: that the machines withstand it, and that it notices when they do not."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -53,6 +54,15 @@ def test_a_schedule_is_the_same_whenever_it_is_played():
     first = trace(seed)
     assert len(first[0]) > 100
     assert trace(seed) == first
+
+
+def test_what_was_there_before_is_collected_again_afterwards():
+    outcomes = run_some(range(2))
+    frozen = [gc.get_freeze_count() for _ in outcomes]
+    assert (min(frozen) > 0, gc.get_freeze_count()) == (True, 0)
+    next(left := run_some(range(2)))
+    left.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_schedules_are_of_all_kinds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -77,11 +78,21 @@ def run_all(seeds: range, note: Note | None = None) -> Iterator[Outcome]:
 def run_some(seeds: Iterable[int], note: Note | None = None) -> Iterator[Outcome]:
     base = load_config("base", BASE)
     where = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+    with _modules_left_out():
+        for seed in seeds:
+            with tempfile.TemporaryDirectory(prefix="lwfed-faults-", dir=where) as folder:
+                yield run_one(seed, base, Path(folder), note)
+
+
+@contextlib.contextmanager
+def _modules_left_out() -> Iterator[None]:
+    """Of garbage collection for a block, with all else that there is already: collections of what schedules leave behind look at less."""
     gc.collect()
-    gc.freeze()  # modules stay: collections of what schedules leave behind need not look at them
-    for seed in seeds:
-        with tempfile.TemporaryDirectory(prefix="lwfed-faults-", dir=where) as folder:
-            yield run_one(seed, base, Path(folder), note)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_one(seed: int, base: RunConfig, folder: Path, note: Note | None) -> Outcome:
