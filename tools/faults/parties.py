@@ -216,7 +216,6 @@ class DeviceParty(Party):
         self._disks = 0
         self._facts: dict[str, str] = {}
         self._agent: CannedAgent | None = None
-        self.ran_short = False  # a worker of it has run out of memory, or may have
         self._new_disk()
 
     @property
@@ -272,6 +271,7 @@ class DeviceParty(Party):
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         self._disks += 1
+        self.ran_short = False  # a worker of it has run out of memory, or may have, since its disk was new
         self._facts = {"device": Identity(device=self.client_id, boot=0).model_dump_json()}
 
 
