@@ -9,6 +9,7 @@ import sqlite3
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from lwfed.cloud_server.rounds import State
 
 STEP_S = 0.002  # that the victim runs between two looks
 STEPS = 50  # that its worker goes on without it
+LOOKS = 150_000  # at least 300 s, an upper bound for a loaded machine: a run that gets nowhere must not hang
 COURSE = ("preparing", "measuring", "waiting", "training", "aggregating", "calibrating", "evaluating", "finished")
 PHASES = {  # in the order of a round -> where the server is meanwhile
     "preparing": "preparing",
@@ -67,7 +69,7 @@ class Watch:
             self._strike_as_it_merges(moment)
             return
         found, seen, victim = 0, {}, None
-        while self.server.process.poll() is None:
+        for _ in self._looks(moment):
             time.sleep(STEP_S)
             if self._is_far_from(moment):
                 continue
@@ -82,12 +84,11 @@ class Watch:
                     victim.kill()
                     return
             self._fail_if_passed(moment)
-        self._fail_for_the_end(moment)
 
     def _strike_as_it_merges(self, moment):
         """A warm worker is through in milliseconds: it stands still until its job has begun, and goes on from there alone."""
-        idle = None
-        while self.server.process.poll() is None:
+        idle, looks = None, self._looks(moment)
+        for _ in looks:
             time.sleep(STEP_S)
             self._fail_if_passed(moment)
             if self._is_at(moment, self._state(), "training"):
@@ -96,21 +97,28 @@ class Watch:
                 continue
             with suppress(psutil.NoSuchProcess), _stopped(self._victim(moment)) as worker:
                 server = psutil.Process(self.server.process.pid)
-                while worker.is_running():
+                for _ in takewhile(lambda _: worker.is_running(), looks):
                     time.sleep(STEP_S)  # in which the server may close the round and begin the job
                     with _stopped(server):
                         begun = self._is_at(moment, self._state(), "aggregating") and self._work_begun() != idle
-                        if begun and self._merges(worker, moment):
+                        if begun and self._merges(worker, moment, looks):
                             return
-        self._fail_for_the_end(moment)
+
+    def _looks(self, moment):
+        """As many as there may be until that moment; fails with the last of them, or when the server ends."""
+        for _ in range(LOOKS):
+            if self.server.process.poll() is not None:
+                pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+            yield
+        pytest.fail(f"{moment} has not come after {LOOKS} looks: the run is at {self._place()}")
 
     def _fail_if_passed(self, moment):
         if self._is_over(moment):
-            state = self._state()
-            pytest.fail(f"{moment} has passed unseen: the run is at {state.stage}, {state.round}, {state.phase}")
+            pytest.fail(f"{moment} has passed unseen: the run is at {self._place()}")
 
-    def _fail_for_the_end(self, moment):
-        pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+    def _place(self):
+        state = self._state()
+        return f"{state.stage}, {state.round}, {state.phase}" if state else "its beginning"
 
     def _is_over(self, moment):
         state = self._state()
@@ -169,12 +177,12 @@ class Watch:
             time.sleep(STEP_S)
         return False
 
-    def _merges(self, worker, moment):
+    def _merges(self, worker, moment, looks):
         """Kill the server's worker where it reads updates, of which the last says nothing meanwhile; False where it is not there yet."""
         query = "SELECT blob FROM contributions WHERE stage = ? AND round = ? ORDER BY participant DESC"
         last = self._root / "server" / "updates" / _read(self._root / "server" / "run.sqlite", query, *moment.place)
         with _silent(last):
-            for _ in range(STEPS):
+            for _ in islice(looks, STEPS):
                 _go_on(worker, STEP_S)
                 if (self._root / "server" / "work" / "unpacked").exists():
                     worker.kill()
