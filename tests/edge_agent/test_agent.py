@@ -203,6 +203,7 @@ HUNGRY = (  # 515 MB for a batch that is not cut, 94 MB with 4 images at a time
 )
 
 
+@pytest.mark.slow  # what has hardly any memory left reads its code from the disk again and again
 def test_a_worker_that_the_kernel_kills_in_a_control_group_is_reported_and_the_next_one_fits(host, tmp_path, monkeypatch, capsys):
     limit = limited(384)
     if limit.problem:

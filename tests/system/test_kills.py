@@ -116,7 +116,6 @@ FEW = {  # what differs between brokers is of the server alone: each sees to som
     "embedded": (
         Moment("agent", "training", (1, 1)),
         Moment("broker", "sending", (1, 1)),
-        Moment("server's worker", "aggregating", (1, 1)),
         Moment("server", "calibrating", (1, 2)),
         Moment("server", "exporting", (1, 2)),
     ),
