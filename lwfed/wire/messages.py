@@ -7,7 +7,7 @@ out of its bounds. Bulk never travels here but as chunks of blobs, which are nam
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -49,6 +49,18 @@ Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Grown(Record):
+    """Has fields that came later, left out where they say nothing new: older programs refuse keys that they do not know."""
+
+    LATER: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        silent = [name for name in self.LATER if getattr(self, name) == type(self).model_fields[name].default]
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if name not in silent}
 
 
 class Message(Record):
@@ -125,8 +137,10 @@ def _is_small(graph: BlobRef) -> BlobRef:
 GraphRef = Annotated[BlobRef, AfterValidator(_is_small)]
 
 
-class Run(Message):
+class Run(Message, Grown):
     """Where the run stands. (epoch, seq) grows; a device ignores what is older than it has seen."""
+
+    LATER = ("patches", "paused", "graphs")
 
     run: Name
     epoch: Count
@@ -142,12 +156,6 @@ class Run(Message):
     patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = {}  # ways to parts from what they were before
     paused: bool = False  # no round begins until the operator wants it; said in phase waiting, the tasks of this round are withdrawn
     graphs: dict[GraphEngine, GraphRef] = {}  # of one layer, without weights, for the frozen layers of this stage
-
-    @model_serializer(mode="wrap")
-    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Devices from before patches, pauses and graphs refuse keys that they do not know."""
-        fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if value or name not in ("patches", "paused", "graphs")}
 
     @property
     def over(self) -> bool:
@@ -278,8 +286,10 @@ class Traffic(Record):
     up: Count
 
 
-class Execution(Record):
+class Execution(Grown):
     """What the bits of an update depend on beside its inputs; kept by every repetition of the round."""
+
+    LATER = ("onnxruntime",)
 
     prefix: PrefixEngine
     micro_batch: Ordinal  # images at a time
@@ -288,12 +298,6 @@ class Execution(Record):
     torch: Text
     machine: Text
     onnxruntime: Text | None = None  # its version; None where torch runs all layers
-
-    @model_serializer(mode="wrap")
-    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Servers from before ONNX Runtime's version was said refuse a key that they do not know."""
-        fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Report(Record):
@@ -324,8 +328,10 @@ class Fin(Message):
 FailCode = Literal["data", "memory", "unfit", "diverged", "worker", "config"]
 
 
-class Fail(Message):
+class Fail(Message, Grown):
     """The device cannot train in this round; the round goes on without it."""
+
+    LATER = ("attempt",)
 
     run: Name
     stage: Ordinal
@@ -333,12 +339,6 @@ class Fail(Message):
     code: FailCode
     reason: Text
     attempt: Ordinal = 1  # at this round, as the device counts those that failed: what arrives twice counts once
-
-    @model_serializer(mode="wrap")
-    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Servers from before attempts were counted refuse a key that they do not know."""
-        fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("attempt", 1)}
 
 
 UP: dict[str, type[Message]] = {
