@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lwfed import child
+from lwfed.cloud_server.authority import Authority
 from lwfed.config import load_config
 from lwfed.console import Console
 from lwfed.control_groups import OomKills
@@ -30,6 +31,7 @@ from lwfed.models.shapes import shapes
 from lwfed.transport.memory import MemoryBroker
 from lwfed.wire import messages, tensors
 from lwfed.wire.messages import Beat, Fail, Offer, State
+from lwfed.wire.signed import signed
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
@@ -288,6 +290,27 @@ def test_too_few_images_are_reported_with_the_reason(host, tmp_path):
     assert fail.code == "data"
     assert "1 readable images" in fail.reason
     assert "data.min_images is 8" in fail.reason
+
+
+def test_an_enrolled_agent_follows_what_its_server_has_signed_alone(server_class, tmp_path, capsys):
+    authority = Authority(tmp_path)
+    (tmp_path / "state" / "identity").mkdir(parents=True)
+    (tmp_path / "state" / "identity" / "authority.pem").write_bytes(authority.pem)
+    broker = MemoryBroker()
+    server = server_class(broker, tmp_path / "server", config=CONFIG)
+
+    def script(agent):
+        if server.greeted and not server.seq:
+            server.announce(run="forged")
+            server.announce(run="true", sealed=lambda announcement: signed(announcement, "default", authority.sign))
+        if agent._journal.seen.seq == 2:
+            stop()
+
+    join = Join("digits", "default", "device", tmp_path / "state", 15, device="porch")
+    Hosted(join, broker.transport(), Screen(Console(as_json=True))).host(broker, server, script).run()
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["run"] for one in said if one["event"] == "run"] == ["true"]
+    assert any("not signed" in one["text"] for one in said if one["event"] == "warning")
 
 
 def break_disk(agent):
