@@ -336,7 +336,7 @@ class Server:
 
     def _announce(self) -> None:
         state = self._course.state
-        where = (state.phase, state.stage, state.round, state.paused, tuple(state.parts.items()))
+        where = (state.phase, state.stage, state.round, state.paused, state.parts)
         if where == self._announced:
             return
         self._announced = where
