@@ -158,7 +158,7 @@ def test_a_failure_that_arrives_again_after_its_device_was_started_again_counts_
     assert len(device.tasks) == attempts + 4
 
 
-def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
+def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world, said):
     fleet = world("rounds.min_devices=1")
     fleet.start()
     device = fleet.join("short", fails=2)
@@ -168,6 +168,8 @@ def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     assert fleet.course.state.retried == (0,)
     fleet.finish()
     assert fleet.now >= 100
+    short = [text for text in warnings(said) if text.startswith("device 0 ")]
+    assert ["it is asked once more" in text for text in short] == [True, False]
 
 
 def test_a_device_whose_update_was_refused_is_asked_again_when_it_was_started_again(world, said):
