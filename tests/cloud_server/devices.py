@@ -154,7 +154,7 @@ class FakeDevice:
                 handlers[type(message).__name__](message)
                 if isinstance(message, messages.Refuse):
                     self.refusals.append(message.code)
-                    self.done_task = None if message.code == "stale" else self.done_task
+                    self.done_task = None
             case messages.Refuse():
                 self.refusals.append(message.code)
 

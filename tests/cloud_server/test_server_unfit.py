@@ -158,7 +158,7 @@ def test_a_failure_that_arrives_again_after_its_device_was_started_again_counts_
     assert len(device.tasks) == attempts + 4
 
 
-def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world, said):
+def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world):
     fleet = world("rounds.min_devices=1")
     fleet.start()
     device = fleet.join("short", fails=2)
@@ -168,8 +168,22 @@ def test_a_server_that_was_killed_knows_whom_it_has_asked_once_more(world, said)
     assert fleet.course.state.retried == (0,)
     fleet.finish()
     assert fleet.now >= 100
-    short = [text for text in warnings(said) if text.startswith("device 0 ")]
-    assert ["it is asked once more" in text for text in short] == [True, False]
+
+
+def test_a_second_lack_of_memory_is_not_told_as_the_first_by_a_server_that_was_killed_between_them(world, said):
+    fleet = world("rounds.min_devices=1")
+    fleet.start()
+    device = fleet.bring("short", fails=2)
+    while not fleet.course.state.retried:
+        fleet.step()
+    assert len(device.tasks) == 1
+    fleet.kill()
+    fleet.start()
+    fleet.finish()
+    assert [text.partition(" (")[0] for text in warnings(said) if text.startswith("device 0 ")] == [
+        "device 0 ran out of memory: out of memory; it is asked once more, to take less",
+        "device 0 cannot train in this round",
+    ]
 
 
 def test_a_device_whose_update_was_refused_is_asked_again_when_it_was_started_again(world, said):
