@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from lwfed.backbones import CONVOLUTIONAL
+from lwfed.backbones import CONVOLUTIONAL, VIT
 from lwfed.config import RunConfig
 from lwfed.models.backbones import build_encoder
 from lwfed.models.encoder import Encoder
@@ -65,13 +65,14 @@ def measure(config: RunConfig) -> Measured:
         part: Part(sum(prod(shape) for shape in part_shapes(config, part).values()), *macs.found[part], *kept.found[part])
         for part in macs.found
     }
+    parts |= {layer(number): parts[layer(1)] for number in range(2, config.model.depth + 1) if layer(number) not in parts}
     return Measured(parts, _view_macs(config), _loss_macs(config, parts))
 
 
 def _walk(config: RunConfig, device: str, visit: Visit) -> None:
-    """Send a small batch through all parts, in the order of the model."""
+    """Send a small batch through all parts, in the order of the model; of a ViT's layers, which are alike, through the first."""
     model, method = config.model, METHODS[config.ssl.method]
-    network = _network(lambda: build_network(config, model.depth), device)
+    network = _network(lambda: build_network(config, 1 if model.backbone == VIT else model.depth), device)
     keep = method.draw_kept(config, SAMPLES, torch.Generator().manual_seed(0))
     keep = None if keep is None else keep.to(device)
     x = torch.zeros(SAMPLES, model.channels, model.image_size, model.image_size, device=device)

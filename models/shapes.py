@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
+from torch import nn
 
-from lwfed.config import RunConfig
+from lwfed.backbones import CONVOLUTIONAL
+from lwfed.config import ModelSection, RunConfig
 from lwfed.models.backbones import build_encoder
 from lwfed.models.heads import build_head
 from lwfed.plan import HEADS, by_part
@@ -20,7 +22,7 @@ def part_shapes(config: RunConfig, part: str) -> dict[str, Shape]:
 
     Raises ValueError when the model has no such part.
     """
-    found = _all(config).get(part)
+    found = _head(config, part) if part in HEADS[config.ssl.method] else _encoder(config.model).get(part)
     if found is None:
         raise ValueError(f"a {config.model.backbone} of depth {config.model.depth} has no part {part!r}")
     return dict(found)
@@ -32,13 +34,20 @@ def shapes(config: RunConfig, parts: Iterable[str]) -> dict[str, Shape]:
 
 
 @lru_cache(maxsize=8)
-def _all(config: RunConfig) -> dict[str, dict[str, Shape]]:
+def _encoder(model: ModelSection) -> dict[str, dict[str, Shape]]:
     """Part -> tensor -> shape."""
+    adapted = CONVOLUTIONAL[model.backbone].adapted if model.backbone in CONVOLUTIONAL else ()
     found: dict[str, Shape] = {}
     with torch.device("meta"):
-        for layers in range(1, config.model.depth + 1):  # adapters are there while their layer is the last one only
-            found |= {name: tuple(tensor.shape) for name, tensor in build_encoder(config.model, layers).state_dict().items()}
-        for part in HEADS[config.ssl.method]:
-            head = build_head(config, part).state_dict()
-            found |= {f"{part}.{name}": tuple(tensor.shape) for name, tensor in head.items()}
+        for layers in (*adapted, model.depth):  # adapters are there while their layer is the last one only
+            found |= _shapes(build_encoder(model, layers))
     return by_part(found)
+
+
+def _head(config: RunConfig, part: str) -> dict[str, Shape]:
+    with torch.device("meta"):
+        return _shapes(build_head(config, part), f"{part}.")
+
+
+def _shapes(module: nn.Module, prefix: str = "") -> dict[str, Shape]:
+    return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

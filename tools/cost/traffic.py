@@ -102,6 +102,7 @@ class Packets:
         self._sizes |= {frozenset({engine}): GRAPHS[engine] for engine in config.graphs}
         self.fetching = lru_cache(self._fetching)
         self.training = lru_cache(self._training)
+        self._announced = lru_cache(self._announcement)
         self._change = lru_cache(self._change_bytes)
 
     def _fetching(self, whole: frozenset[str], moved: frozenset[str]) -> tuple[int, int]:
@@ -138,18 +139,20 @@ class Packets:
     def announced(self, plan: StagePlan, calibrated: bool, steps: Mapping[str, int]) -> int:
         """Announcements of a round, down; `steps`: how often each part has changed so that a patch tells of it."""
         phases: tuple[m.Phase, ...] = ("aggregating", "calibrating") if calibrated else ("aggregating",)
-        return self._announced(plan, "training", steps) + sum(self._announced(plan, phase, {}) for phase in phases)
+        kept = frozenset((part, min(count, KEPT_PATCHES)) for part, count in steps.items() if part in plan.present)
+        return self._announced(plan, "training", kept) + sum(self._announced(plan, phase) for phase in phases)
 
     def once_a_stage(self, plan: StagePlan) -> int:
         """Announcements of its end, down."""
-        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing", {})
-        return last + (self._announced(plan, "evaluating", {}) if Rules.of(self._config).judge else 0)
+        last = self._announced(plan, "finished" if plan.stage == self._config.stage_count else "preparing")
+        return last + (self._announced(plan, "evaluating") if Rules.of(self._config).judge else 0)
 
-    def _announced(self, plan: StagePlan, phase: m.Phase, steps: Mapping[str, int]) -> int:
+    def _announcement(self, plan: StagePlan, phase: m.Phase, kept: frozenset[tuple[str, int]] = frozenset()) -> int:
+        """`kept`: how many patches lead to a part."""
         rounds, stages = self._config.round_counts[plan.stage - 1], self._config.stage_count
         blobs = {part: _blob(self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
-        patches = {part: (self._patch(part),) * min(count, KEPT_PATCHES) for part, count in steps.items() if part in blobs}
+        patches = {part: (self._patch(part),) * count for part, count in kept}
         place = {"run": self._config.run.name, "epoch": 1, "seq": 100}
         graphs = {engine: _blob(GRAPHS[engine]) for engine in self.graphs(plan)} if phase == "training" else {}
         run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches, graphs=graphs)
