@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,19 @@ def load_config(name: str, settings: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError that lists every problem at once, each with the nearest key that exists.
     """
-    merged = _parse(resources.files("lwfed.configs").joinpath("base.yaml").read_text("utf-8"), "base.yaml")
+    merged: Mapping[str, Any] = _base()
     for over in (*([_parse(_read(name), name)] if name != "base" else []), *map(_setting, settings)):
         merged = _merge(_sized(merged, over), over)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error, name, RunConfig)) from None
+
+
+@cache
+def _base() -> Mapping[str, Any]:
+    """Parsed once, for most of the time goes into it; nobody changes it."""
+    return _parse(resources.files("lwfed.configs").joinpath("base.yaml").read_text("utf-8"), "base.yaml")
 
 
 def _read(name: str) -> str:
