@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lwfed.backbones import CONVOLUTIONAL, VIT
-from lwfed.config import RunConfig
+from lwfed.config import RunConfig, load_config
 from lwfed.models.backbones import build_encoder
 from lwfed.models.encoder import Encoder
 from lwfed.models.heads import build_network
@@ -57,7 +58,17 @@ class Measured:
 
 
 def measure(config: RunConfig) -> Measured:
-    """All parts that the model of `config` has in any stage of any strategy. Raises MissingDependency without its backbone."""
+    """All parts that the model of `config` has in any stage of any strategy. Raises MissingDependency without its backbone.
+
+    Nothing counts but model, method and batch, so that configurations that differ in something else share what was found.
+    """
+    base = load_config("base")
+    train = base.train.model_copy(update={"batch_size": config.train.batch_size})
+    return _measure(base.model_copy(update={"model": config.model, "ssl": config.ssl, "train": train}))
+
+
+@lru_cache(maxsize=8)
+def _measure(config: RunConfig) -> Measured:
     macs, kept = _Macs(), _Kept()
     _walk(config, "meta", macs)
     _walk(config, "cpu", kept)

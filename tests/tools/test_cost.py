@@ -182,7 +182,7 @@ def test_bytes_of_a_run_are_those_that_it_takes(tmp_path, codec):
         tmp_path,
         "transfer.chunk_bytes=8192",
         f"transfer.codec={codec}",
-        "model.depth=2",
+        "model={depth: 2, image_size: 8}",
         "train={batch_size: 256, prefix: onnx}",
         "calibration={every: stage, batch_size: 128}",
         *RUN,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from lwfed.config import RunConfig
 from lwfed.models import cost
 from lwfed.models.measure import measure
@@ -14,19 +12,16 @@ from lwfed.wire.sizes import packed_bytes
 FUSED = 1.4  # of what the formula says ours keeps: published code keeps more; for estimates
 
 
-measured = lru_cache(maxsize=8)(measure)
-
-
 def macs(config: RunConfig, stage: int) -> float:
     """Multiply-accumulates of one optimiser step of ours."""
     plan = config.plan(stage)
-    return cost.true_macs(config, plan, measured(config)) * config.train.batch_size
+    return cost.true_macs(config, plan, measure(config)) * config.train.batch_size
 
 
 def published_macs(config: RunConfig, stage: int) -> float:
     """The same of the baseline: no second forward pass, and the target branch runs through frozen layers too."""
     plan = config.plan(stage)
-    parts = measured(config).parts
+    parts = measure(config).parts
     again = METHODS[config.ssl.method].view_count * sum(parts[part].forward for part in plan.frozen)
     return macs(whole(config), stage) + again * config.train.batch_size
 
@@ -36,13 +31,13 @@ def bytes_moved(config: RunConfig, stage: int) -> int:
     plan, codec = config.plan(stage), config.transfer.codec
     if codec != "fp32":
         return sum(packed_bytes(shapes(config, parts), codec) for parts in (plan.downloaded, plan.uploaded))
-    return 4 * sum(cost.count(measured(config), parts) for parts in (plan.downloaded, plan.uploaded))
+    return 4 * sum(cost.count(measure(config), parts) for parts in (plan.downloaded, plan.uploaded))
 
 
 def training_mb(config: RunConfig, stage: int) -> float:
     """Estimate of what training takes beside libraries."""
     plan = config.plan(stage)
-    return FUSED * cost.memory_bytes(config, plan, measured(config)) / 1e6
+    return FUSED * cost.memory_bytes(config, plan, measure(config)) / 1e6
 
 
 def whole(config: RunConfig, micro_batch: int | None = None) -> RunConfig:

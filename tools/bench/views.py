@@ -1,7 +1,7 @@
 """What making views costs on one thread: ours, in blocks, beside torchvision's transforms, image by image.
 
 `measure_views` runs ``python -m lwfed.tools.bench.views``, a process of its own since torchvision's memory is none of
-the bench's: a configuration on its stdin, one JSON object on its stdout.
+the bench's: numbers of images and turns as arguments, a configuration on its stdin, one JSON object on its stdout.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ IMAGES = 512
 TURNS = 5  # that count, each of both in turn, so that what else the machine does slows both
 
 
-def measure_views(config: RunConfig) -> dict[str, float]:
+def measure_views(config: RunConfig, images: int = IMAGES, turns: int = TURNS) -> dict[str, float]:
     """Microseconds a view: `published_us` and `ours_us`; `ratio` of the two. Raises WorkerFailed."""
-    done = subprocess.run([sys.executable, "-m", __name__], input=config.to_bytes(), capture_output=True)
+    done = subprocess.run([sys.executable, "-m", __name__, str(images), str(turns)], input=config.to_bytes(), capture_output=True)
     if done.returncode != 0:
         problem = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise WorkerFailed(f"views could not be made to time them ({problem}): `edge-agent doctor` checks torch")
@@ -32,7 +32,7 @@ def measure_views(config: RunConfig) -> dict[str, float]:
     return found
 
 
-def time_views(config: RunConfig, images: int = IMAGES, turns: int = TURNS) -> dict[str, float]:
+def time_views(config: RunConfig, images: int, turns: int) -> dict[str, float]:
     """See `measure_views`; in this process."""
     from PIL import Image
 
@@ -70,4 +70,4 @@ def _seconds(make: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.stdout.write(json.dumps(time_views(RunConfig.from_bytes(sys.stdin.buffer.read()))))
+    sys.stdout.write(json.dumps(time_views(RunConfig.from_bytes(sys.stdin.buffer.read()), *map(int, sys.argv[1:]))))

@@ -21,7 +21,7 @@ from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
-from lwfed.models.shapes import part_shapes, shapes
+from lwfed.models.shapes import Shape, part_shapes, shapes
 from lwfed.plan import GraphEngine, StagePlan, in_model_order
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages as m
@@ -56,7 +56,12 @@ class Traffic:
 
 def bytes_of(config: RunConfig, parts: Iterable[str]) -> int:
     """The blob of `parts`, whole."""
-    return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes(config, parts).items()}))
+    return _blob_bytes(tuple(shapes(config, parts).items()))
+
+
+@lru_cache(maxsize=256)
+def _blob_bytes(shapes: tuple[tuple[str, Shape], ...]) -> int:
+    return len(tensors.encode({name: np.zeros(shape, np.float32) for name, shape in shapes}))
 
 
 def obstacle(config: RunConfig) -> str | None:
