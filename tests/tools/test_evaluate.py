@@ -16,7 +16,7 @@ from lwfed.tools.simulation.command import Simulation, simulate
 TINY = (
     "stages.rounds_per_stage=1",
     "train.epochs=1",
-    "model.depth=2",
+    "model={depth: 2, image_size: 8}",
     "data.devices=1",
     "calibration.every=never",
     "evaluation.probe=false",
@@ -41,17 +41,23 @@ def report(*words):
 
 
 def test_a_file_and_the_run_it_came_from_are_the_same_encoder(run, tmp_path):
-    found = report(run / "encoder.safetensors", "--data", "digits", "--out", tmp_path / "report.json")
+    words = ("--data", "digits", "--limit", 150)
+    found = report(run / "encoder.safetensors", *words, "--out", tmp_path / "report.json")
     assert found["rows"][0].keys() == {"name", "protocol", "accuracy", "class_accuracy", "precision", "recall", "f1", "seconds"}
     assert [(row["name"], row["protocol"]) for row in found["rows"]] == [
         (name, protocol) for name in ("random", "raw_pixels", "encoder") for protocol in ("knn", "probe")
     ]
     figures = [[row[name] for name in ("accuracy", "f1")] for row in found["rows"]]
-    assert [[row[name] for name in ("accuracy", "f1")] for row in report(run, "--data", "digits")["rows"]] == figures
+    assert [[row[name] for name in ("accuracy", "f1")] for row in report(run, *words)["rows"]] == figures
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == found["rows"]
-    assert found["bank"] + found["queries"] == digits.COUNT
+    assert (found["bank"], found["queries"]) == (150, 150)
     assert (found["encoder"]["strategy"], found["encoder"]["stage"], found["classes"]) == ("layer_wise", 2, 10)
     assert found["features"].keys() == {"random", "encoder"}
+
+
+def test_without_a_limit_all_images_are_used(run):
+    found = report(run, "--data", "digits", "--protocol", "knn")
+    assert found["bank"] + found["queries"] == digits.COUNT
 
 
 def test_the_table_fits_a_terminal(run):
@@ -103,7 +109,7 @@ def test_fine_tuning_begins_from_the_encoder_and_from_scratch(run):
 
 
 def test_random_weights_are_not_the_encoder_s(run):
-    found = report(run, "--data", "digits", "--protocol", "probe")
+    found = report(run, "--data", "digits", "--protocol", "probe", "--limit", 200)
     assert found["features"]["random"] != found["features"]["encoder"]
     assert found["rows"][0]["accuracy"] != found["rows"][2]["accuracy"]
 
