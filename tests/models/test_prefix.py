@@ -31,6 +31,15 @@ def encoder(request, tiny):
     ), config
 
 
+ANY_POOLING = pytest.mark.parametrize("encoder", ["mean"], indirect=True)  # where it is of no concern
+
+
+@pytest.fixture(autouse=True)
+def quick_trials(monkeypatch):
+    """Each engine is timed twice and no longer."""
+    monkeypatch.setattr(module, "TRIAL_S", 0.0)
+
+
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     return make_graphs(load_config("base", TINY).model, ["onnx", "onnx_int8"], tmp_path_factory.mktemp("graphs"))
@@ -51,6 +60,7 @@ def test_float32_equals_torch_at_any_batch(encoder, graphs, batch, layers):
     assert relative_errors(made(x, {0}), TorchPrefix(model, layers)(x, {0})).max() < 1e-6
 
 
+@ANY_POOLING
 @needs_onnx
 def test_the_version_is_known_before_it_is_imported(encoder, graphs):
     assert OnnxPrefix(encoder[0], 1, "onnx", graphs["onnx"]).runtime == runtime_version()
@@ -84,6 +94,7 @@ def test_quantised_weights_are_within_half_a_step():
     assert np.all(np.abs(values.T * scale[:, None] - weight) <= scale[:, None] / 2 + 1e-7)
 
 
+@ANY_POOLING
 @needs_onnx
 def test_quantisation_is_that_of_onnxruntime(encoder):
     """Against the tool's per-channel symmetric int8, which imports onnx."""
@@ -98,6 +109,7 @@ def test_quantisation_is_that_of_onnxruntime(encoder):
         assert scale[row] > 0
 
 
+@ANY_POOLING
 @needs_onnx
 def test_auto_takes_the_fastest_that_is_near_enough(encoder, graphs, monkeypatch):
     model, _ = encoder
@@ -115,6 +127,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(encoder, graphs, monkeypatch
     assert make_prefix(model, 3, "onnx_int8", graphs, tokens(model), 5).prefix.engine == "torch"
 
 
+@ANY_POOLING
 @needs_onnx
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 @pytest.mark.parametrize("wrong", [1.06, float("nan")])
@@ -130,6 +143,7 @@ def test_each_image_is_judged_by_itself_at_any_micro_batch(encoder, graphs, monk
     assert make_prefix(model, 3, "onnx_int8", graphs, given, micro_batch).prefix.engine == "onnx_int8"
 
 
+@ANY_POOLING
 def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monkeypatch):
     model, _ = encoder
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -142,6 +156,7 @@ def test_without_onnx_runtime_torch_does_it_and_says_why(encoder, tmp_path, monk
         assert "pip install 'lwfed[onnx]'" in chosen.reason
 
 
+@ANY_POOLING
 def test_a_broken_installation_is_not_the_fault_of_the_graph(encoder, tmp_path, monkeypatch):
     model, _ = encoder
     (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('libonnx is broken')")
@@ -152,6 +167,7 @@ def test_a_broken_installation_is_not_the_fault_of_the_graph(encoder, tmp_path, 
     assert chosen.reason.startswith("onnx: ONNX Runtime fails as it is installed (RuntimeError: libonnx is broken): pip install --upgrade")
 
 
+@ANY_POOLING
 @needs_onnx
 @pytest.mark.parametrize(
     "error",
@@ -180,6 +196,7 @@ def test_lack_of_memory_leads_to_torch_and_is_named(encoder, graphs, monkeypatch
 BROKEN = [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content))]
 
 
+@ANY_POOLING
 @needs_onnx
 @pytest.mark.parametrize("wanted", ["onnx", "auto"])
 @pytest.mark.parametrize("spoil", BROKEN, ids=["empty", "cut", "zeros"])
@@ -203,6 +220,7 @@ def out_of_range(model):
     next(one for one in model.graph.initializer if one.name == "at.v").int64_data[0] = 10
 
 
+@ANY_POOLING
 @needs_onnx
 @pytest.mark.parametrize("wanted", ["onnx", "auto"])
 @pytest.mark.parametrize(("fail", "said"), [(of_an_unknown_version, "opset"), (out_of_range, "while running Gather")])
@@ -224,6 +242,7 @@ def test_a_graph_that_is_accepted_and_fails_in_onnx_runtime_leads_to_torch(encod
     assert "pip install --upgrade 'lwfed[onnx]'" in chosen.reason
 
 
+@ANY_POOLING
 @needs_onnx
 def test_a_graph_of_another_layer_is_refused(encoder, tiny, tmp_path):
     model, _ = encoder
@@ -233,6 +252,7 @@ def test_a_graph_of_another_layer_is_refused(encoder, tiny, tmp_path):
     assert "does not work" in chosen.reason
 
 
+@ANY_POOLING
 def test_without_a_graph_torch_does_it_and_says_why(encoder, tmp_path):
     model, _ = encoder
     for wanted, sent in (("auto", {}), ("onnx", {}), ("onnx", {"onnx_int8": tmp_path / "graph"})):

@@ -43,7 +43,7 @@ def device(tiny, images, tmp_path):
 
     class Device:
         def __init__(self, *settings, config=None):
-            self.config = config or tiny("train.views_per_round=2", *settings)
+            self.config = config or tiny("train={epochs: 1, views_per_round: 2}", *settings)
             self.folder = tmp_path / "features"
             stages = range(1, self.config.stage_count + 1)
             self.tensors = {part: init_parts(self.config, [part]) for stage in stages for part in self.config.plan(stage).present}
@@ -195,7 +195,7 @@ def test_int8_takes_less_place_and_leads_almost_to_the_same_weights(device):
 
 
 def test_memory_gives_the_bits_of_a_file_and_leaves_none(device):
-    one = device()
+    one = device("train.epochs=3")
     in_file, place = one.train(3), Memory(EVERYWHERE)
     shutil.rmtree(one.folder)
     assert one.train(3, place=place) == in_file
@@ -297,7 +297,7 @@ def test_a_kill_while_the_file_is_made_changes_nothing(device):
 
 @pytest.mark.parametrize("spoil", [lambda file: file.unlink(), lambda file: file.write_bytes(b"short")])
 def test_a_file_that_is_lost_while_it_trains_costs_time_only(device, spoil):
-    one = device()
+    one = device("train.epochs=3")
     whole = one.train(3)
     assert one.train(3, on_rows=None, before=lambda: spoil(one.files[0])) == whole
     assert one.work > 80
@@ -319,7 +319,7 @@ def test_what_is_damaged_is_computed_anew_put_right_and_said(device):
     assert one.told == [
         "features of views that are used again have been damaged: they are computed anew; check the disk of the state directory"
     ]
-    assert 2 < one.work <= 2 * 2 * 3 * 8 + 2, "two layers for two views of three batches at most, and not of all rows"
+    assert 2 < one.work <= 2 * 2 * 2 * 8 + 2, "two layers for two views of two batches at most, and not of all rows"
     for round in range(2, 12):
         one.train(3, round=round)  # until each row has been drawn
     assert one.files[0].read_bytes() == kept
@@ -350,7 +350,7 @@ def test_int8_damaged_is_computed_with_what_it_was_computed_with(device, monkeyp
 
 
 def test_a_folder_that_cannot_be_made_costs_time_only(device):
-    one = device()
+    one = device("train.epochs=3")
     one.folder.write_text("in the way")
     one.train(3)
     assert one.work > 2 * 80

@@ -20,24 +20,27 @@ def read_until(demo, word):
     pytest.fail(f"the demo ended without saying {word}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_demo_that_is_ended_leaves_no_process_and_no_scratch_behind(tmp_path, number, code):
-    demo, scratch = start_demo(tmp_path)
-    with demo:
-        read_until(demo, "joined")
-        pids = [int(lock.read_text().split()[1]) for lock in scratch.glob("*/*/*/lock")]
-        demo.send_signal(number)
-        assert demo.wait(60) == code
+def end(demo, scratch, number, code):
+    """With a device that has joined: nothing is left behind."""
+    read_until(demo, "joined")
+    pids = [int(lock.read_text().split()[1]) for lock in scratch.glob("*/*/*/lock")]
+    demo.send_signal(number)
+    assert demo.wait(60) == code
     assert len(pids) >= 2, "the server and a device"
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
     assert list(scratch.iterdir()) == []
 
 
-def test_a_demo_that_is_to_survive_its_terminal_does(tmp_path):
-    demo, _ = start_demo(tmp_path, "nohup")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_demo_that_is_ended_leaves_no_process_and_no_scratch_behind(tmp_path, number, code):
+    demo, scratch = start_demo(tmp_path)
+    with demo:
+        end(demo, scratch, number, code)
+
+
+def test_a_demo_that_is_to_survive_its_terminal_does_and_leaves_nothing_when_it_is_terminated(tmp_path):
+    demo, scratch = start_demo(tmp_path, "nohup")
     with demo:
         read_until(demo, "training")
         demo.send_signal(signal.SIGHUP)
-        read_until(demo, "joined")
-        demo.send_signal(signal.SIGTERM)
-        assert demo.wait(60) == 143
+        end(demo, scratch, signal.SIGTERM, 143)
