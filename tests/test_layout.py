@@ -187,9 +187,9 @@ def test_torch_is_imported_by_training_processes_only(package: str) -> None:
     assert direct | indirect == TRAIN & ours
 
 
-@pytest.mark.parametrize("module", ["lwfed.edge_agent.agent", "lwfed.cloud_server.server", "lwfed.cloud_server.serve"])
-def test_control_processes_do_not_load_torch(module: str) -> None:
-    program = f"import sys, {module}; print(sorted({TORCH} & set(sys.modules)))"
+def test_control_processes_do_not_load_torch() -> None:
+    program = "import sys, lwfed.edge_agent.agent, lwfed.cloud_server.server, lwfed.cloud_server.serve; "
+    program += f"print(sorted({TORCH} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout == "[]\n", answer.stderr
 

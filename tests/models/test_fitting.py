@@ -143,13 +143,13 @@ from lwfed.models.step import Means, Terms
 from lwfed.plan import Place
 
 torch.set_num_threads(1)
-config = load_config(sys.argv[1], ["train.batch_size=32", "train.micro_batch=4", "train.epochs=1"])
+config = load_config(sys.argv[1], ["train.batch_size=8", "train.micro_batch=4", "train.epochs=1"])
 plan = config.plan(2)
 tensors = init_parts(config, plan.present)
 found = fitting.code_bytes(config, tensors, plan.trained, Terms(config.alignment))
 allocator.let_code_go()
 before = psutil.Process().memory_info().shared
-images = torch.randint(0, 256, (64, config.model.channels, config.model.image_size, config.model.image_size), dtype=torch.uint8)
+images = torch.randint(0, 256, (16, config.model.channels, config.model.image_size, config.model.image_size), dtype=torch.uint8)
 train_local(config, device_task(config, plan, 0, Place(0, 1, 0, 1)), tensors, images.numpy(), means=Means(micro_batch=4))
 print(found, psutil.Process().memory_info().shared - before)
 """
