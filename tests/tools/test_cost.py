@@ -197,8 +197,8 @@ def test_bytes_of_a_run_are_those_that_it_takes(tmp_path, codec):
             first, _ = Packets(config).fetching(frozenset(config.plan(number).added), frozenset())  # whole parts
             assert first < stage["bytes_down"] <= first + (in_fp32.down - first) / 3
             assert stage["bytes_up"] <= in_fp32.up / 3
-            assert stage["bytes_down"] < expected.down
-            assert stage["bytes_up"] < expected.up
+            assert 0.7 * expected.down < stage["bytes_down"] < expected.down
+            assert 0.2 * expected.up < stage["bytes_up"] < expected.up
 
 
 @pytest.mark.slow
