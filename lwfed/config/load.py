@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,13 @@ def load_config(name: str, settings: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError that lists every problem at once, each with the nearest key that exists.
     """
-    merged: Mapping[str, Any] = _base()
+    merged = _parse(resources.files("lwfed.configs").joinpath("base.yaml").read_text("utf-8"), "base.yaml")
     for over in (*([_parse(_read(name), name)] if name != "base" else []), *map(_setting, settings)):
         merged = _merge(_sized(merged, over), over)
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error, name, RunConfig)) from None
-
-
-@cache
-def _base() -> Mapping[str, Any]:
-    """Parsed once, for most of the time goes into it; nobody changes it."""
-    return _parse(resources.files("lwfed.configs").joinpath("base.yaml").read_text("utf-8"), "base.yaml")
 
 
 def _read(name: str) -> str:
@@ -72,7 +66,9 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+@lru_cache(maxsize=256)
+def _parse(text: str, name: str) -> Mapping[str, Any]:
+    """Read once, for it takes ten milliseconds: not to be changed."""
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a subclass of SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, a number like 0b_
