@@ -259,6 +259,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Plans are made in no time: what libraries take is not measured, and they stay mapped."""
+    from lwfed.edge_agent import means, worker
+    from lwfed.models import fitting
+
+    for module in (means, worker, fitting):
+        monkeypatch.setattr(module, "let_code_go", lambda: None)
+    monkeypatch.setattr(fitting, "code_bytes", lambda *_: fitting.CODE_BYTES)
+
+
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory):
     """Of the layers of the small model that plans are made for."""

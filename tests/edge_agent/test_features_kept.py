@@ -14,7 +14,7 @@ from lwfed.models.step import Means
 
 from .planning import REUSED, Device, config, means, needs_onnx
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("unmeasured", "one_thread")
 
 
 class Disk:

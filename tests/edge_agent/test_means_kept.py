@@ -14,7 +14,7 @@ from lwfed.models import fitting
 
 from .planning import REUSED, Device, Room, config, needs_onnx
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("unmeasured", "one_thread")
 
 
 @needs_onnx

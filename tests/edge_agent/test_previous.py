@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 
 from lwfed import disk
 from lwfed.config import load_config
@@ -13,7 +12,11 @@ from lwfed.models.initial import init_parts
 from lwfed.plan import by_part
 from lwfed.wire import tensors as wire
 
-SMALL = ["model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, output_dim: 8}", "train={epochs: 1, batch_size: 117}"]
+SMALL = [
+    "model={image_size: 8, width: 8, heads: 2}", "ssl={hidden_dim: 8, output_dim: 8}", "train={epochs: 1, batch_size: 8}",
+    "data={partition: even, devices: 60}",
+]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("unmeasured", "one_thread")
 
 
 class Device:
@@ -54,13 +57,6 @@ class Device:
 
     def names(self):
         return sorted(path.name.partition("-0-")[2] for path in self.kept.glob("previous-*"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("method", "codec"), [("moon", "fp32"), ("off", "int8")])
