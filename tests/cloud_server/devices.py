@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,11 +22,14 @@ from lwfed.wire.upload import Upload, contribution_id
 PROCESSES = itertools.count(1)  # of agents
 
 
+@lru_cache(maxsize=2048)
 def drawn(shape, *labels):
-    """Random tensors that depend on nothing but the labels, of which the last may be a tensor's name."""
+    """Random tensors that depend on nothing but the labels, of which the last may be a tensor's name; not to be written to."""
     stream = derive(0, "test", *labels)
     found = np.random.RandomState([stream & 0xFFFFFFFF, stream >> 32]).normal(size=shape).astype(np.float32)
-    return np.abs(found) if str(labels[-1]).endswith(VARIANCE) else found
+    found = np.abs(found) if str(labels[-1]).endswith(VARIANCE) else found
+    found.flags.writeable = False
+    return found
 
 
 def report(images=10, loss=1.0, peak_mb=300.0):
