@@ -30,6 +30,11 @@ SMALL = [
     "evaluation.probe=false",
 ]
 
+FEW_IMAGES = (  # each device has 55 of 8x8, the server a few more
+    *("model.image_size=8", "data.partition=even", "data.devices=30", "data.auxiliary_share=0.02", "data.labelled_share=0.05"),
+    *("train.batch_size=32", "calibration.epochs=1"),
+)
+
 
 class Program:
     """One of the console scripts as a process; `before` is the command that runs it, if any."""

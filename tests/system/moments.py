@@ -9,6 +9,7 @@ import sqlite3
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -129,9 +130,22 @@ class Watch:
         return state is not None and (state.stage, state.round) == moment.place and _phase(state) in phases
 
     def _is_far_from(self, moment):
-        """Devices train in an earlier round, or have not begun: nobody need be stopped."""
+        """Devices train in an earlier round, or have not begun, or not got there: nobody need be stopped."""
         state = self._state()
-        return state is None or (state.phase in ("waiting", "training") and (state.stage, state.round) < moment.place)
+        if state is None or (state.phase in ("waiting", "training") and (state.stage, state.round) < moment.place):
+            return True
+        return self._is_at(moment, state, "training") and not self._has_begun(moment)
+
+    def _has_begun(self, moment):
+        """Whether what is waited for can have, within its round; what is found then stays so until it is over."""
+        match moment.phase:
+            case "training":
+                return self._has_trained(moment)
+            case "sending" if moment.party == "agent":
+                return self._fact(moment, "update")
+            case "sending":
+                return any((self._root / "server" / "updates").glob("parts/*.part"))
+        return True
 
     def _victim(self, moment):
         match moment.party:
@@ -159,8 +173,7 @@ class Watch:
             case "starting":
                 return self._fact(moment, "task") and not self._fact(moment, f"execution demo {state.stage}")
             case "training":
-                done = {"stage": state.stage, "round": state.round, "epoch": moment.epoch}
-                return self.devices[moment.device].has_said("training", **done) and self._fact(moment, "task")
+                return self._has_trained(moment) and self._fact(moment, "task")
             case "sending" if moment.party == "agent":
                 return self._fact(moment, "update")
             case "sending":
@@ -168,6 +181,10 @@ class Watch:
             case "exporting":
                 return not self.server.has_said("finished")
         return True
+
+    def _has_trained(self, moment):
+        stage, round = moment.place
+        return self.devices[moment.device].has_said("training", stage=stage, round=round, epoch=moment.epoch)
 
     def _worker_writes(self):
         """Whether there is something of the server's worker, which goes on for a while as the server stands still."""
@@ -205,7 +222,12 @@ class Watch:
     def _state(self):
         """What is stored of the coordinator; None while there is nothing to be read."""
         text = _read(self._root / "server" / "run.sqlite", "SELECT state FROM runs")
-        return None if text is None else State.from_json(text)
+        return None if text is None else _parsed(text)
+
+
+@lru_cache(maxsize=1)
+def _parsed(text):
+    return State.from_json(text)
 
 
 def _phase(state):

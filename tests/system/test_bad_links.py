@@ -8,10 +8,11 @@ import pytest
 
 from lwfed.tools.links.proxy import Link
 
-from .conftest import Fleet, digest_of_result, free_port
+from .conftest import FEW_IMAGES, Fleet, digest_of_result, free_port
 from .runs import CHUNK_BYTES, PLACES, SMALLER, TWO_STAGES, WINDOW, over
 
-LARGE = (*SMALLER, "transfer.codec=fp32", "model.width=96", "model.depth=1")  # what a cut may cost is a small part of an update then
+# What a cut may cost is a small part of an update then.
+LARGE = (*SMALLER, *FEW_IMAGES, "transfer.codec=fp32", "model.width=96", "model.depth=1")
 CALLS_BYTES = 40_000  # of a new connection: greetings, what is retained, the offer with its memory curve, what was asked before
 SLOW_CUTS = [pytest.param(seed, broker, marks=pytest.mark.slow) for seed in range(10, 30, 2) for broker in ("embedded", "auto")]
 

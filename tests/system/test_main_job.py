@@ -1,6 +1,5 @@
 """Server, broker and agents as processes on real images."""
 
-import shutil
 import signal
 import sys
 from importlib.util import find_spec
@@ -9,29 +8,32 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from lwfed.cloud_server.broker import find_mosquitto
+
+from .conftest import FEW_IMAGES
+
 ENGINE = "onnx" if all(find_spec(name) for name in ("onnx", "onnxruntime")) else "torch"
 
 
-@pytest.mark.parametrize(
-    "broker",
-    [
-        "embedded",
-        pytest.param(
-            "mosquitto",
-            marks=pytest.mark.skipif(
-                shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None, reason="mosquitto is not installed"
-            ),
-        ),
-    ],
-)
+MOSQUITTO = [
+    pytest.mark.slow,  # test_kills has a whole run over mosquitto
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
+
+
+@pytest.mark.parametrize("broker", ["embedded", pytest.param("mosquitto", marks=MOSQUITTO)])
 def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
     """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx."""
-    running = fleet(broker=broker, settings=[f"train.prefix={ENGINE}"])
+    running = fleet(broker=broker, settings=[*FEW_IMAGES, f"train.prefix={ENGINE}"])
     server = running.server()
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "onnx.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
-    devices = running.join(server)
+    devices = [running.device(1)]
+    server.wait_for("device", participant=0)
+    idle_agent_is_one_small_process(devices[0])
+    devices.append(running.device(2))
+    server.wait_for("device", participant=1)
     for stage in (1, 2):
         for number in (1, 2):
             server.wait_for("round", stage=stage, round=number, status="closed", devices=2)
@@ -52,13 +54,9 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
         assert not device.errors
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_idle_agent_is_one_small_process(fleet):
-    idle = fleet("idle", settings=["rounds.min_devices=3", "data.devices=3"])
-    server = idle.server()
-    server.wait_for("waiting")
-    device = idle.device(1)
-    server.wait_for("device", status="joined")
-    process = psutil.Process(device.process.pid)
-    assert process.children() == []
-    assert process.memory_info().rss < 60e6
+def idle_agent_is_one_small_process(agent):
+    """While it waits for others to join."""
+    if sys.platform == "linux":  # /proc is read
+        process = psutil.Process(agent.process.pid)
+        assert process.children() == []
+        assert process.memory_info().rss < 60e6

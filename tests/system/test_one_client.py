@@ -28,11 +28,12 @@ from ..edge_agent import conftest as agent_side
 
 SMALL = [
     "model={image_size: 8, width: 16, depth: 3, heads: 2}", "ssl={hidden_dim: 16, output_dim: 8, decoder_width: 32}",
-    "stages.rounds_per_stage=2", "train={epochs: 2, batch_size: 12}", "rounds.min_devices=1", "data={partition: even, devices: 60}",
-    "calibration={every: never}", "evaluation.data=null",
+    "stages.rounds_per_stage=2", "train={epochs: 2, batch_size: 12}", "rounds.min_devices=1",
+    "data={partition: even, devices: 100, auxiliary_share: 0.02}", "calibration={every: never}", "evaluation.data=null",
 ]  # fmt: skip
-CALIBRATED = "calibration={data: digits, epochs: 1, batch_size: 64}"
-CONVOLUTIONAL = ["model.image_size=32", "model.backbone=resnet18", "stages.layers_per_stage=[1, 2, 1]", "stages.rounds_per_stage=1"]
+CALIBRATED = "calibration={data: digits, epochs: 1, batch_size: 16}"
+RESNET = ["model.backbone=resnet18", "model.image_size=16", "stages={layers_per_stage: [1, 2, 1], rounds_per_stage: [1, 2, 1]}"]
+MOBILENET = ["model.backbone=mobilenetv3_small_100", "model.image_size=16", "stages={layers_per_stage: 3, rounds_per_stage: 1}"]
 
 
 class InProcess:
@@ -145,8 +146,8 @@ def digest(tensors):
         ["alignment.method=moon", "stages.rounds_per_stage=3"],
         ["ssl.method=mae", "alignment.method=cosine", CALIBRATED, "calibration.every=round", "calibration.scope=active"],
         ["ssl.method=byol", CALIBRATED, "calibration.every=stage"],
-        [*CONVOLUTIONAL, "alignment.method=moon", "stages.rounds_per_stage=2", "train.epochs=1", CALIBRATED, "calibration.every=stage"],
-        [*CONVOLUTIONAL, "stages.strategy=end_to_end", "train.epochs=1"],
+        [*RESNET, "alignment.method=moon", "train.epochs=1", CALIBRATED, "calibration.every=stage"],
+        [*MOBILENET, "stages.strategy=end_to_end", "train.epochs=1"],
     ],
     ids=lambda settings: "-".join(setting.rpartition("=")[2] for setting in settings),
 )
