@@ -9,9 +9,14 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from paho.mqtt.publish import single as retained
-from PIL import Image
 
+from lwfed.cloud_server.cli import main as cloud_server
+from lwfed.edge_agent.cli import main as edge_agent
+from lwfed.tools.cli import main as lwfed
+
+PROGRAMS = {"cloud-server": cloud_server, "edge-agent": edge_agent, "lwfed": lwfed}
 MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
 
 
@@ -28,11 +33,30 @@ def fails(name, *arguments, code, says):
     assert result.returncode == code
 
 
+def call(name, *arguments):
+    """As `run`, in this process."""
+    return CliRunner().invoke(PROGRAMS[name], [*map(str, arguments)])
+
+
+def fails_here(name, *arguments, code, says):
+    """As `fails`, in this process: where a test of the program as one shows what becomes of that kind of error."""
+    result = call(name, *arguments)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
+    assert result.exit_code == code
+
+
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [(None, "there is no folder"), ({}, "no images"), ({"notes.txt": b"hello"}, "no images"), ({"a.jpg": b"junk"}, "can be read")],
+    ("content", "says", "fails"),
+    [
+        (None, "there is no folder", fails_here),
+        ({}, "no images", fails_here),
+        ({"notes.txt": b"hello"}, "no images", fails_here),
+        ({"a.jpg": b"junk"}, "can be read", fails),
+    ],
 )
-def test_a_folder_without_images(tmp_path, content, says):
+def test_a_folder_without_images(tmp_path, content, says, fails):
     folder = tmp_path / "images"
     if content is not None:
         folder.mkdir()
@@ -46,8 +70,10 @@ def test_nobody_listens_at_the_broker_s_address(tmp_path, port):
     fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, "--wait", 2, code=69, says=f"127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize("url", ["http://host", "mqtt://", "mqtt://host:port", "nonsense"])
-def test_an_address_that_is_none(tmp_path, url):
+@pytest.mark.parametrize(
+    ("url", "fails"), [("http://host", fails), ("mqtt://", fails_here), ("mqtt://host:port", fails_here), ("nonsense", fails_here)]
+)
+def test_an_address_that_is_none(tmp_path, url, fails):
     fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, code=78, says="mqtt://")
 
 
@@ -86,7 +112,7 @@ def test_help_names_every_command(name):
     assert result.returncode == 0
     commands = [line.split()[0] for line in result.stdout.partition("Commands:")[2].strip().splitlines()]
     for command in commands:
-        assert run(name, command, "--help").returncode == 0
+        assert call(name, command, "--help").exit_code == 0
 
 
 def test_help_imports_no_heavy_library():
@@ -131,24 +157,3 @@ def test_a_broker_that_refuses_us(tmp_path, port):
             fails("cloud-server", "serve", "--config", "demo", "--broker", url, "--state", tmp_path / "b", code=77, says="--password-file")
         finally:
             broker.terminate()
-
-
-def test_broken_images_among_good_ones_are_skipped_counted_and_said(fleet, tmp_path):
-    folder = tmp_path / "images"
-    for number in range(12):
-        path = folder / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 16), (20 * number, 100, 50)).save(path)
-    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:40])
-    (folder / "text.jpg").write_text("no image")
-    one_round = ("model.depth=1", "stages.rounds_per_stage=1", "calibration.every=never", "evaluation.data=null")
-    fleet = fleet(settings=["rounds.min_devices=1", *one_round])
-    server = fleet.server()
-    server.wait_for("broker")
-    device = fleet.device(1, folder)
-    update = device.wait_for("update")
-    assert "over 12 images" in update["text"]
-    assert "(2 unreadable)" in update["text"]
-    server.wait_for("finished")
-    assert server.result() == 0
-    assert device.end() == 0

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import psutil
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from lwfed.cloud_server.broker import find_mosquitto
@@ -23,7 +24,7 @@ MOSQUITTO = [
 
 @pytest.mark.parametrize("broker", ["embedded", pytest.param("mosquitto", marks=MOSQUITTO)])
 def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
-    """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx."""
+    """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx. Broken images among good ones are skipped."""
     running = fleet(broker=broker, settings=[*FEW_IMAGES, f"train.prefix={ENGINE}"])
     server = running.server()
     (tmp_path / "without").mkdir()
@@ -32,7 +33,7 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
     devices = [running.device(1)]
     server.wait_for("device", participant=0)
     idle_agent_is_one_small_process(devices[0])
-    devices.append(running.device(2))
+    devices.append(running.device(2, photos_of_which_two_are_broken(tmp_path / "photos")))
     server.wait_for("device", participant=1)
     for stage in (1, 2):
         for number in (1, 2):
@@ -48,6 +49,9 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
     assert server.result() == 0
     names = {said["name"] for said in server.said if said["event"] == "evaluation"}
     assert names == {"random", "raw_pixels", "trained"}
+    update = devices[1].wait_for("update")["text"]
+    assert "over 12 images" in update
+    assert "(2 unreadable)" in update
     for device in devices:
         device.wait_for("planned", stage=2, prefix=ENGINE)
         assert device.end(signal.SIGTERM) == 0
@@ -60,3 +64,12 @@ def idle_agent_is_one_small_process(agent):
         process = psutil.Process(agent.process.pid)
         assert process.children() == []
         assert process.memory_info().rss < 60e6
+
+
+def photos_of_which_two_are_broken(folder):
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (20, 16), (20 * number, 100, 50)).save(folder / f"{number}.png")
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    (folder / "text.jpg").write_text("no image")
+    return folder

@@ -86,6 +86,10 @@ class Device(agent_side.Device):
         return now if self.queue or self.worker else self.session.next_wakeup(now)
 
 
+unmeasured = agent_side.unmeasured
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
