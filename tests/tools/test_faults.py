@@ -236,10 +236,8 @@ def cuts_power(seed):
 @pytest.mark.parametrize("break_it", BROKEN)
 def test_broken_machines_are_noticed_and_their_seeds_play_again(monkeypatch, break_it):
     break_it(monkeypatch)
-    found = {}
-    for seed in filter(cuts_power, range(160)):
-        if found := violated([seed]):
-            break
+    outcome = next(outcome for outcome in run_some(filter(cuts_power, range(160))) if outcome.violations)
+    found = {outcome.seed: outcome.violations}
     assert any(BROKEN[break_it] in text for texts in found.values() for text in texts)
     assert violated(found) == found
 
