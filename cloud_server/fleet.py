@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from lwfed.cloud_server.store import Store
 from lwfed.config.schema import MAX_DEVICES
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import DeviceState, Hello, Nonce, Start, State, Task, encode
+from lwfed.wire.messages import DeviceState, Hello, Start, State, Task, encode
+from lwfed.wire.records import Nonce
 from lwfed.wire.topics import Topics
 
 REMIND_S = 15.0  # after a task that nothing was heard of

@@ -12,7 +12,7 @@ from lwfed.errors import LwfedError
 from lwfed.plan import PrefixEngine
 from lwfed.transport.base import Event as TransportEvent
 from lwfed.wire.commands import Command
-from lwfed.wire.messages import Memory
+from lwfed.wire.report import Memory
 
 # In
 

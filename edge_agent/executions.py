@@ -10,7 +10,8 @@ from lwfed.console import counted
 from lwfed.edge_agent.events import LEAST_IMAGES, Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal, Planned
 from lwfed.plan import PrefixEngine
-from lwfed.wire.messages import Execution, Task
+from lwfed.wire.messages import Task
+from lwfed.wire.report import Execution
 
 
 class Executions:

@@ -13,7 +13,8 @@ from lwfed.edge_agent.events import Effect, Show, Tell
 from lwfed.edge_agent.journal import Accepted, Journal, Update
 from lwfed.errors import ConfigError
 from lwfed.seeds import derive
-from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Report, Run, Task, Traffic, Wait
+from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Run, Task, Wait
+from lwfed.wire.report import Report, Traffic
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import Upload, contribution_id, fitting_chunk_bytes
 

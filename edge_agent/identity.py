@@ -12,7 +12,7 @@ from lwfed.cli import Connection
 from lwfed.errors import ConfigError, StateError
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Transport
-from lwfed.wire.messages import Name, Record
+from lwfed.wire.records import Name, Record
 from lwfed.wire.signed import Believe, verifier
 from lwfed.wire.topics import Topics
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field, ValidationError
 from lwfed.edge_agent.facts import Facts, SqliteFacts
 from lwfed.errors import StateError
 from lwfed.plan import PrefixEngine
-from lwfed.wire.messages import BlobRef, Count, Execution, Name, Ordinal, Record, Report, Task, Traffic
+from lwfed.wire.messages import BlobRef, Task
+from lwfed.wire.records import Count, Name, Ordinal, Record
+from lwfed.wire.report import Execution, Report, Traffic
 
 Stored = TypeVar("Stored", bound=BaseModel)
 

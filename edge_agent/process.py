@@ -10,7 +10,7 @@ from typing import Any
 from lwfed.child import Child, Ended, Json, Said
 from lwfed.edge_agent import events
 from lwfed.edge_agent.resources import Meter, share_mb
-from lwfed.wire.messages import Accelerator
+from lwfed.wire.report import Accelerator
 
 WORKER = "lwfed.edge_agent.worker"
 ENVIRONMENT = {"MIMALLOC_PURGE_DELAY": "0"}  # of torch's allocator on ARM, read before Python runs: free memory goes back at once

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import psutil
 
 from lwfed.control_groups import GROUPS, HIERARCHIES, OWN, Hierarchy, own_groups
-from lwfed.wire.messages import MAX_CURVE, Memory, Reading
+from lwfed.wire.report import MAX_CURVE, Memory, Reading
 
 MB = 1e6
 HIGH_WATER = "VmHWM"

@@ -20,7 +20,8 @@ from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send, Subscribe
-from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, Traffic, decode
+from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, decode
+from lwfed.wire.report import Traffic
 from lwfed.wire.retry import Retry
 from lwfed.wire.signed import Believe, unverified
 from lwfed.wire.topics import Topics

@@ -29,7 +29,8 @@ from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
 from lwfed.wire.download import Downloads
-from lwfed.wire.messages import Beat, Fail, FailCode, Report, Run, Task, Traffic, encode
+from lwfed.wire.messages import Beat, Fail, FailCode, Run, Task, encode
+from lwfed.wire.report import Report, Traffic
 from lwfed.wire.sizes import largest_bytes
 from lwfed.wire.topics import Topics
 

@@ -26,7 +26,7 @@ from lwfed.models.schedules import learning_rate
 from lwfed.models.step import METHOD_ALONE, Batch, Branches, Means, Terms, draw_batch, prepare, train_step
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
-from lwfed.wire.messages import MAX_LOSS
+from lwfed.wire.records import MAX_LOSS
 
 Images = np.ndarray[Any, np.dtype[np.uint8]] | KeptPixels | Tensor  # uint8 [N, C, H, W]
 HASHED_AT_ONCE = 256  # images

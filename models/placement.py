@@ -47,7 +47,7 @@ class AcceleratorMeter:
             self._free = min(self._free, torch.cuda.mem_get_info(self._device)[0])
 
     def reading(self) -> dict[str, float] | None:
-        """As `lwfed.wire.messages.Accelerator`."""
+        """As `lwfed.wire.report.Accelerator`."""
         if self._device is None:
             return None
         self.sample()

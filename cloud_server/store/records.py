@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lwfed.wire.messages import Hello, Offer, Report, Traffic
+from lwfed.wire.messages import Hello, Offer
+from lwfed.wire.report import Report, Traffic
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from lwfed.wire.messages import Message, Name, Text
+from lwfed.wire.messages import Message
+from lwfed.wire.records import Name, Text
 
 Secret = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")]  # 32 random bytes in base64url
 Pem = Annotated[str, Field(max_length=4096)]

@@ -17,8 +17,9 @@ from pathlib import Path
 from lwfed.blobs import BlobStore, PartFile
 from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import KINDS, Done, Fin, Grant, Message, Miss, Offer, Refuse, RefuseCode, Traffic, Wait, encode
+from lwfed.wire.messages import KINDS, Done, Fin, Grant, Message, Miss, Offer, Refuse, RefuseCode, Wait, encode
 from lwfed.wire.ranges import ranges
+from lwfed.wire.report import Traffic
 from lwfed.wire.topics import Topics, UpdateChunk
 from lwfed.wire.upload import contribution_id
 

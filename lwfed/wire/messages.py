@@ -7,60 +7,22 @@ out of its bounds. Bulk never travels here but as chunks of blobs, which are nam
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
-from lwfed.plan import GraphEngine, PrefixEngine
+from lwfed.plan import GraphEngine
+from lwfed.wire.records import MAX_PROTOCOL, Amount, Count, Digest, Grown, Loss, Name, Nonce, Ordinal, Part, Ranges, Record, Text, Version
+from lwfed.wire.report import Report, Traffic
 
 PROTOCOL = 1
-MAX_PROTOCOL = 1_000_000  # larger numbers are no versions but junk, and would be quoted to people
 MAX_MESSAGE_BYTES = 128 * 1024  # AWS IoT Core's limit, the lowest of the common brokers
 MAX_BLOB_BYTES = 128 * 1024 * 1024  # ten layers of ViT-Small or three of ViT-Large in one update; its manifest fits a message
 MAX_CHUNKS = 1200
 MIN_CHUNK_BYTES = 1024
 MAX_PATCHES = 8  # of a part, from one to the next
 MAX_GRAPH_BYTES = 16 * 1024  # a layer's graph takes 2 KB
-MAX_LOSS = 1e6  # beyond it a training has diverged
-MAX_CURVE = 120  # readings in a memory curve
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Part = Annotated[str, Field(pattern=r"^(stem|(layer|adapter)\.[1-9][0-9]?|norm|projector|predictor|decoder)$")]
-Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Ordinal = Annotated[int, Field(ge=1, le=1_000_000)]
-Amount = Annotated[float, Field(ge=0, le=1e12)]
-Loss = Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]
-Text = Annotated[str, Field(max_length=1000)]
-Version = Annotated[int, Field(strict=True, ge=1, le=MAX_PROTOCOL)]
-Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Grown(Record):
-    """Has fields that came later, left out where they say nothing new: older programs refuse keys that they do not know."""
-
-    LATER: ClassVar[tuple[str, ...]]
-
-    @model_serializer(mode="wrap")
-    def _readable_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        silent = [name for name in self.LATER if getattr(self, name) == type(self).model_fields[name].default]
-        fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if name not in silent}
 
 
 class Message(Record):
@@ -153,9 +115,9 @@ class Run(Message, Grown):
     config: BlobRef
     parts: dict[Part, BlobRef]  # all of F_s with its heads; a device fetches those it does not hold
     lr_scale: Annotated[float, Field(ge=0, le=1)] = 1.0  # of this round: what plateaus have left of the learning rate
-    patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = {}  # ways to parts from what they were before
+    patches: dict[Part, Annotated[tuple[Patch, ...], Field(max_length=MAX_PATCHES)]] = Field({})  # ways to parts from what they were before
     paused: bool = False  # no round begins until the operator wants it; said in phase waiting, the tasks of this round are withdrawn
-    graphs: dict[GraphEngine, GraphRef] = {}  # of one layer, without weights, for the frozen layers of this stage
+    graphs: dict[GraphEngine, GraphRef] = Field({})  # of one layer, without weights, for the frozen layers of this stage
 
     @property
     def over(self) -> bool:
@@ -254,60 +216,6 @@ class Beat(Message):
     steps: Ordinal
     loss: Loss
     rss_mb: Amount
-
-
-class Reading(Record):
-    """Memory at one moment: of the worker (rss, uss, swap) and of the whole system (available)."""
-
-    t_s: Amount
-    rss_mb: Amount
-    uss_mb: Amount
-    swap_mb: Amount
-    available_mb: Amount
-
-
-class Accelerator(Record):
-    peak_mb: Amount  # that torch's allocator held
-    free_mb: Amount  # the least that the device had left, for all programs; a Jetson's memory is the system's
-
-
-class Memory(Record):
-    baseline_mb: Amount  # the worker after its imports, before data and model
-    peak_mb: Amount
-    peak_source: Literal["VmHWM", "samples"]
-    curve: Annotated[tuple[Reading, ...], Field(max_length=MAX_CURVE)]
-    accelerator: Accelerator | None = None  # where one computed
-
-
-class Traffic(Record):
-    """Bytes of MQTT packets since the device joined the run, as its transport counted them."""
-
-    down: Count
-    up: Count
-
-
-class Execution(Grown):
-    """What the bits of an update depend on beside its inputs; kept by every repetition of the round."""
-
-    LATER = ("onnxruntime",)
-
-    prefix: PrefixEngine
-    micro_batch: Ordinal  # images at a time
-    precision: Literal["fp32", "bf16"]
-    threads: Ordinal
-    torch: Text
-    machine: Text
-    onnxruntime: Text | None = None  # its version; None where torch runs all layers
-
-
-class Report(Record):
-    images: Annotated[int, Field(ge=1, lt=2**53)]  # |D_n|, the weight of the update
-    skipped: Count  # files that are no readable images
-    steps: Ordinal
-    losses: Annotated[tuple[Loss, ...], Field(min_length=1, max_length=1000)]  # per epoch
-    seconds: Amount
-    memory: Memory
-    execution: Execution
 
 
 class Offer(Message):

@@ -1,4 +1,4 @@
-"""Sets of chunks as text, as messages have them (`messages.Ranges`)."""
+"""Sets of chunks as text, as messages have them (`records.Ranges`)."""
 
 from __future__ import annotations
 

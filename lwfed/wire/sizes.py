@@ -12,7 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lwfed.errors import InvalidPayload
 from lwfed.plan import STATISTICS
-from lwfed.wire.messages import MAX_BLOB_BYTES, Record
+from lwfed.wire.messages import MAX_BLOB_BYTES
+from lwfed.wire.records import Record
 
 Codec = Literal["int8", "bf16", "fp32"]
 Form = Literal["single", "half", "byte"]  # of the differences of a tensor: float32, bfloat16, int8

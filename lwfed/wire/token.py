@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from lwfed.errors import ConfigError
 from lwfed.wire.enrolment import Secret
-from lwfed.wire.messages import Name, Record
+from lwfed.wire.records import Name, Record
 
 PREFIX = "lwfed1"
 MAX_CHARACTERS = 8192

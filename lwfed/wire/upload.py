@@ -16,8 +16,9 @@ from typing import Literal
 from lwfed.blobs import BlobStore, check_cut
 from lwfed.errors import ConfigError, InvalidMessage, InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send
-from lwfed.wire.messages import Done, Fin, Grant, Miss, Offer, Refuse, Traffic, Wait, encode
+from lwfed.wire.messages import Done, Fin, Grant, Miss, Offer, Refuse, Wait, encode
 from lwfed.wire.ranges import indices
+from lwfed.wire.report import Traffic
 from lwfed.wire.retry import Retry
 from lwfed.wire.topics import Topics
 

@@ -14,7 +14,8 @@ from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Received, Will
 from lwfed.wire import deltas, messages, tensors
 from lwfed.wire.download import Downloads
-from lwfed.wire.messages import Execution, Memory, Offer, Report, Traffic, encode
+from lwfed.wire.messages import Offer, encode
+from lwfed.wire.report import Execution, Memory, Report, Traffic
 from lwfed.wire.signed import unverified
 from lwfed.wire.topics import ToDevice, Topics
 from lwfed.wire.upload import Upload, contribution_id

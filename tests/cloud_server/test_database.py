@@ -17,7 +17,7 @@ from lwfed.config import load_config
 from lwfed.errors import DatabaseUnreachable, StateError
 from lwfed.signals import on_signals
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire.messages import Traffic
+from lwfed.wire.report import Traffic
 
 from .conftest import TINY
 from .fleets import HELLO, of, undisturbed

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lwfed.blobs import BlobStore
 from lwfed.transport.base import Connected, Will
 from lwfed.wire import deltas, messages, tensors
-from lwfed.wire.messages import Manifest, Offer, Traffic, encode
+from lwfed.wire.messages import Manifest, Offer, encode
+from lwfed.wire.report import Traffic
 from lwfed.wire.topics import Topics
 from lwfed.wire.upload import contribution_id
 

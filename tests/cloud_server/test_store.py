@@ -6,7 +6,7 @@ from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import FILE_NAME, Contribution, Judgement, Scores, open_store
 from lwfed.errors import StateError
 from lwfed.tools.faults.store import Kept, MemoryStore
-from lwfed.wire.messages import Traffic
+from lwfed.wire.report import Traffic
 
 from .fleets import HELLO, start
 

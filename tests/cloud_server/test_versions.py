@@ -18,7 +18,7 @@ from lwfed.cloud_server.store.store import completed
 from lwfed.cloud_server.store.versions import prepare
 from lwfed.config import load_config
 from lwfed.errors import ConfigError, StateError
-from lwfed.wire.messages import Traffic
+from lwfed.wire.report import Traffic
 
 from .fleets import HELLO, start
 

@@ -16,7 +16,8 @@ from lwfed.transport.memory import MemoryBroker
 from lwfed.wire import messages, tensors, topics
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.inbox import Inbox
-from lwfed.wire.messages import Hello, Memory, Run, ServerState, Start, State, Task
+from lwfed.wire.messages import Hello, Run, ServerState, Start, State, Task
+from lwfed.wire.report import Memory
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")

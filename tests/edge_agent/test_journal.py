@@ -10,7 +10,8 @@ import pytest
 from lwfed.edge_agent.facts import MemoryFacts, SqliteFacts
 from lwfed.edge_agent.journal import Accepted, Journal, Planned, Seen, Update
 from lwfed.errors import StateError
-from lwfed.wire.messages import BlobRef, Execution, Memory, Report, Task, Traffic
+from lwfed.wire.messages import BlobRef, Task
+from lwfed.wire.report import Execution, Memory, Report, Traffic
 from lwfed.wire.topics import is_name
 
 TASK = Task(run="demo", stage=1, round=2, participant=3)

@@ -10,7 +10,7 @@ import pytest
 
 from lwfed.edge_agent import process
 from lwfed.edge_agent.resources import Meter, available_bytes, resident_mb, share_mb
-from lwfed.wire.messages import MAX_CURVE
+from lwfed.wire.report import MAX_CURVE
 
 HOG = """
 import sys

@@ -8,7 +8,8 @@ from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, U
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.wire import messages
-from lwfed.wire.messages import Challenge, Hello, State, Traffic
+from lwfed.wire.messages import Challenge, Hello, State
+from lwfed.wire.report import Traffic
 from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")

@@ -21,7 +21,7 @@ from lwfed.models.local import calibration_task, device_task, train_local
 from lwfed.plan import HEADS, part_of
 from lwfed.seeds import derive
 from lwfed.transport.memory import MemoryBroker
-from lwfed.wire.messages import Memory
+from lwfed.wire.report import Memory
 
 from ..cloud_server import world as server_side
 from ..edge_agent import conftest as agent_side

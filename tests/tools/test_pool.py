@@ -6,7 +6,7 @@ from lwfed.config import load_config
 from lwfed.edge_agent.events import WorkerDone, WorkerReady
 from lwfed.tools.simulation import pool as pools
 from lwfed.tools.simulation.pool import Pool
-from lwfed.wire.messages import Memory
+from lwfed.wire.report import Memory
 
 MEMORY = Memory(baseline_mb=200, peak_mb=300, peak_source="VmHWM", curve=())
 DONE = WorkerDone(file="update", images=9, skipped=0, steps=1, losses=(1.0,), seconds=1.0, memory=MEMORY)

@@ -13,7 +13,8 @@ from lwfed.wire import topics as t
 from lwfed.wire.broadcast import Broadcast
 from lwfed.wire.download import Downloads
 from lwfed.wire.inbox import Inbox
-from lwfed.wire.messages import DOWN, UP, BlobRef, Done, Fin, Got, Grant, Manifest, Miss, Need, Offer, Refuse, Traffic, Wait, decode
+from lwfed.wire.messages import DOWN, UP, BlobRef, Done, Fin, Got, Grant, Manifest, Miss, Need, Offer, Refuse, Wait, decode
+from lwfed.wire.report import Traffic
 from lwfed.wire.upload import Upload, contribution_id
 
 from .samples import REPORT

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from lwfed.wire import messages as m
 from lwfed.wire.enrolment import Admission, Enrol
+from lwfed.wire.report import Accelerator, Execution, Memory, Reading, Report, Traffic
 
 ID = "ab" * 32
 BLOB = m.BlobRef(id=ID, size=3000)
 MANIFEST = m.Manifest(blob=BLOB, chunk_bytes=1024, digests=("01" * 32, "02" * 32, "03" * 32))
-MEMORY = m.Memory(
+MEMORY = Memory(
     baseline_mb=217.5,
     peak_mb=301.25,
     peak_source="VmHWM",
-    curve=(m.Reading(t_s=0.5, rss_mb=300.0, uss_mb=250.0, swap_mb=0.0, available_mb=512.0),),
-    accelerator=m.Accelerator(peak_mb=800.5, free_mb=3000.0),
+    curve=(Reading(t_s=0.5, rss_mb=300.0, uss_mb=250.0, swap_mb=0.0, available_mb=512.0),),
+    accelerator=Accelerator(peak_mb=800.5, free_mb=3000.0),
 )
-REPORT = m.Report(
+REPORT = Report(
     images=500,
     skipped=1,
     steps=42,
     losses=(2.5, 2.25),
     seconds=12.5,
     memory=MEMORY,
-    execution=m.Execution(
-        prefix="onnx", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64", onnxruntime="1.20.1"
-    ),
+    execution=Execution(prefix="onnx", micro_batch=16, precision="fp32", threads=4, torch="2.9.1", machine="aarch64", onnxruntime="1.20.1"),
 )
 CONTRIBUTION = "c0" * 16
 START = m.Start(boot=9, nonce="0123456789abcdef")
@@ -54,7 +53,7 @@ SAMPLES: dict[str, m.Message] = {
     "got": m.Got(chunks=4),
     "need": m.Need(blobs=(m.Want(id=ID, missing=None), m.Want(id="cd" * 32, missing="0-2,7"))),
     "offer": m.Offer(contribution=CONTRIBUTION, run="cifar10", stage=2, round=5, participant=3, manifest=MANIFEST, report=REPORT),
-    "fin": m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=1_000_000, up=250_000)),
+    "fin": m.Fin(contribution=CONTRIBUTION, traffic=Traffic(down=1_000_000, up=250_000)),
     "fail": m.Fail(run="cifar10", stage=2, round=5, code="memory", reason="needs 900 MB, 400 MB are free", attempt=2),
     "task": m.Task(run="cifar10", stage=2, round=5, participant=3),
     "manifest": MANIFEST,

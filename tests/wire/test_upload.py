@@ -7,7 +7,8 @@ import pytest
 from lwfed.blobs import BlobStore
 from lwfed.errors import ConfigError
 from lwfed.wire.commands import Reconnect, Send
-from lwfed.wire.messages import MAX_CURVE, UP, Done, Fin, Grant, Miss, Offer, Reading, Refuse, Wait, encode
+from lwfed.wire.messages import UP, Done, Fin, Grant, Miss, Offer, Refuse, Wait, encode
+from lwfed.wire.report import MAX_CURVE, Reading
 from lwfed.wire.retry import SUSPECT_S
 from lwfed.wire.upload import LOSS_BYTES, REPORT_BYTES, Upload, fitting_chunk_bytes
 

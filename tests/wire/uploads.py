@@ -6,7 +6,8 @@ from random import Random
 
 from lwfed.blobs import BlobStore
 from lwfed.wire.commands import Reconnect, Send
-from lwfed.wire.messages import Offer, Traffic, decode
+from lwfed.wire.messages import Offer, decode
+from lwfed.wire.report import Traffic
 from lwfed.wire.topics import FromDevice, ToDevice, Topics, UpdateChunk
 from lwfed.wire.upload import contribution_id
 

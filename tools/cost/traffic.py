@@ -25,7 +25,7 @@ from lwfed.models.shapes import Shape, part_shapes, shapes
 from lwfed.plan import GraphEngine, StagePlan, in_model_order
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages as m
-from lwfed.wire import tensors
+from lwfed.wire import report, tensors
 from lwfed.wire.ranges import ranges
 from lwfed.wire.sizes import packed_bytes
 from lwfed.wire.topics import Topics
@@ -40,9 +40,9 @@ START = m.Start(boot=1, nonce="0" * 16)
 DEVICE, CONTRIBUTION, WORKER = "device-00000000", DIGEST[:32], "w0"
 COUNT, REAL = 1_000_000, 1234.56  # as long, in digits, as what stands there
 LOSS = 1.2345678901234567
-READING = m.Reading(t_s=REAL, rss_mb=REAL, uss_mb=REAL, swap_mb=0.0, available_mb=REAL)
-MEMORY = m.Memory(baseline_mb=REAL, peak_mb=REAL, peak_source="VmHWM", curve=(READING, READING))
-MACHINE = m.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2.0.0+cpu", machine="x86_64 AVX512")
+READING = report.Reading(t_s=REAL, rss_mb=REAL, uss_mb=REAL, swap_mb=0.0, available_mb=REAL)
+MEMORY = report.Memory(baseline_mb=REAL, peak_mb=REAL, peak_source="VmHWM", curve=(READING, READING))
+MACHINE = report.Execution(prefix="torch", micro_batch=16, precision="fp32", threads=1, torch="2.0.0+cpu", machine="x86_64 AVX512")
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ class Packets:
         grant = m.Grant(contribution=CONTRIBUTION, worker=WORKER, missing=_all(manifest), window=self._config.transfer.window)
         down = sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
         beat = m.Beat(**place, epoch=1, epochs=self._config.train.epochs, step=1, steps=100, loss=LOSS, rss_mb=REAL)
-        report = m.Report(
+        said = report.Report(
             images=10_000, skipped=0, steps=100, losses=(LOSS,) * self._config.train.epochs, seconds=REAL, memory=MEMORY, execution=MACHINE
         )
-        offer = m.Offer(contribution=CONTRIBUTION, **place, participant=0, manifest=manifest, report=report)
-        fin = m.Fin(contribution=CONTRIBUTION, traffic=m.Traffic(down=COUNT, up=COUNT))
+        offer = m.Offer(contribution=CONTRIBUTION, **place, participant=0, manifest=manifest, report=said)
+        fin = m.Fin(contribution=CONTRIBUTION, traffic=report.Traffic(down=COUNT, up=COUNT))
         states = [m.State(state="training", start=START), m.State(state="ready", start=START)]
         up = self._chunks(manifest, partial(self._topics.update_chunk, DEVICE, WORKER, CONTRIBUTION))
         return down, up + sum(self._says(one) for one in (*states, beat, offer, fin))

@@ -24,7 +24,7 @@ from lwfed.edge_agent.events import WorkerDone, WorkerPatched, WorkerPlanned, Wo
 from lwfed.edge_agent.previous import Turn
 from lwfed.seeds import derive
 from lwfed.wire import tensors as wire
-from lwfed.wire.messages import Memory
+from lwfed.wire.report import Memory
 
 WIDTH, HIDDEN = 8, 32
 HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest

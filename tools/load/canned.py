@@ -15,7 +15,7 @@ from lwfed.config import RunConfig
 from lwfed.edge_agent.events import WorkerDone
 from lwfed.seeds import derive
 from lwfed.wire import deltas, tensors
-from lwfed.wire.messages import Memory
+from lwfed.wire.report import Memory
 from lwfed.wire.sizes import stated_shapes
 
 if sys.version_info >= (3, 14):
