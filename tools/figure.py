@@ -72,7 +72,8 @@ def _traffic(axes: Axes, report: Mapping[str, Any]) -> None:
     colours = [GREEN] * (len(records) - 1) + [ORANGE]
     axes.bar(labels, down, color=colours, label="down")
     bars = axes.bar(labels, up, bottom=down, color=colours, alpha=0.5, label="up (lighter)")
-    axes.bar_label(bars, [f"{a + b:.0f}" for a, b in zip(down, up, strict=True)], padding=2)
+    totals = [a + b for a, b in zip(down, up, strict=True)]
+    axes.bar_label(bars, [f"{total:.{1 if total < 10 else 0}f}" for total in totals], padding=2)
     title(axes, "Bytes on the wire, per device")
     axes.set_ylabel("MB")
     axes.margins(y=0.12)

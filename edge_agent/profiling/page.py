@@ -35,8 +35,7 @@ def page(report: Mapping[str, Any]) -> str:
         codec=escape(report["codec"]),
         advice="\n".join(f"<li>{escape(text)}</li>" for text in report["recommended"]["texts"]),
         memory=bars(memory, "MB", budget_mb),
-        budget=f"{budget_mb:.0f} MB"
-        + (", further to the right" if memory and budget_mb > FAR * max(sum(one[1]) for one in memory) else ""),
+        budget=_budget(budget_mb, max((sum(parts) for _, parts, _ in memory), default=0.0)),
         times=bars(times, "s"),
         rows="\n".join(_row(one) for one in report["cases"]),
         reasons="\n".join(f"<li>{escape(text)}</li>" for text in reasons(report["cases"])),
@@ -74,6 +73,10 @@ def bars(rows: Sequence[tuple[str, tuple[float, float], bool]], unit: str, mark:
     )
 
 
+def _budget(mb: float, longest: float) -> str:
+    return f"Dashed: the budget of {mb:.0f} MB." if mb <= FAR * longest else f"The budget of {mb:.0f} MB lies further to the right."
+
+
 def _bar(index: int, row: tuple[str, tuple[float, float], bool], scale: float, unit: str) -> str:
     text, (first, second), fits = row
     y, middle, tall = BAR * index + 4, BAR * index + 4 + BAR * 0.6, BAR - 6
@@ -109,7 +112,7 @@ def _beside(own: Sequence[Record]) -> list[str]:
     """Of the cases of one strategy: largest peak, mean operations of a step, mean bytes of a round."""
     gmacs = sum(record["gmacs"] for record in own) / len(own)
     travels = sum(record["bytes_down"] + record["bytes_up"] for record in own) / len(own)
-    return [f"{largest(own):.0f}", f"{gmacs:.0f}", f"{travels / 1e6:.1f}"]
+    return [f"{largest(own):.0f}", f"{gmacs:.3g}", f"{travels / 1e6:.1f}"]
 
 
 def _paper(paper: Mapping[Strategy, Mapping[str, float]], found: Sequence[Record]) -> Iterator[str]:

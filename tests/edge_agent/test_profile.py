@@ -212,6 +212,17 @@ def test_the_table_the_page_and_the_report_say_what_fits(measured, tmp_path):
     assert not any(word in page for word in ("<script", '<link rel="stylesheet', "http-equiv", "<img"))
 
 
+@pytest.mark.parametrize(
+    ("budget", "drawn", "says"),
+    [("600", 1, "Dashed: the budget of 600 MB."), ("6000", 0, "The budget of 6000 MB lies further to the right.")],
+)
+def test_a_budget_beside_which_bars_would_be_short_is_said_and_not_drawn(measured, tmp_path, budget, drawn, says):
+    measured("--stages", "12", "--budget", budget, peaks={("layer_wise", 12): 500.0})
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("stroke-dasharray") == drawn
+    assert f" {says} " in page
+
+
 def test_what_was_measured_before_ctrl_c_is_kept_printed_and_marked(measured, tmp_path):
     done = measured("--stages", "1,6,12", "--budget", "600", peaks={("layer_wise", 1): 450.0, ("layer_wise", 6): SystemExit(130)})
     assert done.exit_code == 130

@@ -60,6 +60,13 @@ def test_the_picture_is_one(report):
     assert Image.open(io.BytesIO(figure.draw(report))).size == (1800, 600)
 
 
+def test_few_bytes_are_labelled_to_a_tenth_of_a_megabyte(report):
+    axes = figure.Figure().subplots()
+    stage = {**report["end_to_end"], "bytes_down": 300_000, "bytes_up": 250_000}
+    figure._traffic(axes, {**report, "stages": [{**stage, "stage": 1}], "end_to_end": {**stage, "bytes_down": 30_400_000}})
+    assert [text.get_text() for text in axes.texts] == ["0.6", "0.6", "31"]
+
+
 def test_without_a_terminal_there_are_plain_lines_and_a_table(report, tmp_path, capsys):
     screen = Screen(live=False)
     with screen.run(load_config("demo")):
