@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,16 +75,16 @@ def _without_counts(module: nn.Module, keys: Any) -> None:
 
 def _timm(model: ModelSection) -> Any:
     """A module of the caller's own, weights undefined."""
+    return copy.deepcopy(_without_weights(model.backbone, model.channels)).to_empty(device=torch.empty(0).device)
+
+
+@lru_cache(maxsize=8)
+def _without_weights(backbone: str, channels: int) -> Any:
+    """To be copied, which takes less than making it; on a processor, where timm draws weights, an eighth."""
     try:
         import_torchvision()  # timm needs it, also where its compiled operators do not fit this torch
         import timm
     except (ImportError, MissingDependency) as error:
-        raise MissingDependency(f"model.backbone {model.backbone} needs timm: pip install 'lwfed[backbones]' ({error})") from None
-    return copy.deepcopy(_without_weights(timm, model.backbone, model.channels)).to_empty(device=torch.get_default_device())
-
-
-@lru_cache(maxsize=8)
-def _without_weights(timm: ModuleType, backbone: str, channels: int) -> Any:
-    """Copied in a third of the time in which timm makes it, for most of that goes into drawing weights."""
+        raise MissingDependency(f"model.backbone {backbone} needs timm: pip install 'lwfed[backbones]' ({error})") from None
     with torch.device("meta"):
         return timm.create_model(backbone, in_chans=channels, num_classes=0)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lwfed.backbones import CONVOLUTIONAL, VIT
-from lwfed.config import RunConfig, load_config
+from lwfed.config import ModelSection, RunConfig, SslSection, load_config
 from lwfed.models.backbones import build_encoder
 from lwfed.models.encoder import Encoder
 from lwfed.models.heads import build_network
@@ -62,13 +62,14 @@ def measure(config: RunConfig) -> Measured:
 
     Nothing counts but model, method and batch, so that configurations that differ in something else share what was found.
     """
-    base = load_config("base")
-    train = base.train.model_copy(update={"batch_size": config.train.batch_size})
-    return _measure(base.model_copy(update={"model": config.model, "ssl": config.ssl, "train": train}))
+    return _measure(config.model, config.ssl, config.train.batch_size)
 
 
 @lru_cache(maxsize=8)
-def _measure(config: RunConfig) -> Measured:
+def _measure(model: ModelSection, ssl: SslSection, batch_size: int) -> Measured:
+    base = load_config("base")
+    train = base.train.model_copy(update={"batch_size": batch_size})
+    config = base.model_copy(update={"model": model, "ssl": ssl, "train": train})
     macs, kept = _Macs(), _Kept()
     _walk(config, "meta", macs)
     _walk(config, "cpu", kept)

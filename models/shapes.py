@@ -44,6 +44,7 @@ def _encoder(model: ModelSection) -> dict[str, dict[str, Shape]]:
     return by_part(found)
 
 
+@lru_cache(maxsize=32)
 def _head(config: RunConfig, part: str) -> dict[str, Shape]:
     with torch.device("meta"):
         return _shapes(build_head(config, part), f"{part}.")

@@ -1,4 +1,4 @@
-"""torch has one thread in every process of the tests, of which there are as many as processors: more would wait for each other."""
+"""torch has one thread in a process of tests: `make test` starts as many as there are processors, and more would wait for each other."""
 
 import os
 

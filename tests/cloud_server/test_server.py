@@ -19,7 +19,7 @@ from lwfed.wire import messages
 from .fleets import of, undisturbed
 from .world import NumpyWorker
 
-RESULTS = {}  # of runs that nothing disturbs, by their settings
+RESULTS = {}  # of runs that nothing disturbs
 
 
 @pytest.fixture
@@ -27,9 +27,10 @@ def result(world):
     """The encoder of such a run, which is made once."""
 
     def result(*settings, collapses=None):
-        if settings not in RESULTS:
-            RESULTS[settings] = undisturbed(world, *settings, collapses=collapses).finish()
-        return RESULTS[settings]
+        key = settings, None if collapses is None else frozenset(collapses)
+        if key not in RESULTS:
+            RESULTS[key] = undisturbed(world, *settings, collapses=collapses).finish()
+        return RESULTS[key]
 
     return result
 

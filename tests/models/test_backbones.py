@@ -9,16 +9,25 @@ import torch
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.errors import ConfigError, MissingDependency
+from lwfed.models import convolutional
 from lwfed.models.backbones import build_encoder, load_encoder
 from lwfed.models.evaluation.features import features
 from lwfed.models.heads import load_network
 from lwfed.models.initial import grow, init_parts
 from lwfed.models.local import calibration_task, device_task, train_local
 from lwfed.models.shapes import part_shapes, shapes
+from lwfed.models.ssl import METHODS
 from lwfed.models.step import AT_ONCE, Terms, backward, draw_batch, prepare, train_step
 from lwfed.plan import by_part, part_of
 
 STATISTICS = ("running_mean", "running_var")
+BACKBONES, TWO_VIEWS = list(CONVOLUTIONAL), sorted(set(METHODS) - {"mae"})
+PAIRS = [(row, column) for row in range(len(BACKBONES)) for column in range(len(TWO_VIEWS))]
+
+
+def half(rest):
+    """Of the pairs of backbone and method: each of both occurs."""
+    return [(BACKBONES[row], TWO_VIEWS[column]) for row, column in PAIRS if (row + column) % 2 == rest]
 
 
 @pytest.fixture(params=CONVOLUTIONAL)
@@ -150,12 +159,8 @@ def test_an_adapter_lives_as_long_as_its_layer_is_the_last(conv):
 @pytest.mark.parametrize(
     ("conv", "method", "strategy", "per_stage"),
     [
-        ("resnet18", "byol", "layer_wise", 1),
-        ("mobilenetv3_small_100", "byol", "progressive", 2),
-        ("resnet18", "moco_v3", "layer_wise", 2),
-        ("mobilenetv3_small_100", "moco_v3", "progressive", 1),
-        ("resnet18", "simclr", "progressive", 1),
-        ("mobilenetv3_small_100", "simclr", "layer_wise", 2),
+        (BACKBONES[row], TWO_VIEWS[column], ("layer_wise", "progressive")[(row + column) % 2], 1 + (row + column // 2) % 2)
+        for row, column in PAIRS
     ],
     indirect=["conv"],
 )
@@ -174,19 +179,13 @@ def test_a_local_call_changes_what_is_trained_and_nothing_else(conv, photos, met
             assert not torch.equal(tensor, tensors[name]), name
 
 
-@pytest.mark.parametrize(
-    ("conv", "method"), [("resnet18", "byol"), ("mobilenetv3_small_100", "moco_v3"), ("resnet18", "simclr")], indirect=["conv"]
-)
+@pytest.mark.parametrize(("conv", "method"), half(0), indirect=["conv"])
 def test_end_to_end_trains_all(conv, photos, method):
     config = conv(f"ssl.method={method}", "stages.strategy=end_to_end")
     assert set(by_part(called(config, 1, photos)[0])) == set(config.plan(1).present)
 
 
-@pytest.mark.parametrize(
-    ("conv", "method"),
-    [("mobilenetv3_small_100", "byol"), ("resnet18", "moco_v3"), ("mobilenetv3_small_100", "simclr")],
-    indirect=["conv"],
-)
+@pytest.mark.parametrize(("conv", "method"), half(1), indirect=["conv"])
 def test_listed_stages_end_with_an_adapter(conv, photos, method):
     counts = [1, conv().model.depth - 2, 1]
     config = conv(f"ssl.method={method}", f"stages.layers_per_stage={counts}")
@@ -337,6 +336,7 @@ def test_what_a_convolutional_backbone_cannot_do(conv, setting, says):
 
 
 def test_without_timm_it_says_what_to_install(tiny, monkeypatch):
+    convolutional._without_weights.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency, match=r"resnet18 needs timm: pip install 'lwfed\[backbones\]'"):
         build_encoder(tiny("model.backbone=resnet18").model, 1)

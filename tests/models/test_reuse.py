@@ -69,11 +69,19 @@ def device(tiny, images, tmp_path):
             self.work = prefix.count
             return {name: tensor.numpy().tobytes() for name, tensor in trained.items()}
 
+        def weights(self, update):
+            """What the tensors of `update` were before."""
+            return np.concatenate([self.tensors[part_of(name)][name].numpy().ravel() for name in update])
+
         @property
         def files(self):
             return sorted(self.folder.iterdir())
 
     return Device
+
+
+def flat(update):
+    return np.concatenate([np.frombuffer(data, np.float32) for data in update.values()])
 
 
 def make_views(config, images, stage=3, seed=5):
@@ -186,12 +194,13 @@ def test_where_calibration_moves_the_prefix_views_are_of_the_round(tiny):
 
 def test_int8_takes_less_place_and_leads_almost_to_the_same_weights(device):
     halves, bytes_ = device(), device("train.features_as=int8")
-    exact = halves.train(3)
-    assert bytes_.train(3).keys() == exact.keys()
+    exact, other, less = halves.train(3), halves.train(3, round=2), bytes_.train(3)
     assert [file.stat().st_size for file in bytes_.files] == [40 * 2 * (4 * 16 + 2 * 16 + 4)]
-    for name, data in bytes_.train(3).items():
-        np.testing.assert_allclose(np.frombuffer(data, np.float32), np.frombuffer(exact[name], np.float32), atol=5e-3)
-    assert bytes_.train(3) != exact
+    assert less.keys() == exact.keys()
+    start = halves.weights(exact)
+    moved, away = (np.linalg.norm(flat(exact) - one) for one in (start, flat(less)))
+    assert 0 < away < 0.3 * moved
+    assert np.linalg.norm(flat(exact) - flat(other)) > moved, "what another seed makes is further off"
 
 
 def test_memory_gives_the_bits_of_a_file_and_leaves_none(device):
@@ -376,8 +385,7 @@ def test_training_goes_on_with_reused_views_as_without_a_cache(device):
     cached, plain = one.train(3), one.train(3, cached=False)
     frozen = set(one.config.plan(3).frozen)
     assert all(part_of(name) not in frozen for name in cached)
-    for name, data in plain.items():
-        np.testing.assert_allclose(np.frombuffer(cached[name], np.float32), np.frombuffer(data, np.float32), atol=1e-3)
+    assert cached == plain
 
 
 @pytest.mark.parametrize(

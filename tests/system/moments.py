@@ -1,7 +1,8 @@
 """Kills that hit what they are meant for.
 
-The victim is stopped (SIGSTOP) again and again. While it stands still, what is on disk and what was said tell where it is in the run:
-there it is killed, anywhere else it goes on. So no moment is guessed by time, and a kill that was made is one that has hit.
+From when its moment may have come the victim is stopped (SIGSTOP) again and again. While it stands still, what is on disk and what was
+said tell where it is in the run: there it is killed, anywhere else it goes on. So no moment is guessed by time, and a kill that was made
+is one that has hit.
 """
 
 import os
@@ -137,7 +138,7 @@ class Watch:
         return self._is_at(moment, state, "training") and not self._has_begun(moment)
 
     def _has_begun(self, moment):
-        """Whether what is waited for can have, within its round; what is found then stays so until it is over."""
+        """Whether what is waited for may have come, within its round."""
         match moment.phase:
             case "training":
                 return self._has_trained(moment)

@@ -48,7 +48,7 @@ def fails_here(name, *arguments, code, says):
 
 
 @pytest.mark.parametrize(
-    ("content", "says", "fails"),
+    ("content", "says", "check"),
     [
         (None, "there is no folder", fails_here),
         ({}, "no images", fails_here),
@@ -56,13 +56,13 @@ def fails_here(name, *arguments, code, says):
         ({"a.jpg": b"junk"}, "can be read", fails),
     ],
 )
-def test_a_folder_without_images(tmp_path, content, says, fails):
+def test_a_folder_without_images(tmp_path, content, says, check):
     folder = tmp_path / "images"
     if content is not None:
         folder.mkdir()
         for name, data in content.items():
             (folder / name).write_bytes(data)
-    fails("edge-agent", "join", "mqtt://127.0.0.1:1", "--data", folder, "--state", tmp_path / "state", code=66, says=says)
+    check("edge-agent", "join", "mqtt://127.0.0.1:1", "--data", folder, "--state", tmp_path / "state", code=66, says=says)
 
 
 def test_nobody_listens_at_the_broker_s_address(tmp_path, port):
@@ -71,10 +71,10 @@ def test_nobody_listens_at_the_broker_s_address(tmp_path, port):
 
 
 @pytest.mark.parametrize(
-    ("url", "fails"), [("http://host", fails), ("mqtt://", fails_here), ("mqtt://host:port", fails_here), ("nonsense", fails_here)]
+    ("url", "check"), [("http://host", fails), ("mqtt://", fails_here), ("mqtt://host:port", fails_here), ("nonsense", fails_here)]
 )
-def test_an_address_that_is_none(tmp_path, url, fails):
-    fails("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, code=78, says="mqtt://")
+def test_an_address_that_is_none(tmp_path, url, check):
+    check("edge-agent", "join", url, "--data", "digits", "--state", tmp_path, code=78, says="mqtt://")
 
 
 def test_a_port_in_use(tmp_path):

@@ -24,7 +24,10 @@ MOSQUITTO = [
 
 @pytest.mark.parametrize("broker", ["embedded", pytest.param("mosquitto", marks=MOSQUITTO)])
 def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
-    """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx. Broken images among good ones are skipped."""
+    """Frozen layers in ONNX Runtime, by the server's graphs: devices have no package onnx.
+
+    While one waits it is one small process; of the images of the other two are broken, which are skipped, counted and said.
+    """
     running = fleet(broker=broker, settings=[*FEW_IMAGES, f"train.prefix={ENGINE}"])
     server = running.server()
     (tmp_path / "without").mkdir()
@@ -32,7 +35,7 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
     devices = [running.device(1)]
     server.wait_for("device", participant=0)
-    idle_agent_is_one_small_process(devices[0])
+    assert_is_one_small_process(devices[0])
     devices.append(running.device(2, photos_of_which_two_are_broken(tmp_path / "photos")))
     server.wait_for("device", participant=1)
     for stage in (1, 2):
@@ -58,8 +61,7 @@ def test_a_fleet_trains_stage_by_stage(fleet, broker, tmp_path, monkeypatch):
         assert not device.errors
 
 
-def idle_agent_is_one_small_process(agent):
-    """While it waits for others to join."""
+def assert_is_one_small_process(agent):
     if sys.platform == "linux":  # /proc is read
         process = psutil.Process(agent.process.pid)
         assert process.children() == []

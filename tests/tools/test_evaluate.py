@@ -14,9 +14,9 @@ from lwfed.tools.cli import main
 from lwfed.tools.simulation.command import Simulation, simulate
 
 TINY = (
-    "stages={layers_per_stage: 2, rounds_per_stage: 1}",
+    "stages.rounds_per_stage=1",
     "train.epochs=1",
-    "model={depth: 2, image_size: 8}",
+    "model={depth: 2, image_size: 16}",
     "data.devices=1",
     "calibration.every=never",
     "evaluation.probe=false",
@@ -51,7 +51,7 @@ def test_a_file_and_the_run_it_came_from_are_the_same_encoder(run, tmp_path):
     assert [[row[name] for name in ("accuracy", "f1")] for row in report(run, *words)["rows"]] == figures
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == found["rows"]
     assert (found["bank"], found["queries"]) == (150, 150)
-    assert (found["encoder"]["strategy"], found["encoder"]["stage"], found["classes"]) == ("layer_wise", 1, 10)
+    assert (found["encoder"]["strategy"], found["encoder"]["stage"], found["classes"]) == ("layer_wise", 2, 10)
     assert found["features"].keys() == {"random", "encoder"}
 
 

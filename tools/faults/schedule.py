@@ -19,7 +19,7 @@ Point = Literal["anywhere", "uncommitted", "unpublished"]  # in a transaction; b
 
 LONGEST_S = 200.0  # of faults; a large run without any takes half of it
 MOST_FAULTS = 12
-LARGE = 0.1  # of schedules; the others find two to four times as many broken machines in the same time, but none that takes many rounds
+LARGE = 0.1  # of schedules: what goes wrong after many rounds takes one; a small one takes half the time
 FEW_ROUNDS = ((1, 1), (1, 1), (1, 2), (2, 1))  # of two stages
 
 
