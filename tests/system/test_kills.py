@@ -97,9 +97,11 @@ def finish(watch):
 
 
 def drawn(random, moment):
-    """The same phase, at another point within it."""
-    long = moment.phase in OF_SERVER
-    return replace(moment, device=random.randrange(2), epoch=random.randrange(1, EPOCHS), look=random.randint(1, 5) if long else 1)
+    """The same phase, at another point within it where it takes a while."""
+    chosen = replace(moment, device=random.randrange(2), epoch=random.randrange(1, EPOCHS))
+    look = random.randint(1, 5) if moment.phase in OF_SERVER else 1
+    soon_over = moment.phase == "preparing" and moment.place != (1, 1)  # a warm worker does that in milliseconds
+    return chosen if soon_over else replace(chosen, look=look)
 
 
 def dealt():
