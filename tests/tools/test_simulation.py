@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from lwfed.cloud_server.store import Store
+from lwfed.cloud_server.store import open_store
 from lwfed.errors import ConfigError, StateError, WorkerFailed
 from lwfed.tools.cli import main
 from lwfed.tools.endings import ENDINGS
@@ -160,7 +160,7 @@ def test_over_selection_takes_the_same_devices_however_fast_their_processes_are(
 
 
 def contributors(out):
-    store = Store(next(out.glob("**/run.sqlite")).parent)
+    store = open_store(next(out.glob("**/run.sqlite")).parent, "demo")
     try:
         return [(one.round, one.participant) for one in store.contributions()]
     finally:
