@@ -36,3 +36,14 @@ def tiny():
 @pytest.fixture
 def images():
     return np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+
+
+@pytest.fixture
+def device(tiny, images, tmp_path):
+    """A device with 20 images that uses views again; takes settings, or a configuration."""
+    from .reusing import Device
+
+    def device(*settings, config=None):
+        return Device(config or tiny("train={epochs: 1, views_per_round: 2}", *settings), images, tmp_path / "features")
+
+    return device
