@@ -15,7 +15,7 @@ from lwfed.edge_agent.profiling.condition import Condition
 from lwfed.edge_agent.profiling.limits import Limit, NoGroup
 from lwfed.edge_agent.profiling.measure import DidNotFit, Measured, Sample
 from lwfed.edge_agent.profiling.memory import Footprint
-from lwfed.edge_agent.profiling.page import WIDTH, bars
+from lwfed.edge_agent.profiling.page import WIDTH, _beside, bars
 from lwfed.errors import ConfigError, MissingDependency
 
 
@@ -221,6 +221,11 @@ def test_a_budget_beside_which_bars_would_be_short_is_said_and_not_drawn(measure
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("stroke-dasharray") == drawn
     assert f" {says} " in page
+
+
+@pytest.mark.parametrize(("gmacs", "shown"), [(0.254, "0.254"), (139.04, "139")])
+def test_few_operations_are_not_shown_as_none(gmacs, shown):
+    assert _beside([record(peak=400) | {"gmacs": gmacs}])[1] == shown
 
 
 def test_what_was_measured_before_ctrl_c_is_kept_printed_and_marked(measured, tmp_path):
