@@ -45,13 +45,12 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
         with np.errstate(over="ignore"):  # what is not finite is found by `encode`
             wanted = {name: new[name] - old[name] + missing.get(name, np.float32(0)) for name in new}
         try:
-            data, residual = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
+            change = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
         except ValueError as error:
             raise Diverged(f"the round cannot be sent to devices: {error}; lower calibration.lr") from None
-        sent = deltas.decode(data, {name: tensor.shape for name, tensor in new.items()}, transfer.codec)
-        found.parts[part] = blobs.put(tensors.encode({name: old[name] + sent[name] for name in new})).id
-        found.patches[part] = before[part], blobs.put(data).id
-        found.residuals[part] = blobs.put(tensors.encode(residual)).id
+        found.parts[part] = blobs.put(tensors.encode({name: old[name] + change.sent[name] for name in new})).id
+        found.patches[part] = before[part], blobs.put(change.data).id
+        found.residuals[part] = blobs.put(tensors.encode(change.residual)).id
     return found
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,9 @@ def _decompressed(layout: deltas.Layout, updates: Mapping[int, Path], folder: Pa
 
 
 def _differences(layout: deltas.Layout, path: Path, name: str, before: Array, index: Index) -> Array:
-    return np.asarray(before[index] + layout.read(np.memmap(path, np.uint8, "r"), name, index))
+    with path.open("rb") as file:
+        raw = mmap(file.fileno(), 0, access=ACCESS_READ)  # np.memmap looks at every folder above
+    return np.asarray(before[index] + layout.read(raw, name, index))
 
 
 def _shapes(received: Iterable[Path]) -> dict[str, tuple[int, ...]]:

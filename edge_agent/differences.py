@@ -54,8 +54,8 @@ def encode(
     missing = residuals.read({name: tensor.shape for name, tensor in update.items()}, warn) or {}
     wanted = {name: tensor - received[name] + missing.get(name, np.float32(0)) for name, tensor in update.items()}
     try:
-        encoded, residual = deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", turn.participant, turn.stage, turn.round))
+        encoded = deltas.encode(wanted, codec, top_k, derive(config.run.seed, "update", turn.participant, turn.stage, turn.round))
     except ValueError as error:
         raise Diverged(f"the update cannot be sent: {error}; lower train.lr") from None
-    residuals.keep(tensors.encode(residual))
-    return encoded
+    residuals.keep(tensors.encode(encoded.residual))
+    return encoded.data

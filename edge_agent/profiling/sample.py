@@ -77,8 +77,8 @@ def round_bytes(config: RunConfig, plan: StagePlan, weights: Mapping[str, Mappin
     sent = differences.encode(config, turn, update, received, folder, sys.stderr.write)
     if codec == "fp32":
         return sum(len(wire.encode(weights[part])) for part in plan.downloaded), len(sent)
-    patches = (deltas.encode(changes[part], codec, 1.0, config.run.seed) for part in plan.downloaded)
-    return sum(len(patch) for patch, _ in patches), len(sent)
+    patches = (deltas.encode(changes[part], codec, 1.0, config.run.seed).data for part in plan.downloaded)
+    return sum(map(len, patches)), len(sent)
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from math import prod
-from typing import Any, Literal
+from mmap import mmap
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from numpy.random import Philox
 
 from lwfed.errors import InvalidPayload, NotFinite
 from lwfed.plan import STATISTICS
-from lwfed.wire.sizes import Form, Shapes, counts_of, form_of, raw_bytes
+from lwfed.wire.sizes import Form, Shapes, counts_of, form_of
 from lwfed.wire.tensors import Array
 
 if sys.version_info >= (3, 14):
@@ -45,16 +46,24 @@ LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and wha
 RANDOM = np.uint16  # random numbers that a rounding takes, one a value
 
 
-def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> tuple[bytes, dict[str, Array]]:
-    """The file, and the residual of each tensor; of all but statistics only the part `top_k` of the largest differences is sent.
+class Encoded(NamedTuple):
+    """A file of differences; by the names of their tensors, float32: what decoding it gives, and the residual."""
+
+    data: bytes
+    sent: dict[str, Array]
+    residual: dict[str, Array]
+
+
+def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> Encoded:
+    """Of all but statistics only the part `top_k` of the largest differences is sent.
 
     Raises ValueError for a difference that is not finite or too large for its form.
     """
-    sent = {name: deltas[name] if name.endswith(STATISTICS) else _largest(deltas[name], top_k) for name in sorted(deltas)}
+    kept = {name: deltas[name] if name.endswith(STATISTICS) else _largest(deltas[name], top_k) for name in sorted(deltas)}
     random = _stream(seed)
     scales: list[bytes] = []
     written: dict[Form, list[bytes]] = {form: [] for form in DTYPES}
-    for name, tensor in sent.items():
+    for name, tensor in kept.items():
         form = form_of(name, tensor.shape, codec)
         if form == "byte":
             scale, step = _to_int8(tensor, random)
@@ -63,23 +72,24 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
         else:
             written[form].append(_to_bf16(tensor).tobytes() if form == "half" else tensor.astype("<f4").tobytes())
     raw = b"".join([*scales, *(piece for form in DTYPES for piece in written[form])])
-    decoded = Deltas(raw, Layout({name: tensor.shape for name, tensor in sent.items()}, codec))
+    layout = Layout({name: tensor.shape for name, tensor in kept.items()}, codec)
     with np.errstate(all="ignore"):  # what is not finite is found below
-        residual = {name: deltas[name] - decoded[name] for name in sent}
+        sent = {name: layout.read(raw, name) for name in kept}
+        residual = {name: deltas[name] - sent[name] for name in kept}
     for name, tensor in residual.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"the difference of tensor {name} is not finite, or too large")
-    return MAGIC + zstd.compress(raw, LEVEL), residual
+    return Encoded(MAGIC + zstd.compress(raw, LEVEL), sent, residual)
 
 
-def decode(data: bytes, shapes: Shapes, codec: Codec) -> Deltas:
-    """What a file holds. Raises InvalidPayload unless it is exactly of `shapes`, and finite."""
+def decode(data: bytes, shapes: Shapes, codec: Codec) -> dict[str, Array]:
+    """What a file holds, float32 by the names of `shapes`. Raises InvalidPayload unless it is exactly of them, and finite."""
     layout = Layout(shapes, codec)
-    found = Deltas(decompress(data, layout), layout)
-    for name in shapes:
-        with np.errstate(all="ignore"):  # numpy would warn of what is refused here
-            finite = np.isfinite(found[name]).all()
-        if not finite:
+    raw = decompress(data, layout)
+    with np.errstate(all="ignore"):  # numpy would warn of what is refused here
+        found = {name: layout.read(raw, name) for name in shapes}
+    for name, tensor in found.items():
+        if not np.isfinite(tensor).all():
             raise NotFinite(f"tensor {name} holds values that are not finite")
     return found
 
@@ -103,8 +113,9 @@ class Layout:
 
     def __init__(self, shapes: Shapes, codec: Codec) -> None:
         scales, counts = counts_of(shapes, codec)
-        self.bytes = raw_bytes(shapes, codec)
-        starts: dict[Form, int] = {"single": 4 * scales, "half": 4 * (scales + counts["single"]), "byte": self.bytes - counts["byte"]}
+        starts: dict[Form, int] = {"single": 4 * scales, "half": 4 * (scales + counts["single"])}
+        starts["byte"] = starts["half"] + 2 * counts["half"]
+        self.bytes = starts["byte"] + counts["byte"]
         row = 0
         self._places: dict[str, tuple[tuple[int, ...], Form, int, int]] = {}  # shape, form, where numbers begin, where scales do
         for name in sorted(shapes):
@@ -114,7 +125,7 @@ class Layout:
             starts[form] += prod(shape) * DTYPES[form].itemsize
             row += shape[0] if form == "byte" else 0
 
-    def read(self, raw: bytes | npt.NDArray[np.uint8], name: str, index: tuple[slice, ...] = ()) -> Array:
+    def read(self, raw: bytes | mmap, name: str, index: tuple[slice, ...] = ()) -> Array:
         """The difference of a tensor, float32, or the block `index` of it; `raw` is the decompressed file."""
         shape, form, start, scales = self._places[name]
         numbers = np.frombuffer(raw, DTYPES[form], prod(shape), start).reshape(shape)[index]
@@ -123,17 +134,6 @@ class Layout:
             return np.asarray(numbers.astype(np.float32) * scale.astype(np.float32))
         singles = (numbers.astype("<u4") << 16).view("<f4") if form == "half" else numbers
         return np.asarray(singles.astype(np.float32))
-
-
-class Deltas:
-    """Differences by the names of their tensors."""
-
-    def __init__(self, raw: bytes, layout: Layout) -> None:
-        self._raw, self._layout = raw, layout
-
-    def __getitem__(self, name: str) -> Array:
-        """The difference, float32, in the shape of the tensor."""
-        return self._layout.read(self._raw, name)
 
 
 def _largest(delta: Array, share: float) -> Array:

@@ -211,7 +211,7 @@ class FakeDevice:
         if config.transfer.codec == "fp32":
             return tensors.encode(update)
         seed = derive(config.run.seed, "codec", task.stage, task.round, task.participant)
-        return deltas.encode({name: update[name] - received[name] for name in update}, config.transfer.codec, 1.0, seed)[0]
+        return deltas.encode({name: update[name] - received[name] for name in update}, config.transfer.codec, 1.0, seed).data
 
     def next_wakeup(self, now):
         if self.online is None or not self.online.online:

@@ -115,7 +115,7 @@ def sent(tmp_path, blobs):
         held, folder = blobs.path(put(blobs, received)), tmp_path / codec
         (folder / "weights").mkdir(parents=True)
         for number in range(6):
-            data, _ = deltas.encode(weights(number, 0.01), codec, 1.0, number)
+            data = deltas.encode(weights(number, 0.01), codec, 1.0, number).data
             (folder / str(number)).write_bytes(data)
             change = deltas.decode(data, part_shapes(config(), PART), codec)
             (folder / "weights" / str(number)).write_bytes(tensors.encode({name: received[name] + change[name] for name in received}))
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path, monkeypatch, sent):
 @pytest.mark.parametrize("factor", [1.02, 3e20])
 def test_a_difference_that_could_lead_beyond_float32_is_refused(tmp_path, blobs, codec, factor):
     one = {name: np.full_like(tensor, MAX_DIFFERENCE * factor) for name, tensor in weights("old").items()}
-    (tmp_path / "update").write_bytes(deltas.encode(one, codec, 1.0, 1)[0])
+    (tmp_path / "update").write_bytes(deltas.encode(one, codec, 1.0, 1).data)
     with pytest.raises(InvalidPayload, match=r"differences above 1e\+18"):
         check(config(codec).transfer, [blobs.path(put(blobs, weights("old")))], tmp_path / "update")
 
@@ -206,7 +206,7 @@ def test_no_updates_that_are_taken_make_a_round_that_cannot_be_published(tmp_pat
         update, before = tmp_path / "update", read(blobs, told)
         harm = {name: signs[name] * sizes[name] for name in signs}
         far = np.float32(min(9.8 * (norm(before) + 1) / norm(harm), 0.98 * MAX_DIFFERENCE))
-        update.write_bytes(deltas.encode({name: tensor * far for name, tensor in harm.items()}, codec, 1.0, round)[0])
+        update.write_bytes(deltas.encode({name: tensor * far for name, tensor in harm.items()}, codec, 1.0, round).data)
         check(one.transfer, [blobs.path(told)], update)
         change = deltas.decode(update.read_bytes(), part_shapes(config(), PART), codec)
         found = publish(
@@ -244,7 +244,7 @@ def test_a_variance_that_shrinks_stays_one(tmp_path, blobs, codec, factor):
 @pytest.mark.parametrize("codec", [*CODECS, "fp32"])
 def test_a_variance_below_zero_is_refused(tmp_path, blobs, codec):
     held, negative = blobs.path(put(blobs, VARIANCES)), shrunk(-0.001)
-    data = deltas.encode(shrunk(-1.001), codec, 1.0, 1)[0] if codec != "fp32" else tensors.encode(negative)
+    data = deltas.encode(shrunk(-1.001), codec, 1.0, 1).data if codec != "fp32" else tensors.encode(negative)
     (tmp_path / "update").write_bytes(data)
     with pytest.raises(InvalidPayload, match="variances below 0"):
         check(config(codec).transfer, [held], tmp_path / "update")
@@ -330,7 +330,7 @@ def test_an_update_that_has_exploded_is_refused(tmp_path, blobs, codec, times, r
     moved = {name: np.full_like(tensor, times) for name, tensor in before.items()}
     moved = {name: tensor * np.float32(norm(before) + 1) / np.float32(norm(moved) / times) for name, tensor in moved.items()}
     after = tensors.encode({name: before[name] + moved[name] for name in before})
-    (tmp_path / "update").write_bytes(after if codec == "fp32" else deltas.encode(moved, codec, 1.0, 1)[0])
+    (tmp_path / "update").write_bytes(after if codec == "fp32" else deltas.encode(moved, codec, 1.0, 1).data)
     with pytest.raises(InvalidPayload, match="has exploded") if refused else contextlib.nullcontext():
         check(config(codec).transfer, [blobs.path(put(blobs, before))], tmp_path / "update")
 

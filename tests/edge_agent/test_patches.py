@@ -198,7 +198,7 @@ def files(folder, count=2):
     found, patches = some(0), []
     (folder / "base").write_bytes(tensors.encode(found))
     for number in range(count):
-        data, _ = deltas.encode(some(number + 1, 0.01), "int8", 1.0, number)
+        data = deltas.encode(some(number + 1, 0.01), "int8", 1.0, number).data
         patches.append(folder / f"patch-{number}")
         patches[-1].write_bytes(data)
         change = deltas.decode(data, part_shapes(config(), PART), "int8")

@@ -59,7 +59,7 @@ def test_differences_are_made_parts_as_a_device_makes_them(prepared):
     base = Path(told["parts"]["layer.1"])
     before = tensors.decode(base, stated_shapes(base))
     shapes = {name: tensor.shape for name, tensor in before.items()}
-    data, _ = deltas.encode({name: np.ones_like(tensor) for name, tensor in before.items()}, "int8", 1.0, 0)
+    data = deltas.encode({name: np.ones_like(tensor) for name, tensor in before.items()}, "int8", 1.0, 0).data
     patch = base.with_name("patch")
     patch.write_bytes(data)
     change = deltas.decode(data, shapes, "int8")

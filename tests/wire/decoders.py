@@ -124,7 +124,7 @@ def _update(codec: Codec) -> Decoder:
         with _file(data) as update, _file(tensors.encode(TENSORS)) as received:
             return check(transfer, [received], update)
 
-    sample = tensors.encode(TENSORS) if codec == "fp32" else deltas.encode(TENSORS, codec, 1.0, 1)[0]
+    sample = tensors.encode(TENSORS) if codec == "fp32" else deltas.encode(TENSORS, codec, 1.0, 1).data
     return Decoder((sample,), decode, (InvalidPayload,))
 
 
@@ -142,7 +142,7 @@ def _deltas(codec: deltas.Codec) -> Decoder:
         assert all(found[name].shape == shape and np.isfinite(found[name]).all() for name, shape in SHAPES.items())
         return found
 
-    sample, _ = deltas.encode(TENSORS, codec, 1.0, 1)
+    sample = deltas.encode(TENSORS, codec, 1.0, 1).data
     return Decoder((sample,), decode, (InvalidPayload,))
 
 

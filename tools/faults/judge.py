@@ -61,6 +61,8 @@ class Judge:
 
     def said(self, topic: str, payload: bytes) -> None:
         """What a device is about to say."""
+        if not topic.endswith("/fail"):
+            return
         match self._topics.parse(topic):
             case FromDevice(device, "fail"):
                 fail = decode(Fail, payload)
@@ -194,19 +196,20 @@ class Reference:
         """The model becomes what devices can make of what they are sent."""
         for part in sorted(after):
             before, held = self._model[part], after[part]
-            if held is before or _digest(held) == self._digests[part]:
+            if held is before or (digest := _digest(held)) == self._digests[part]:
                 continue
             if self._config.transfer.codec != "fp32":
                 _, held = self._encoded(part, before, held, 1.0, derive(seed, "patch", part))
-            self._model[part], self._digests[part] = held, _digest(held)
+                digest = _digest(held)
+            self._model[part], self._digests[part] = held, digest
 
     def _encoded(self, what: str, before: canned.Tensors, after: canned.Tensors, top_k: float, seed: int) -> tuple[bytes, canned.Tensors]:
         """The differences, and what they make of `before`; what they lose is added to the next ones."""
         codec, lost = self._config.transfer.codec, self._lost.get(what, {})
         assert codec != "fp32"
         wanted = {name: after[name] - before[name] + lost.get(name, np.float32(0)) for name in after}
-        data, self._lost[what] = deltas.encode(wanted, codec, top_k, seed)
-        sent = deltas.decode(data, {name: tensor.shape for name, tensor in after.items()}, codec)
+        data, _, self._lost[what] = deltas.encode(wanted, codec, top_k, seed)
+        sent = deltas.decode(data, {name: tensor.shape for name, tensor in after.items()}, codec)  # as devices do
         return data, {name: before[name] + sent[name] for name in after}
 
     def _aggregated(self, plan: StagePlan, weights: dict[int, canned.Tensors]) -> canned.Model:

@@ -62,7 +62,7 @@ class Training:
         transfer = config.transfer
         if transfer.codec == "fp32":
             return tensors.encode({name: received[name] + change[name] for name in received})[:-VARIED], b""
-        data, _ = deltas.encode(change, transfer.codec, transfer.top_k, 0)
+        data = deltas.encode(change, transfer.codec, transfer.top_k, 0).data
         return _open_ended(data)
 
     def _load(self, order: Order, parts: tuple[str, ...]) -> dict[str, tensors.Array]:
