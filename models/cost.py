@@ -22,6 +22,7 @@ from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
 NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
+PASSING = 7  # times the largest tensor that the layers keep, for their backward pass: two gradients, and gaps into which none fits
 WHOLE_BATCH = {PROJECTOR, PREDICTOR}  # heads that need all of a batch at once
 
 
@@ -119,7 +120,7 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     """Peak of a worker's training in float32 on a CPU, above its imports and without the images.
 
     Code, weights of all branches, gradients, optimiser state, what the prefix gives for all views of a batch; and what the
-    backward pass keeps, with two gradients of the widest of it, or what a frozen layer holds while it computes.
+    backward pass keeps and takes, what a frozen layer holds while it computes, or the copy of the second moments of a step.
     """
     method, parts, batch = METHODS[config.ssl.method], measured.parts, config.train.batch_size
     per_sample = _kept_by_layers(plan, measured)
@@ -130,9 +131,10 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     copies = method.has_target + FURTHER[config.alignment.method]
     branches = copies * count(measured, set(plan.trained) - {PREDICTOR, DECODER})
     weights = 4 * (count(measured, plan.present) + 4 * count(measured, plan.trained) + branches)
-    backward = per_image * batch + views_at_once * piece * per_sample + 2 * piece * _widest(parts[part] for part in plan.trained)
+    backward = per_image * batch + views_at_once * piece * per_sample + PASSING * piece * _widest(parts[part] for part in plan.trained)
     prefix = 3 * piece * _widest(parts[part] for part in plan.frozen)
-    return CODE_BYTES + weights + tokens * batch + max(backward, prefix)
+    step = 4 * count(measured, plan.trained)
+    return CODE_BYTES + weights + max(tokens * batch + max(backward, prefix), step)
 
 
 def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> float:

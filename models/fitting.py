@@ -29,6 +29,7 @@ PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faste
 GPU_PIECE_BYTES = 2e9
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
+PASSING = 4  # times the largest tensor that the layers keep, for their backward pass: two gradients, and gaps into which none fits
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
 HEAP_BYTES = 12e6  # what allocators hold beside tensors; a few MB more after sixty steps than after two
 CODE_BYTES = 48e6  # of torch, which only training maps; where it cannot be measured
@@ -40,7 +41,9 @@ class Need:
     """Bytes of a local call, above what the process holds before it."""
 
     fixed: float  # from the first trial on
-    per_image: float  # of the micro-batch, kept by the layers
+    per_image: float  # of the micro-batch, kept by the layers, of a view
+    passing: float = 0.0  # of the micro-batch, while what is kept is taken back
+    views: int = 1  # kept at once where the micro-batch is the batch
     whole: float = 0.0  # of a whole batch, for the length of a step
     loss: float = 0.0  # of a whole batch, for heads and loss
     view: float = 0.0  # one of one image, in float32
@@ -53,8 +56,12 @@ class Need:
 
     def of(self, micro_batch: int) -> float:
         block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
-        layers = VIEW_COPIES * block + micro_batch * self.per_image
-        return SPARE * self.fixed + max(0.0, SPARE * (self.whole + max(self.loss, layers)) - self.freed)
+        layers = VIEW_COPIES * block + micro_batch * (self.per_image + self.passing)
+        if micro_batch < self.batch_size:
+            step = max(self.loss, layers)
+        else:
+            step = self.loss + layers + (self.views - 1) * micro_batch * self.per_image
+        return SPARE * self.fixed + max(0.0, SPARE * (self.whole + step) - self.freed)
 
 
 def measure(
@@ -81,6 +88,8 @@ def measure(
     return Need(
         fixed=HEAP_BYTES + copies * weights,
         per_image=kept.layers,
+        passing=PASSING * kept.widest,
+        views=views,
         whole=batch_size * (images[0].nbytes + views * numbers * kept_as.itemsize)
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
         loss=batch_size * kept.heads + 4 * METHODS[config.ssl.method].matrices * batch_size**2,

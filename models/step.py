@@ -206,6 +206,7 @@ class Kept:
 
     tokens: tuple[int, ...] | None  # shape of what the frozen prefix gives for a view; None without one
     layers: float  # bytes that a graph through the trained layers holds, of a view
+    widest: float  # of its largest tensor
     heads: float  # bytes that one through heads and loss holds, of all views
 
 
@@ -221,24 +222,24 @@ def kept_for_backward(branches: Branches, batch: Batch, config: RunConfig) -> Ke
         return method.loss(online, views, projected, [one.detach() for one in projected], config.ssl)
 
     _, heads = _graph_bytes(online, loss)
-    count = len(batch.images)
-    return Kept(None if view.tokens is None else tuple(view.tokens.shape[1:]), layers / count, heads / count)
+    shape, count = None if view.tokens is None else tuple(view.tokens.shape[1:]), len(batch.images)
+    return Kept(shape, sum(layers) / count, max(layers, default=0) / count, sum(heads) / count)
 
 
-def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """What `forward` gives, and the bytes that its graph holds beside the weights."""
-    seen, total = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}, 0
+def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
+    """What `forward` gives, and the bytes of each tensor that its graph holds beside the weights."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
+    held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:
-        nonlocal total
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            total += storage.nbytes()
+            held.append(storage.nbytes())
         return tensor.detach()  # with its graph, an output that its own operation keeps would never be let go
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        return forward(), total
+        return forward(), held
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from lwfed.config import load_config
 from lwfed.errors import Unfit
 from lwfed.models import fitting, step
-from lwfed.models.fitting import LEAST_PIECE, PIECE_BYTES, SPARE, VIEW_COPIES, Need, measure, micro_batch
+from lwfed.models.fitting import LEAST_PIECE, PASSING, PIECE_BYTES, SPARE, VIEW_COPIES, Need, measure, micro_batch
 from lwfed.models.initial import init_parts
 from lwfed.models.step import METHOD_ALONE, Terms
 
@@ -28,6 +28,8 @@ def test_a_layer_holds_what_its_operations_save(tiny):
     floor = 4 * tokens * (2 * width + 2 * 2 + width + 3 * width + width + width + hidden + hidden)
     found = need(config, 2).per_image
     assert floor <= found <= 1.5 * floor + 4 * heads * tokens * tokens * 2
+    assert need(config, 2).passing == PASSING * 4 * tokens * hidden, "GELU's input is the largest tensor"
+    assert need(config, 2).views == 2
 
 
 def test_more_trained_layers_hold_more_and_a_larger_batch_only_more_of_a_whole_one(tiny):
@@ -86,8 +88,19 @@ def test_a_loss_that_compares_all_images_takes_matrices_of_them(tiny):
 
 
 def test_heads_and_loss_take_their_share_when_layers_have_gone():
-    assert Need(1e6, per_image=1e5, loss=3e5).of(4) == Need(1e6, 1e5).of(4)
-    assert Need(1e6, per_image=1e5, loss=5e5).of(4) == pytest.approx(SPARE * (1e6 + 5e5))
+    assert Need(1e6, per_image=1e5, loss=3e5, batch_size=8).of(4) == Need(1e6, 1e5, batch_size=8).of(4)
+    assert Need(1e6, per_image=1e5, loss=5e5, batch_size=8).of(4) == pytest.approx(SPARE * (1e6 + 5e5))
+
+
+def test_a_whole_batch_holds_the_layers_of_all_views_with_heads_and_loss():
+    takes = Need(1e6, per_image=1e5, views=2, loss=3e5, batch_size=4)
+    assert takes.of(4) == pytest.approx(SPARE * (1e6 + 2 * 4 * 1e5 + 3e5))
+    assert takes.of(3) == pytest.approx(SPARE * (1e6 + 3e5)), "one view at a time, and not with the loss"
+
+
+def test_a_backward_pass_takes_more_than_is_kept():
+    assert Need(0, per_image=1e5, passing=2e5, batch_size=8).of(4) == pytest.approx(SPARE * 4 * 3e5)
+    assert Need(0, per_image=1e5, passing=2e5, views=2, batch_size=4).of(4) == pytest.approx(SPARE * 4 * (2 * 1e5 + 2e5))
 
 
 def test_views_take_their_share_while_they_are_made():

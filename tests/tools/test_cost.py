@@ -203,7 +203,14 @@ def test_bytes_of_a_run_are_those_that_it_takes(tmp_path, codec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [["stages.strategy=layer_wise"], ["stages.strategy=end_to_end"], ["ssl.method=mae"], ["train.micro_batch=32"]]
+    "settings",
+    [
+        ["stages.strategy=layer_wise"],
+        ["stages.strategy=end_to_end"],
+        ["ssl.method=mae"],
+        ["train.micro_batch=32"],
+        ["train.micro_batch=null"],
+    ],
 )
 def test_memory_of_a_worker_is_as_estimated(tmp_path, settings):
     model = "model={image_size: 32, width: 192, heads: 3, depth: 4}"
@@ -219,7 +226,7 @@ def test_memory_of_a_worker_is_as_estimated(tmp_path, settings):
     config = the_config(told)
     rows = [row for row in make_report(config)["rows"] if row["strategy"] == config.stages.strategy]
     for stage, row in zip(ran(told), rows, strict=True):
-        assert row["memory_mb"] == pytest.approx(stage["worker_peak_mb"] - stage["worker_baseline_mb"], rel=0.2)
+        assert row["memory_mb"] == pytest.approx(stage["worker_peak_mb"] - stage["worker_baseline_mb"], rel=0.15)
 
 
 def simulation(out, *settings):
