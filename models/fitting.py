@@ -27,6 +27,7 @@ from lwfed.plan import part_of
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
 GPU_PIECE_BYTES = 2e9
+WHOLE = 1.5  # times as many images as are fast may be the whole batch, which needs no second forward pass: as much as a third less time
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
 PASSING = 4  # times the largest tensor that the layers keep, for their backward pass: two gradients, and gaps into which none fits
@@ -163,11 +164,12 @@ def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.de
     raise unfit(need.of(possible[-1]), room)
 
 
-def sizes(config: RunConfig, need: Need, batch_size: int, device: torch.device) -> range:
-    """Numbers of images at a time that `train.micro_batch` allows, the best one first."""
+def sizes(config: RunConfig, need: Need, batch_size: int, device: torch.device) -> list[int]:
+    """Numbers of images at a time that `train.micro_batch` allows, the best one first; with `auto` those of which pieces are even."""
     size = piece_size(config, batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
-    least = 1 if config.train.micro_batch == "auto" and config.model.backbone not in CONVOLUTIONAL else size
-    return range(size, least - 1, -1)
+    if config.train.micro_batch != "auto" or config.model.backbone in CONVOLUTIONAL:
+        return [size]
+    return sorted({_even(batch_size, one) for one in range(1, size + 1)}, reverse=True)
 
 
 def unfit(takes: float, room: float) -> Unfit:
@@ -180,4 +182,12 @@ def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes
     wanted = config.train.micro_batch
     if wanted is None or config.model.backbone in CONVOLUTIONAL:
         return batch_size
-    return min(batch_size, max(LEAST_PIECE, int(piece_bytes // per_image)) if wanted == "auto" else wanted)
+    if wanted != "auto":
+        return min(batch_size, wanted)
+    fast = max(LEAST_PIECE, int(piece_bytes // per_image))
+    return batch_size if batch_size <= WHOLE * fast else _even(batch_size, fast)
+
+
+def _even(batch_size: int, most: int) -> int:
+    """Images of each piece, `most` at most, where the last one has hardly fewer."""
+    return math.ceil(batch_size / math.ceil(batch_size / most))

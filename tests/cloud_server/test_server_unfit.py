@@ -42,6 +42,14 @@ def test_a_device_without_images_or_memory_is_left_out_until_it_starts_anew(worl
     assert len(of(said, "warning")) == 1
 
 
+def test_a_start_is_known_by_its_greeting_alone(world, said):
+    fleet, poor = after_a_round_without(world, said, 0.5, "unfit")
+    fleet.broker.interfere = lambda client, topic, payload: 0 if topic.endswith("/d/poor/up/state") else 1
+    poor.restart()
+    fleet.finish()
+    assert poor.tasks[-1] == (2, 2)
+
+
 def test_a_server_that_was_killed_knows_which_devices_are_unfit(world, said):
     fleet, poor = after_a_round_without(world, said, 0.5, "unfit")
     fleet.kill()

@@ -67,7 +67,7 @@ def test_alignment_holds_further_branches(tiny):
 @pytest.mark.parametrize(
     ("wanted", "room", "expected"),
     [
-        ("auto", 1e12, 16),  # what is fast
+        ("auto", 1e12, 15),  # 16 are fast: in seven pieces, all but one of 15
         ("auto", 1.1 * (1e6 + 5.5 * PIECE_BYTES / 16), 5),  # what fits
         ("null", 1e12, 100),
         ("7", 1e12, 7),
@@ -132,6 +132,16 @@ def test_what_does_not_fit_is_said_in_megabytes(tiny, wanted, least):
     with pytest.raises(Unfit, match=rf"takes {takes.of(least) / 1e6:.0f} MB more, and there is room for {room / 1e6:.0f} MB"):
         micro_batch(config, takes, 100, CPU, room)
     assert micro_batch(config, takes, 100, CPU, takes.of(least) + 1) >= least
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(16, 16), (24, 24), (25, 13), (33, 11), (48, 16)])
+def test_a_batch_hardly_larger_than_what_is_fast_is_one_piece_and_others_are_cut_evenly(tiny, batch_size, expected):
+    assert micro_batch(tiny(), Need(1e6, PIECE_BYTES / 16, batch_size=batch_size), batch_size, CPU) == expected
+
+
+def test_a_whole_batch_for_which_there_is_no_room_is_cut_in_two(tiny):
+    takes = Need(1e6, PIECE_BYTES / 16, views=2, batch_size=20)
+    assert micro_batch(tiny(), takes, 20, CPU, takes.of(20) - 1) == 10
 
 
 def test_where_memory_is_ample_products_are_not_made_too_small_to_be_fast(tiny):
