@@ -38,12 +38,13 @@ def png(figure: Figure) -> bytes:
 
 def _accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
     points = [report["random"], *report["stages"]]
+    lower = min("knn", "probe", key=lambda name: points[-1][name])
     for name, label, colour in (("knn", "kNN", GREEN), ("probe", "linear probe", BLUE)):
         values = [100 * point[name] for point in points]
         axes.plot(values, "o-", color=colour, label=label)
-        axes.annotate(
-            f"{values[-1]:.0f} %", (len(values) - 1, values[-1]), xytext=(7, -3), textcoords="offset points", color=colour, bbox=PLAIN
-        )
+        apart = {"xytext": (7, 2), "va": "top"} if name == lower else {"xytext": (7, -2), "va": "bottom"}
+        end = len(values) - 1, values[-1]
+        axes.annotate(f"{values[-1]:.0f} %", end, textcoords="offset points", color=colour, bbox=PLAIN, **apart)
     for name, label, style in (("end_to_end", "end to end, kNN", "--"), ("raw_pixels", "raw pixels, kNN", ":")):
         axes.axhline(100 * report[name]["knn"], color=GREY, linestyle=style, label=label)
     title(axes, "Accuracy on digits no device has seen")
