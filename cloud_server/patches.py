@@ -48,7 +48,7 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
             change = deltas.encode(wanted, transfer.codec, 1.0, derive(seed, "patch", part))
         except ValueError as error:
             raise Diverged(f"the round cannot be sent to devices: {error}; lower calibration.lr") from None
-        found.parts[part] = blobs.put(tensors.encode({name: old[name] + change.sent[name] for name in new})).id
+        found.parts[part] = blobs.put(tensors.encode({name: old[name] + change.sent(name) for name in new})).id
         found.patches[part] = before[part], blobs.put(change.data).id
         found.residuals[part] = blobs.put(tensors.encode(change.residual)).id
     return found

@@ -49,10 +49,8 @@ def _changes(transfer: TransferSection, before: Mapping[str, tensors.Array], upd
             with np.errstate(over="ignore"):  # infinity is far too much
                 yield name, after, after - before[name]
         return
-    change = deltas.decode(update.read_bytes(), shapes, transfer.codec)
-    for name, tensor in before.items():
-        difference = change[name]
-        yield name, tensor + difference, difference
+    for name, difference in deltas.iterate(update.read_bytes(), shapes, transfer.codec):
+        yield name, before[name] + difference, difference
 
 
 def _square(tensor: tensors.Array) -> float:

@@ -82,8 +82,10 @@ class Executions:
 
 
 def _least_images(before: Execution, config: RunConfig) -> int:
-    """At a time. Backbones with statistics of the batch take it whole."""
-    return before.micro_batch if config.model.backbone in CONVOLUTIONAL else min(before.micro_batch, LEAST_IMAGES)
+    """At a time, and not the whole batch, of which all views are kept at once. Backbones with statistics of the batch take it whole."""
+    if config.model.backbone in CONVOLUTIONAL:
+        return before.micro_batch
+    return min(before.micro_batch, LEAST_IMAGES, max(1, config.train.batch_size - 1))
 
 
 def _may_keep_features(config: RunConfig, stage: int) -> bool:

@@ -208,7 +208,7 @@ class _Search:
 
     def _micro_batch(self, need: fitting.Need, room: float) -> int:
         try:
-            return fitting.micro_batch(self.config, need, self._batch_size, self._device, room)
+            return fitting.micro_batch(self.config, need, self._device, room)
         except Unfit as error:
             raise self._explained(error) from None
 
@@ -220,7 +220,7 @@ class _Search:
 
     def _over(self, need: fitting.Need, room: float) -> float:
         """Bytes of what is needed at least that have no room."""
-        return need.of(fitting.sizes(self.config, need, self._batch_size, self._device)[-1]) - room
+        return need.of(fitting.sizes(self.config, need, self._device)[-1]) - room
 
     def _too_much(self, engine: PrefixEngine, over: float) -> str:
         return f"{engine} would take {math.ceil(over / MB)} MB more than {'there is' if self.budget_mb is None else 'the budget'}"
@@ -231,8 +231,8 @@ class _Search:
         What it holds by now of ONNX Runtime is left out. In stage 12 of ViT-Tiny that is 18 MB, and with them int8 would be taken from
         batches of 256 on; as measured it takes no more than torch from 64 on, and so it does by this reckoning.
         """
-        size = fitting.sizes(self.config, need, self._batch_size, self._device)[0]
-        return need.of(size if self.config.model.backbone in CONVOLUTIONAL else min(size, LEAST_IMAGES))
+        size = fitting.sizes(self.config, need, self._device)[0]
+        return need.of(size if self.config.model.backbone in CONVOLUTIONAL else min(size, LEAST_IMAGES, max(1, self._batch_size - 1)))
 
     def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0, judged: float = math.inf) -> Found:
         """`least`: bytes without which this would not have been tried; `judged`: images at a time by which `prefix` was found fit."""

@@ -22,7 +22,7 @@ from lwfed.plan import DECODER, PREDICTOR, PROJECTOR, STEM, StagePlan
 NORM_MACS = 5  # of LayerNorm, for each number, as fvcore counts
 PAPER_GB = 2**20 * 1000  # the paper's GB: 1000 MiB
 FURTHER = {"off": 0, "cosine": 1, "moon": 2}  # branches that alignment adds, of one view
-PASSING = 7  # times the largest tensor that the layers keep, for their backward pass: two gradients, and gaps into which none fits
+BACKWARD = 7  # times the largest tensor that the layers keep, for their backward pass: two gradients, and, fitted, gaps between tensors
 WHOLE_BATCH = {PROJECTOR, PREDICTOR}  # heads that need all of a batch at once
 
 
@@ -80,7 +80,7 @@ def true_macs(config: RunConfig, plan: StagePlan, measured: Measured) -> float:
     views, trained = method.view_count, set(plan.trained)
     layers = trained - WHOLE_BATCH  # and a decoder, which sees one sample at a time as they do
     branch = trained - {PREDICTOR, DECODER}
-    chunked = piece_size(config, config.train.batch_size, _kept_by_layers(plan, measured)) < config.train.batch_size
+    chunked = piece_size(config, config.train.batch_size, kept_by_layers(plan, measured)) < config.train.batch_size
     online_passes = views * (1 + chunked)
     branch_passes = views * method.has_target + FURTHER[config.alignment.method]
 
@@ -123,7 +123,7 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     backward pass keeps and takes, what a frozen layer holds while it computes, or the copy of the second moments of a step.
     """
     method, parts, batch = METHODS[config.ssl.method], measured.parts, config.train.batch_size
-    per_sample = _kept_by_layers(plan, measured)
+    per_sample = kept_by_layers(plan, measured)
     piece = piece_size(config, batch, per_sample)
     views_at_once = 1 if piece < batch else method.view_count
     per_image = method.view_count * sum(_kept(plan, measured, part) for part in plan.trained if part in WHOLE_BATCH)
@@ -131,7 +131,7 @@ def memory_bytes(config: RunConfig, plan: StagePlan, measured: Measured) -> floa
     copies = method.has_target + FURTHER[config.alignment.method]
     branches = copies * count(measured, set(plan.trained) - {PREDICTOR, DECODER})
     weights = 4 * (count(measured, plan.present) + 4 * count(measured, plan.trained) + branches)
-    backward = per_image * batch + views_at_once * piece * per_sample + PASSING * piece * _widest(parts[part] for part in plan.trained)
+    backward = per_image * batch + views_at_once * piece * per_sample + BACKWARD * piece * _widest(parts[part] for part in plan.trained)
     prefix = 3 * piece * _widest(parts[part] for part in plan.frozen)
     step = 4 * count(measured, plan.trained)
     return CODE_BYTES + weights + max(tokens * batch + max(backward, prefix), step)
@@ -158,7 +158,7 @@ def paper_bytes(config: RunConfig, measured: Measured, worst: bool = False) -> f
     return 4.0 * total
 
 
-def _kept_by_layers(plan: StagePlan, measured: Measured) -> float:
+def kept_by_layers(plan: StagePlan, measured: Measured) -> float:
     """Bytes that the trained layers keep of one sample, for its backward pass."""
     return sum(_kept(plan, measured, part) for part in plan.trained if part not in WHOLE_BATCH)
 

@@ -2,8 +2,9 @@
 
 Most of it does not depend on how many images go through the layers at a time: the process as it is, weights with gradients
 and moments, the images, and the prefix's tokens of a whole batch. Heads and loss keep something of a whole batch as well, for a
-while. In the rest of a step there is what grows with the micro-batch: what its layers keep, and what its views take while they are
-made, for allocators do not give the one's place to the other. A pass of two images through the real layers tells all of them.
+while. In the rest of a step there is what grows with the micro-batch: what its layers keep, what their backward pass takes beside
+it, and what its views take while they are made, for allocators do not give the one's place to the other. Where the micro-batch is
+the whole batch, heads, loss and the layers of all views are there at once. A pass of two images through the real layers tells all of them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from lwfed.models.step import Batch, Branches, Means, Terms, draw_batch, kept_fo
 from lwfed.plan import part_of
 
 PIECE_BYTES = 8e6  # for the layers of one micro-batch: larger ones are no faster on a processor, whose caches they exceed
+WHOLE_BYTES = 12e6  # for those of a batch, of one view, that is not cut: without a second forward pass a step takes 20 to 35 % less time
 GPU_PIECE_BYTES = 2e9
-WHOLE = 1.5  # times as many images as are fast may be the whole batch, which needs no second forward pass: as much as a third less time
 LEAST_PIECE = 4  # images of it, where there is memory: with fewer, products are too small to be fast
 SPARE = 1.1  # allocators leave gaps
-PASSING = 4  # times the largest tensor that the layers keep, for their backward pass: two gradients, and gaps into which none fits
+PASSING = 4  # times the largest tensor that the layers keep, for their backward pass, beside what is spare: two gradients, and gaps between
 VIEW_COPIES = 12  # of a block of views in float32, while transforms work on it
 HEAP_BYTES = 12e6  # what allocators hold beside tensors; a few MB more after sixty steps than after two
 CODE_BYTES = 48e6  # of torch, which only training maps; where it cannot be measured
@@ -43,12 +44,12 @@ class Need:
 
     fixed: float  # from the first trial on
     per_image: float  # of the micro-batch, kept by the layers, of a view
+    batch_size: int
     passing: float = 0.0  # of the micro-batch, while what is kept is taken back
-    views: int = 1  # kept at once where the micro-batch is the batch
+    view_count: int = 1  # of an image; all are kept at once where the micro-batch is the batch
+    view_bytes: float = 0.0  # of one of an image, in float32
     whole: float = 0.0  # of a whole batch, for the length of a step
     loss: float = 0.0  # of a whole batch, for heads and loss
-    view: float = 0.0  # one of one image, in float32
-    batch_size: int = 0
     features: float = 0.0  # of all views that are used again, where memory keeps them
     freed: float = 0.0  # that the process holds no longer, once training begins
 
@@ -56,12 +57,12 @@ class Need:
         return replace(self, fixed=self.fixed + extra, freed=freed)
 
     def of(self, micro_batch: int) -> float:
-        block = self.view * min(self.batch_size, views_at_once(micro_batch, self.view) if self.view else 0)
+        block = self.view_bytes * min(self.batch_size, views_at_once(micro_batch, self.view_bytes) if self.view_bytes else 0)
         layers = VIEW_COPIES * block + micro_batch * (self.per_image + self.passing)
         if micro_batch < self.batch_size:
             step = max(self.loss, layers)
         else:
-            step = self.loss + layers + (self.views - 1) * micro_batch * self.per_image
+            step = self.loss + layers + (self.view_count - 1) * micro_batch * self.per_image
         return SPARE * self.fixed + max(0.0, SPARE * (self.whole + step) - self.freed)
 
 
@@ -90,11 +91,11 @@ def measure(
         fixed=HEAP_BYTES + copies * weights,
         per_image=kept.layers,
         passing=PASSING * kept.widest,
-        views=views,
+        view_count=views,
         whole=batch_size * (images[0].nbytes + views * numbers * kept_as.itemsize)
         + 2 * drawn * _record_bytes(batch) / len(images),  # in pieces, and put together
         loss=batch_size * kept.heads + 4 * METHODS[config.ssl.method].matrices * batch_size**2,
-        view=4 * images[0].numel(),
+        view_bytes=4 * images[0].numel(),
         batch_size=batch_size,
         features=min(features, config.train.features_mb * 1e6),
     )
@@ -152,24 +153,24 @@ def _record_bytes(batch: Batch) -> int:
     return sum(one.nbytes for one in (*params, *([] if batch.keep is None else [batch.keep])))
 
 
-def micro_batch(config: RunConfig, need: Need, batch_size: int, device: torch.device, room: float = math.inf) -> int:
+def micro_batch(config: RunConfig, need: Need, device: torch.device, room: float = math.inf) -> int:
     """Images at a time, as `train.micro_batch` says; with `auto` as many as are fast, or fewer where `room` bytes are less.
 
     Raises Unfit when not even one fits, or not as many as are prescribed.
     """
-    possible = sizes(config, need, batch_size, device)
+    possible = sizes(config, need, device)
     for size in possible:
         if need.of(size) <= room:
             return size
     raise unfit(need.of(possible[-1]), room)
 
 
-def sizes(config: RunConfig, need: Need, batch_size: int, device: torch.device) -> list[int]:
-    """Numbers of images at a time that `train.micro_batch` allows, the best one first; with `auto` those of which pieces are even."""
-    size = piece_size(config, batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
+def sizes(config: RunConfig, need: Need, device: torch.device) -> list[int]:
+    """Numbers of images at a time that `train.micro_batch` allows, the best one first; with `auto` the least for each number of pieces."""
+    size = piece_size(config, need.batch_size, need.per_image, device.type == "cpu")
     if config.train.micro_batch != "auto" or config.model.backbone in CONVOLUTIONAL:
         return [size]
-    return sorted({_even(batch_size, one) for one in range(1, size + 1)}, reverse=True)
+    return sorted({_least(need.batch_size, one) for one in range(1, size + 1)}, reverse=True)
 
 
 def unfit(takes: float, room: float) -> Unfit:
@@ -177,17 +178,19 @@ def unfit(takes: float, room: float) -> Unfit:
     return Unfit(f"training in this stage takes {takes / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
 
 
-def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes: float = PIECE_BYTES) -> int:
-    """The same where memory is ample; `per_image` bytes of an image are kept by the layers."""
+def piece_size(config: RunConfig, batch_size: int, per_image: float, on_cpu: bool = True) -> int:
+    """The best of `sizes`; `per_image` bytes of an image are kept by the layers, of a view."""
     wanted = config.train.micro_batch
     if wanted is None or config.model.backbone in CONVOLUTIONAL:
         return batch_size
     if wanted != "auto":
         return min(batch_size, wanted)
-    fast = max(LEAST_PIECE, int(piece_bytes // per_image))
-    return batch_size if batch_size <= WHOLE * fast else _even(batch_size, fast)
+    if on_cpu and batch_size * per_image <= WHOLE_BYTES:
+        return batch_size
+    fast = max(LEAST_PIECE, int((PIECE_BYTES if on_cpu else GPU_PIECE_BYTES) // per_image))
+    return _least(batch_size, fast)
 
 
-def _even(batch_size: int, most: int) -> int:
-    """Images of each piece, `most` at most, where the last one has hardly fewer."""
+def _least(batch_size: int, most: int) -> int:
+    """Images at a time with which there are as few pieces as with `most`."""
     return math.ceil(batch_size / math.ceil(batch_size / most))

@@ -117,8 +117,8 @@ def train_local(
 
 def default_micro_batch(config: RunConfig, tensors: Mapping[str, Tensor], task: LocalTask, batch_size: int) -> int:
     """What `train.micro_batch` gives where memory does not count."""
-    device = next(iter(tensors.values())).device
-    return fitting.micro_batch(config, fitting.measure(config, tensors, task.trained, task.terms, batch_size), batch_size, device)
+    need = fitting.measure(config, tensors, task.trained, task.terms, batch_size)
+    return fitting.micro_batch(config, need, next(iter(tensors.values())).device)
 
 
 def _check(config: RunConfig, images: Images) -> None:

@@ -205,7 +205,7 @@ class Kept:
     """Of one image, until it has been taken back."""
 
     tokens: tuple[int, ...] | None  # shape of what the frozen prefix gives for a view; None without one
-    layers: float  # bytes that a graph through the trained layers holds, of a view
+    layers: float  # bytes that a graph through the trained layers holds, of a view, beside its tokens
     widest: float  # of its largest tensor
     heads: float  # bytes that one through heads and loss holds, of all views
 
@@ -214,21 +214,22 @@ def kept_for_backward(branches: Branches, batch: Batch, config: RunConfig) -> Ke
     """Measured by the graphs of one view of `batch`."""
     run, method, online = _Run(branches, batch, config), METHODS[config.ssl.method], branches.online
     view = View(0, run.frozen(0))
-    found, layers = _graph_bytes(online, lambda: run.represent(view, graph=True))
+    given = () if view.tokens is None else (view.tokens,)
+    found, layers = _graph_bytes((*online.parameters(), *given), lambda: run.represent(view, graph=True))
     views = [found.detach().clone().requires_grad_() for _ in batch.views]
 
     def loss() -> Tensor:
         projected = [method.project(online, one) for one in views]
         return method.loss(online, views, projected, [one.detach() for one in projected], config.ssl)
 
-    _, heads = _graph_bytes(online, loss)
+    _, heads = _graph_bytes(online.parameters(), loss)
     shape, count = None if view.tokens is None else tuple(view.tokens.shape[1:]), len(batch.images)
     return Kept(shape, sum(layers) / count, max(layers, default=0) / count, sum(heads) / count)
 
 
-def _graph_bytes(network: Encoder, forward: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
-    """What `forward` gives, and the bytes of each tensor that its graph holds beside the weights."""
-    seen = {tensor.untyped_storage().data_ptr() for tensor in network.parameters()}
+def _graph_bytes(given: Iterable[Tensor], forward: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
+    """What `forward` gives, and the bytes of each tensor that its graph holds beside those that were `given`."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in given}
     held: list[int] = []
 
     def hold(tensor: Tensor) -> Tensor:

@@ -42,13 +42,13 @@ def _accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
     for name, label, colour in (("knn", "kNN", GREEN), ("probe", "linear probe", BLUE)):
         values = [100 * point[name] for point in points]
         axes.plot(values, "o-", color=colour, label=label)
-        apart = {"xytext": (7, 2), "va": "top"} if name == lower else {"xytext": (7, -2), "va": "bottom"}
+        offset, side = (-1, "top") if name == lower else (1, "bottom")  # of its point, so that they do not cover each other
         end = len(values) - 1, values[-1]
-        axes.annotate(f"{values[-1]:.0f} %", end, textcoords="offset points", color=colour, bbox=PLAIN, **apart)
+        axes.annotate(f"{values[-1]:.0f} %", end, xytext=(7, offset), textcoords="offset points", va=side, color=colour, bbox=PLAIN)
     for name, label, style in (("end_to_end", "end to end, kNN", "--"), ("raw_pixels", "raw pixels, kNN", ":")):
         axes.axhline(100 * report[name]["knn"], color=GREY, linestyle=style, label=label)
     title(axes, "Accuracy on digits no device has seen")
-    axes.set(ylabel="%", ylim=(0, 102), xlim=(-0.2, len(points) - 0.4))
+    axes.set(ylabel="%", ylim=(0, 107), xlim=(-0.2, len(points) - 0.4))
     axes.set_xticks(range(len(points)), ["random\nweights", *(f"stage {record['stage']}" for record in report["stages"])])
     axes.legend(frameon=False, loc="lower right")
 

@@ -15,10 +15,11 @@ machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from mmap import mmap
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +47,18 @@ LARGEST = 63  # not 127: once compressed it takes an eighth fewer bytes, and wha
 RANDOM = np.uint16  # random numbers that a rounding takes, one a value
 
 
-class Encoded(NamedTuple):
-    """A file of differences; by the names of their tensors, float32: what decoding it gives, and the residual."""
+@dataclass(frozen=True)
+class Encoded:
+    """A file of differences, and the residual of each tensor, float32."""
 
     data: bytes
-    sent: dict[str, Array]
     residual: dict[str, Array]
+    raw: bytes  # before compression
+    layout: Layout
+
+    def sent(self, name: str) -> Array:
+        """What decoding gives."""
+        return self.layout.read(self.raw, name)
 
 
 def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -> Encoded:
@@ -74,24 +81,28 @@ def encode(deltas: Mapping[str, Array], codec: Codec, top_k: float, seed: int) -
     raw = b"".join([*scales, *(piece for form in DTYPES for piece in written[form])])
     layout = Layout({name: tensor.shape for name, tensor in kept.items()}, codec)
     with np.errstate(all="ignore"):  # what is not finite is found below
-        sent = {name: layout.read(raw, name) for name in kept}
-        residual = {name: deltas[name] - sent[name] for name in kept}
+        residual = {name: deltas[name] - layout.read(raw, name) for name in kept}
     for name, tensor in residual.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"the difference of tensor {name} is not finite, or too large")
-    return Encoded(MAGIC + zstd.compress(raw, LEVEL), sent, residual)
+    return Encoded(MAGIC + zstd.compress(raw, LEVEL), residual, raw, layout)
 
 
 def decode(data: bytes, shapes: Shapes, codec: Codec) -> dict[str, Array]:
     """What a file holds, float32 by the names of `shapes`. Raises InvalidPayload unless it is exactly of them, and finite."""
+    return dict(iterate(data, shapes, codec))
+
+
+def iterate(data: bytes, shapes: Shapes, codec: Codec) -> Iterator[tuple[str, Array]]:
+    """The same, each tensor read and checked when its turn comes."""
     layout = Layout(shapes, codec)
     raw = decompress(data, layout)
-    with np.errstate(all="ignore"):  # numpy would warn of what is refused here
-        found = {name: layout.read(raw, name) for name in shapes}
-    for name, tensor in found.items():
-        if not np.isfinite(tensor).all():
+    for name in shapes:
+        with np.errstate(all="ignore"):  # numpy would warn of what is refused here
+            found = layout.read(raw, name)
+        if not np.isfinite(found).all():
             raise NotFinite(f"tensor {name} holds values that are not finite")
-    return found
+        yield name, found
 
 
 def decompress(data: bytes, layout: Layout) -> bytes:

@@ -108,7 +108,8 @@ def test_a_plan_holds_for_a_micro_batch_that_is_prescribed(tmp_path, settings):
     planned = next(event for event in heard if isinstance(event, events.WorkerPlanned))
     if done.memory.peak_source != "VmHWM":
         pytest.skip("this system has no clear_refs")
-    assert done.memory.peak_mb <= planned.needs_mb <= 1.3 * done.memory.peak_mb
+    took, needs = done.memory.peak_mb - done.memory.baseline_mb, planned.needs_mb - done.memory.baseline_mb
+    assert took <= needs <= 1.4 * took
 
 
 def test_a_process_beyond_its_budget_says_so_once(monkeypatch):

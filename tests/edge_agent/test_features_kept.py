@@ -56,7 +56,7 @@ def test_features_in_memory_are_counted_in_what_a_stage_needs(tmp_path):
 
 def test_features_go_to_a_file_where_memory_has_no_room_beside_training(tmp_path, monkeypatch):
     made = config(*REUSED, "train.features_in=memory", "train.micro_batch=4")
-    need = fitting.Need(fixed=1e6, per_image=1e5, features=5e6)
+    need = fitting.Need(fixed=1e6, per_image=1e5, batch_size=8, features=5e6)
     monkeypatch.setattr(fitting, "measure", lambda *_: need)
     monkeypatch.setattr(fitting, "CODE_BYTES", 0.0)
     monkeypatch.setattr(fitting, "code_bytes", lambda *_: 0.0)

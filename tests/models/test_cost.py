@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lwfed.config import load_config
-from lwfed.models import step
-from lwfed.models.cost import count, memory_bytes, paper_bytes, paper_macs, stage_cost, true_macs
+from lwfed.models import fitting, step
+from lwfed.models.cost import count, kept_by_layers, memory_bytes, paper_bytes, paper_macs, stage_cost, true_macs
 from lwfed.models.initial import init_parts
 from lwfed.models.measure import CONVOLUTION, measure
 from lwfed.models.shapes import shapes
-from lwfed.models.step import Means, Terms, backward, draw_batch, prepare
+from lwfed.models.step import METHOD_ALONE, Means, Terms, backward, draw_batch, prepare
 
 from .conftest import TINY
 
@@ -45,6 +45,16 @@ def counted(config, stage, skip=frozenset(), formulas=None):
     with one_by_one, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         backward(made, batch, config, terms)
     return counter.get_total_flops() / 2 / len(images)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("strategy", "stage"), STRATEGIES)
+def test_layers_keep_as_much_as_a_device_measures(strategy, stage, method):
+    """Both choose the micro-batch by it. A decoder's tokens that are not of the encoder are a device's alone."""
+    config = load_config("demo", [f"stages.strategy={strategy}", f"ssl.method={method}"])
+    plan = config.plan(stage)
+    found = fitting.measure(config, init_parts(config, plan.present), plan.trained, METHOD_ALONE, 8).per_image
+    assert found == pytest.approx(kept_by_layers(plan, measure(config)), rel=0.03 if method == "mae" else EXACT)
 
 
 @pytest.fixture(scope="module")

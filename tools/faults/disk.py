@@ -8,7 +8,6 @@ was at the last sync or as it is now, and so is the content of each file, or a m
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from random import Random
 
@@ -21,15 +20,11 @@ class Disk:
         self._names: dict[Path, Names] = {}  # of folders that were synced
 
     def sync(self, path: Path) -> None:
-        handle = os.open(path, os.O_RDONLY)
         try:
-            found = os.fstat(handle)
-            if stat.S_ISDIR(found.st_mode):
-                self._names[path] = _names(path)
-            else:
-                self._contents[found.st_ino] = os.read(handle, found.st_size)
-        finally:
-            os.close(handle)
+            with path.open("rb") as file:
+                self._contents[os.fstat(file.fileno()).st_ino] = file.read()
+        except IsADirectoryError:
+            self._names[path] = _names(path)
 
     def lose_power(self, root: Path, random: Random) -> None:
         """What is below `root` becomes what its disk has at a power cut."""

@@ -208,9 +208,10 @@ class Reference:
         codec, lost = self._config.transfer.codec, self._lost.get(what, {})
         assert codec != "fp32"
         wanted = {name: after[name] - before[name] + lost.get(name, np.float32(0)) for name in after}
-        data, _, self._lost[what] = deltas.encode(wanted, codec, top_k, seed)
-        sent = deltas.decode(data, {name: tensor.shape for name, tensor in after.items()}, codec)  # as devices do
-        return data, {name: before[name] + sent[name] for name in after}
+        encoded = deltas.encode(wanted, codec, top_k, seed)
+        self._lost[what] = encoded.residual
+        sent = deltas.decode(encoded.data, {name: tensor.shape for name, tensor in after.items()}, codec)  # as devices do
+        return encoded.data, {name: before[name] + sent[name] for name in after}
 
     def _aggregated(self, plan: StagePlan, weights: dict[int, canned.Tensors]) -> canned.Model:
         """`weights`: of each participant."""
