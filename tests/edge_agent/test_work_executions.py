@@ -66,11 +66,12 @@ def test_features_that_had_no_room_in_memory_leave_none(world):
 
 
 def test_a_batch_that_is_small_itself_is_cut_all_the_same(world):
-    server, device = world.training(stage=2, config=load_config("demo", ["transfer.chunk_bytes=1024", "train.batch_size=4"]))
+    _, device = world.training(stage=2, config=load_config("demo", ["transfer.chunk_bytes=1024", "train.batch_size=4"]))
     device.queue.append(WorkerPlanned(prefix="torch", micro_batch=4, reason="as many as there are", needs_mb=300.0))
     device.queue.append(WorkerError("out of memory", "ended by SIGKILL"))
     world.settle()
-    assert "with the least memory, since memory ran out: 3 images at a time instead of 4" in device.texts("warning")[-1]
+    text = "stage 2 goes on with the least memory, since memory ran out: 3 images at a time instead of 4; "
+    assert text + "its updates cannot be repeated bit for bit" in device.texts("warning")
 
 
 def test_the_least_that_a_stage_takes_is_by_the_engine_of_its_plan_where_that_takes_less_than_torch(world):
