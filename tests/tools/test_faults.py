@@ -25,7 +25,7 @@ from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Schedule,
 from lwfed.tools.faults.world import World
 from lwfed.wire.upload import Upload
 
-SCHEDULES = 100
+SCHEDULES = 400
 MANY = 2000
 
 
