@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
 from lwfed.console import counted
-from lwfed.edge_agent.events import LEAST_IMAGES, Effect, Tell, WorkerPlanned, WorkerReady
+from lwfed.edge_agent.events import Effect, Tell, WorkerPlanned, WorkerReady
 from lwfed.edge_agent.journal import Journal, Planned
+from lwfed.edge_agent.least import least_images
 from lwfed.plan import PrefixEngine
 from lwfed.wire.messages import Task
 from lwfed.wire.report import Execution
@@ -63,7 +63,7 @@ class Executions:
         if before is None:
             return []  # before anything was planned: perhaps others took the memory
         planned = self._journal.planned(task.run, task.stage)
-        least = before.model_copy(update={"micro_batch": _least_images(before, config)})
+        least = before.model_copy(update={"micro_batch": least_images(config, before.micro_batch, config.train.batch_size)})
         if planned is None or planned.least == "torch":
             least = least.model_copy(update={"prefix": "torch", "onnxruntime": None})
         in_memory = _may_keep_features(config, task.stage) if planned is None else planned.features_in_memory
@@ -79,13 +79,6 @@ class Executions:
         if least != before:
             text += "; its updates cannot be repeated bit for bit"
         return [Tell("warning", text, {"prefix": least.prefix, "micro_batch": least.micro_batch})]
-
-
-def _least_images(before: Execution, config: RunConfig) -> int:
-    """At a time, and not the whole batch, of which all views are kept at once. Backbones with statistics of the batch take it whole."""
-    if config.model.backbone in CONVOLUTIONAL:
-        return before.micro_batch
-    return min(before.micro_batch, LEAST_IMAGES, max(1, config.train.batch_size - 1))
 
 
 def _may_keep_features(config: RunConfig, stage: int) -> bool:

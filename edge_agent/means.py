@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lwfed.backbones import CONVOLUTIONAL
 from lwfed.config import RunConfig
-from lwfed.edge_agent.events import LEAST_IMAGES
+from lwfed.edge_agent.least import least_images
 from lwfed.edge_agent.resources import MB, SHARE, own_share_bytes, resident_mb
 from lwfed.errors import Unfit
 from lwfed.models import fitting
@@ -40,7 +40,7 @@ class Found:
     reason: str  # for people
     needs_mb: float  # what this process has to be allowed for the same plan
     features_bytes: float = 0.0  # of memory, for those of views that are used again; 0: they go to a file
-    least: PrefixEngine = "torch"  # this engine or torch: which takes less, with `LEAST_IMAGES` at a time
+    least: PrefixEngine = "torch"  # this engine or torch: which takes less, with the fewest images at a time
 
     @property
     def engine(self) -> PrefixEngine:
@@ -232,7 +232,7 @@ class _Search:
         batches of 256 on; as measured it takes no more than torch from 64 on, and so it does by this reckoning.
         """
         size = fitting.sizes(self.config, need, self._device)[0]
-        return need.of(size if self.config.model.backbone in CONVOLUTIONAL else min(size, LEAST_IMAGES, max(1, self._batch_size - 1)))
+        return need.of(least_images(self.config, size, self._batch_size))
 
     def _on_cpu(self, need: fitting.Need, prefix: Prefix | None, reason: str, least: float = 0.0, judged: float = math.inf) -> Found:
         """`least`: bytes without which this would not have been tried; `judged`: images at a time by which `prefix` was found fit."""

@@ -167,7 +167,7 @@ def micro_batch(config: RunConfig, need: Need, device: torch.device, room: float
 
 def sizes(config: RunConfig, need: Need, device: torch.device) -> list[int]:
     """Numbers of images at a time that `train.micro_batch` allows, the best one first; with `auto` the least for each number of pieces."""
-    size = piece_size(config, need.batch_size, need.per_image, device.type == "cpu")
+    size = piece_size(config, need.batch_size, need.per_image, PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES)
     if config.train.micro_batch != "auto" or config.model.backbone in CONVOLUTIONAL:
         return [size]
     return sorted({_least(need.batch_size, one) for one in range(1, size + 1)}, reverse=True)
@@ -178,17 +178,16 @@ def unfit(takes: float, room: float) -> Unfit:
     return Unfit(f"training in this stage takes {takes / 1e6:.0f} MB more, and there is room for {max(0, room) / 1e6:.0f} MB")
 
 
-def piece_size(config: RunConfig, batch_size: int, per_image: float, on_cpu: bool = True) -> int:
+def piece_size(config: RunConfig, batch_size: int, per_image: float, piece_bytes: float = PIECE_BYTES) -> int:
     """The best of `sizes`; `per_image` bytes of an image are kept by the layers, of a view."""
     wanted = config.train.micro_batch
     if wanted is None or config.model.backbone in CONVOLUTIONAL:
         return batch_size
     if wanted != "auto":
         return min(batch_size, wanted)
-    if on_cpu and batch_size * per_image <= WHOLE_BYTES:
+    if batch_size * per_image <= WHOLE_BYTES:
         return batch_size
-    fast = max(LEAST_PIECE, int((PIECE_BYTES if on_cpu else GPU_PIECE_BYTES) // per_image))
-    return _least(batch_size, fast)
+    return _least(batch_size, max(LEAST_PIECE, int(piece_bytes // per_image)))
 
 
 def _least(batch_size: int, most: int) -> int:

@@ -17,6 +17,7 @@ from lwfed.models.initial import init_parts
 from lwfed.models.measure import CONVOLUTION, measure
 from lwfed.models.shapes import shapes
 from lwfed.models.step import METHOD_ALONE, Means, Terms, backward, draw_batch, prepare
+from lwfed.plan import PREDICTOR
 
 from .conftest import TINY
 
@@ -182,6 +183,15 @@ def test_memory_counts_what_heads_keep_and_what_the_prefix_gives(paper):
     assert whole - without(**heads) == pytest.approx(2 * 512 * kept)
     given = measured.parts["layer.11"].given_bytes
     assert whole - without(**{"layer.11": {"given_bytes": 0.0}}) == pytest.approx(2 * 512 * given)
+
+
+def test_where_much_is_trained_by_few_images_a_step_of_the_optimiser_takes_most():
+    """A copy of the second moments, beside weights, their copy, gradients, two moments and the target branch."""
+    config = load_config("resnet18", ["model.image_size=32", "train.batch_size=2"])
+    plan, found = config.plan(4), measure(config)
+    branches = count(found, set(plan.trained) - {PREDICTOR})
+    held = 4 * (count(found, plan.present) + 5 * count(found, plan.trained) + branches)
+    assert memory_bytes(config, plan, found) == pytest.approx(held + fitting.CODE_BYTES)
 
 
 def test_a_micro_batch_costs_computation_and_saves_memory(paper):

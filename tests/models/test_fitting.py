@@ -141,6 +141,10 @@ def test_a_batch_hardly_larger_than_what_is_fast_is_one_piece_and_others_are_as_
     assert micro_batch(tiny(), Need(1e6, PIECE_BYTES / 16, batch_size), CPU) == expected
 
 
+def test_a_gpu_takes_larger_pieces(tiny):
+    assert micro_batch(tiny(), Need(1e6, fitting.GPU_PIECE_BYTES / 16, 24), torch.device("cuda")) == 12
+
+
 def test_a_whole_batch_for_which_there_is_no_room_is_cut_in_two(tiny):
     takes = Need(1e6, PIECE_BYTES / 16, view_count=2, batch_size=20)
     assert micro_batch(tiny(), takes, CPU, takes.of(20) - 1) == 10
