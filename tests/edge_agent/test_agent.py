@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -36,12 +38,16 @@ from lwfed.wire.topics import Topics
 
 TOPICS = Topics("default")
 SMALL = ["model.width=8", "model.heads=2", "model.image_size=8", "ssl.hidden_dim=8", "ssl.output_dim=8", "train.epochs=2"]
-CONFIG = load_config("demo", [*SMALL, "transfer.codec=fp32", "worker.sample_s=0.1"])
-PARTS = ("stem", "layer.1", "norm", "projector", "predictor")
+EXACT = [*SMALL, "transfer.codec=fp32", "worker.sample_s=0.1"]
+CONFIG = load_config("demo", EXACT)
+LONGER = load_config("demo", [*EXACT, "train.epochs=10"])  # for this process, however slow, to do something meanwhile
 
 
-def weights():
-    return {part: tensors.encode({name: tensor.numpy() for name, tensor in init_part(CONFIG, part).items()}) for part in PARTS}
+def weights(config, stage):
+    def encoded(part):
+        return tensors.encode({name: tensor.numpy() for name, tensor in init_part(config, part).items()})
+
+    return {part: encoded(part) for part in config.plan(stage).present}
 
 
 class Hosted(Agent):
@@ -69,10 +75,10 @@ def as_many_threads_as_a_worker():
 
 @pytest.fixture
 def host(tmp_path, server_class):
-    def make(script, data="digits", budget_mb=None):
+    def make(script, data="digits", budget_mb=None, config=CONFIG, stage=1):
         broker = MemoryBroker()
-        server = server_class(broker, tmp_path / "server", config=CONFIG)
-        server.parts = {part: server.store.put(data) for part, data in weights().items()}
+        server = server_class(broker, tmp_path / "server", config=config)
+        server.parts = {part: server.store.put(data) for part, data in weights(config, stage).items()}
         agent = Hosted(
             Join(data, "default", "tester", tmp_path / "state", 15, budget_mb), broker.transport(), Screen(Console(as_json=True))
         )
@@ -140,11 +146,18 @@ def paths(server):
     return {part: server.store.path(ref.id) for part, ref in server.parts.items()}
 
 
-def kill_while_it_trains(agent):
-    if agent._process is not None and agent.server.of(Beat):
-        os.kill(agent._process.pid, signal.SIGKILL)
-        return True
-    return False
+@dataclass
+class KillOnce:
+    """The training process, in the middle of its first task."""
+
+    before: Callable[[], object] = lambda: None
+    done: bool = False
+
+    def __call__(self, agent):
+        if not self.done and agent._process is not None and agent.server.of(Beat):
+            self.done = True
+            self.before()
+            os.kill(agent._process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -158,40 +171,39 @@ def vmstat(tmp_path, monkeypatch):
 
 
 def test_a_worker_that_somebody_kills_in_the_middle_of_a_task_leaves_the_same_update(host, capsys, vmstat):
-    killed = []
+    kill = KillOnce()
 
     def script(agent):
         assign_once(agent)
-        if not killed and kill_while_it_trains(agent):
-            killed.append(agent._process.pid)
+        kill(agent)
         if agent.server.received and agent._journal.update is None:
             stop()
 
-    agent = host(script)
+    agent = host(script, config=LONGER)
     agent.run()
-    assert killed
+    assert kill.done
     assert not agent.server.of(Fail)
     (warning,) = [line["text"] for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["event"] == "warning"]
     assert "ended by SIGKILL: somebody did that" in warning
     assert "stage 1, round 1 begins again" in warning
-    images = device_images("digits", CONFIG, 0).pixels
-    undisturbed = trainer.train(CONFIG, 1, 1, 0, trainer.load_parts(CONFIG, 1, paths(agent.server)), images)[0]
+    images = device_images("digits", LONGER, 0).pixels
+    undisturbed = trainer.train(LONGER, 1, 1, 0, trainer.load_parts(LONGER, 1, paths(agent.server)), images)[0]
     assert agent.server.received == [tensors.encode(undisturbed)]
 
 
 def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_reported_and_the_next_takes_less(host, capsys, vmstat):
+    kill = KillOnce(before=lambda: vmstat.write_text("pgfault 9\noom_kill 4\n"))
+
     def script(agent):
         server = agent.server
         assign_once(agent)
-        if not server.of(Fail) and agent._process is not None and server.of(Beat):
-            vmstat.write_text("pgfault 9\noom_kill 4\n")
-            kill_while_it_trains(agent)
+        kill(agent)
         if server.of(Fail) and agent._journal.task is None and not server.received:
             server.assign(server.greeted[0])
         if server.received and agent._journal.update is None:
             stop()
 
-    agent = host(script)
+    agent = host(script, config=LONGER)
     agent.run()
     assert [fail.code for fail in agent.server.of(Fail)] == ["memory"]
     assert "memory ran out" in agent.server.of(Fail)[0].reason
@@ -221,11 +233,8 @@ def test_a_worker_that_the_kernel_kills_in_a_control_group_is_reported_and_the_n
         if server.received and agent._journal.update is None:
             stop()
 
-    agent = host(script, str(tmp_path / "images.npz"), budget_mb=20_000)  # of which the group leaves 384
+    agent = host(script, str(tmp_path / "images.npz"), budget_mb=20_000, config=config)  # of which the group leaves 384
     server = agent.server
-    server.config = server.store.put(config.to_bytes())
-    held = {part: {name: tensor.numpy() for name, tensor in init_part(config, part).items()} for part in config.plan(1).present}
-    server.parts = {part: server.store.put(tensors.encode(tensors_of)) for part, tensors_of in held.items()}
     with limit.group() as group:
         monkeypatch.setattr(process, "Child", partial(child.Child, within=group.command))
         agent.run()
@@ -260,12 +269,8 @@ def test_a_runtime_that_crashes_costs_a_round_and_torch_does_the_next(host, tmp_
     (tmp_path / "photos").mkdir()
     for number in range(8):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
-    agent = host(script, data=str(tmp_path / "photos"))
-    store, parts = agent.server.store, config.plan(2).present
-    agent.server.config = store.put(config.to_bytes())
-    held = {part: {name: tensor.numpy() for name, tensor in init_part(config, part).items()} for part in parts}
-    blobs = {part: store.put(tensors.encode(tensors_of)) for part, tensors_of in held.items()}
-    place = {"stage": 2, "parts": blobs, "graphs": {"onnx": store.put(b"graph")}}
+    agent = host(script, data=str(tmp_path / "photos"), config=config, stage=2)
+    place = {"stage": 2, "parts": agent.server.parts, "graphs": {"onnx": agent.server.store.put(b"graph")}}
     agent.run()
     (fail,) = agent.server.of(Fail)
     assert (fail.code, fail.round) == ("worker", 1)
@@ -368,7 +373,7 @@ def test_the_control_process_is_small_and_imports_neither_torch_nor_numpy():
 
 
 def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
-    for part, data in weights().items():
+    for part, data in weights(CONFIG, 1).items():
         (tmp_path / part).write_bytes(data)
     (tmp_path / "config").write_bytes(CONFIG.to_bytes())
     files = {name: str(tmp_path / name) for name in ("config", "kept", "out")}
@@ -376,7 +381,7 @@ def test_the_training_process_imports_no_more_than_it_needs(tmp_path):
     order = {
         **files,
         **place,
-        "parts": {part: str(tmp_path / part) for part in PARTS},
+        "parts": {part: str(tmp_path / part) for part in CONFIG.plan(1).present},
         "graphs": {},
         "data": "digits",
         "shared": False,
