@@ -17,6 +17,7 @@ from lwfed.signals import on_signals
 if TYPE_CHECKING:
     from lwfed.cloud_server.registry import Registry
 
+run_option = click.option("--state", type=click.Path(path_type=Path), help="Folder of the run. Default: the one run of this user.")
 NO_SERVER = "no server is running: it is done when `cloud-server serve` is started"
 
 
@@ -119,38 +120,38 @@ def status(state: Path | None, database: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@run_option
 @database_option
 @click.option("--now", is_flag=True, help="Withdraw the round under way; it goes on later with the updates that it has.")
-def pause(state: Path, database: str | None, now: bool) -> None:
+def pause(state: Path | None, database: str | None, now: bool) -> None:
     """Let a run begin no further round until `resume`; devices stay connected, and idle."""
     from lwfed.cloud_server.orders import Order
     from lwfed.cloud_server.overview import order
 
-    click.echo("ordered; " + ("the server pauses the run" if order(state, Order(do="pause", now=now), database) else NO_SERVER))
+    click.echo("ordered; " + ("the server pauses the run" if order(run_folder(state), Order(do="pause", now=now), database) else NO_SERVER))
 
 
 @main.command()
-@click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@run_option
 @database_option
-def resume(state: Path, database: str | None) -> None:
+def resume(state: Path | None, database: str | None) -> None:
     """Let a run that was paused go on."""
     from lwfed.cloud_server.orders import Order
     from lwfed.cloud_server.overview import order
 
-    click.echo("ordered; " + ("the server goes on with the run" if order(state, Order(do="resume"), database) else NO_SERVER))
+    click.echo("ordered; " + ("the server goes on with the run" if order(run_folder(state), Order(do="resume"), database) else NO_SERVER))
 
 
 @main.command()
-@click.option("--state", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@run_option
 @database_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.safetensors")
 @click.option("--stage", type=click.IntRange(min=1), help="The model at the end of this stage. Default: the newest.")
-def export(state: Path, database: str | None, out: Path, stage: int | None) -> None:
+def export(state: Path | None, database: str | None, out: Path, stage: int | None) -> None:
     """Write the trained encoder, with timm's tensor names, for others to load."""
     from lwfed.cloud_server.overview import export_from
 
-    found = export_from(state, out, stage, database)
+    found = export_from(run_folder(state), out, stage, database)
     click.echo(f"{out}: encoder after stage {found}")
 
 
@@ -168,6 +169,13 @@ def opened_registry() -> Iterator[Registry]:
 def authority_folder() -> Path:
     """Of all runs of this user; no run can be called so."""
     return default_folder() / "_authority"
+
+
+def run_folder(state: Path | None) -> Path:
+    """What `run_option` says."""
+    from lwfed.cloud_server.overview import only_run
+
+    return state or only_run(default_folder())
 
 
 def default_folder() -> Path:

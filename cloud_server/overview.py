@@ -32,6 +32,14 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
+def only_run(folder: Path) -> Path:
+    """The folder of the one run there is. Raises StateError when there is none, or several."""
+    found = runs_below(folder)
+    if len(found) > 1:
+        raise StateError(f"{folder} has several runs ({', '.join(root.name for root in found)}): say with --state which one")
+    return found[0]
+
+
 def overview(root: Path, database: str | None = None, admissions: Admissions | None = None, as_json: bool = False) -> str:
     """Where the run below `root` stands, as a few aligned lines, or one of JSON. Raises StateError when there is none."""
     if database is None and (tie := Tie.of(root)):

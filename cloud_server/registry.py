@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lwfed.errors import StateError
+from lwfed.sqlite import transaction
 
 FILE_NAME = "devices.sqlite"
 SCHEMA = 1
@@ -158,15 +159,8 @@ class Registry:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._explained():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+        with self._explained(), transaction(self._db):
+            yield
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

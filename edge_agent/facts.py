@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lwfed.errors import StateError
+from lwfed.sqlite import transaction
 
 SCHEMA = 1
 
@@ -56,15 +57,8 @@ class SqliteFacts(Facts):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        with self._explained():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._db.in_transaction:  # SQLite has ended it by itself where the disk is full
-                    self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+        with self._explained(), transaction(self._db):
+            yield
 
     def get(self, key: str) -> str | None:
         with self._explained():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -121,6 +122,24 @@ def test_status_finds_the_runs_of_this_user(run, tmp_path, monkeypatch, finished
     os.rename(finished.root / "server", tmp_path / "cloud-server" / "small")
     assert "small" in CliRunner().invoke(main, ["status"], env=environ).output
     os.rename(tmp_path / "cloud-server" / "small", finished.root / "server")
+
+
+def test_the_one_run_of_this_user_needs_no_state_and_of_two_one_is_named(finished, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    folder, out = tmp_path / "cloud-server", tmp_path / "encoder.safetensors"
+    shutil.copytree(finished.root / "server", folder / "small")
+
+    def said(*words):
+        return CliRunner().invoke(main, [str(word) for word in words], env={"XDG_STATE_HOME": str(tmp_path)})
+
+    assert said("export", "--out", out).exit_code == 0
+    assert out.read_bytes() == finished.course.encoder_path.read_bytes()
+    assert "run small is finished: there is nothing to pause" in said("pause").output
+    shutil.copytree(folder / "small", folder / "other")
+    for words in (["pause"], ["resume"], ["export", "--out", out]):
+        refused = said(*words)
+        assert refused.exit_code == 73
+        assert refused.output == f"error: {folder} has several runs (other, small): say with --state which one\n"
 
 
 def test_export_of_the_newest_model_and_of_a_stage(finished, run, tmp_path, monkeypatch):
