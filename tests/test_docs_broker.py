@@ -49,7 +49,7 @@ def documented(tmp_path_factory):
     assert broker.poll() is None, said
     yield folder, port
     broker.terminate()
-    broker.communicate(timeout=10)
+    broker.communicate(timeout=60)
 
 
 def line_of(program, folder, port, **changes):
@@ -83,7 +83,7 @@ class Client:
         self.next(Connected)
 
     def next(self, kind):
-        while not isinstance(event := self._events.get(timeout=10), kind):
+        while not isinstance(event := self._events.get(timeout=60), kind):
             pass
         return event
 
@@ -136,5 +136,5 @@ def test_a_fleet_trains_through_the_documented_broker(documented):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
     finally:
         device.terminate()
-        device.wait(20)
+        device.wait(60)
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "agent.log").read_text()

@@ -23,7 +23,7 @@ from lwfed.transport.base import Connected, Disconnected, Event, Received, Trans
 from lwfed.transport.memory import MemoryBroker
 from lwfed.transport.mqtt import MqttTransport
 
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
 AMQTT = """
 import asyncio, logging, sys

@@ -17,7 +17,7 @@ from lwfed.transport.base import Connected, Disconnected, Received
 from lwfed.wire.topics import FromDevice, FromToken, Topics
 
 TOPICS = Topics("default")
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 def plugin_missing():

@@ -247,7 +247,7 @@ def test_a_revoked_device_is_cut_off_within_seconds_and_for_good(host, device):
     before = time.monotonic()
     host.beside.revoke("gone")
     gone.next(Disconnected)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 10
     assert isinstance(gone.next(Connected, Disconnected).reason, Refused)
     host.broker._process.send_signal(signal.SIGKILL)
     stays.next(Disconnected)
@@ -303,7 +303,7 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     assert call(cloud_server, "revoke", "porch").exit_code == 0
     assert "Administrative action" in device.wait_for("disconnected")["reason"]
     assert "it may have been revoked (`cloud-server status` says so)" in device.wait_for("disconnected")["reason"]
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 10
     server.wait_for("device", status="is revoked", device="porch")
     monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
     assert re.search("does not let.*may have been revoked", call(edge_agent, "doctor").stdout, re.DOTALL)
