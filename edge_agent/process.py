@@ -23,7 +23,7 @@ class TrainingProcess:
 
     def __init__(self, deliver: Callable[[FromChild], None], threads: int) -> None:
         self._child = Child(WORKER, deliver, {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
-        self._meter = Meter(self._child.pid)
+        self._meter = Meter(self._child.process)
         self._sample_s = 0.0
         self.next_sample: float | None = None  # by time.monotonic, while a task runs
 

@@ -26,9 +26,9 @@ SHARE = 0.8  # of what is available, where no budget is given
 class Meter:
     """Watches one process; `now` is in seconds on any clock."""
 
-    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
-        self._process = psutil.Process(pid)
-        self._proc = proc / str(pid)
+    def __init__(self, process: psutil.Process, proc: Path = Path("/proc")) -> None:
+        self._process = process
+        self._proc = proc / str(process.pid)
         self.baseline_mb = 0.0
         self.rss_mb = 0.0  # at the last sample
         self._curve: list[Reading] = []

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
+import psutil
+
 from lwfed.control_groups import PROC, OomKills
 from lwfed.errors import LwfedError
 
@@ -54,7 +56,7 @@ class Child:
         ours, theirs = os.pipe()
         self._lines = open(ours, "rb")  # noqa: SIM115 - closed by `close`
         try:
-            self._process = subprocess.Popen(
+            self._popen = subprocess.Popen(
                 [*within, sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=2,
@@ -64,30 +66,31 @@ class Child:
             )
         finally:
             os.close(theirs)
-        _give_way(self._process.pid)
+        self.process = psutil.Process(self._popen.pid)  # before the reader may wait for it: from then on its pid may be anybody's
+        _give_way(self.pid)
         self._reader = threading.Thread(target=self._read, name=f"read {module}", daemon=True)
         self._reader.start()
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     def send(self, data: Json) -> None:
         """Hand over one line; a child that is gone is reported by its `Ended`, not here."""
-        assert self._process.stdin is not None
+        assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(data).encode() + b"\n")
-            self._process.stdin.flush()
+            self._popen.stdin.write(json.dumps(data).encode() + b"\n")
+            self._popen.stdin.flush()
 
     def kill(self) -> None:
         """End it now and wait until its memory is free; `Ended` follows."""
-        self._process.kill()
-        self._process.wait()
+        self._popen.kill()
+        self._popen.wait()
 
     def close(self) -> None:
         """Let an ended child go, and wait for its last event; idempotent."""
         self._reader.join()
-        for pipe in (self._process.stdin, self._lines):
+        for pipe in (self._popen.stdin, self._lines):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
@@ -96,7 +99,7 @@ class Child:
         for line in self._lines:
             with contextlib.suppress(ValueError):  # the last line of a child that was killed may be cut off
                 self._deliver(Said(self, json.loads(line)))
-        code, no_memory = self._process.wait(), self._oom_kills.happened()
+        code, no_memory = self._popen.wait(), self._oom_kills.happened()
         self._deliver(Ended(self, kind_of_end(code, no_memory), describe_exit(code, no_memory)))
 
 

@@ -1,4 +1,4 @@
-import os
+import queue
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from lwfed.edge_agent import process
+from lwfed.edge_agent.events import WorkerError
 from lwfed.edge_agent.resources import Meter, available_bytes, resident_mb, share_mb
 from lwfed.wire.report import MAX_CURVE
 
@@ -38,7 +39,7 @@ def hog():
 
 
 def test_the_peak_between_samples_is_seen_and_does_not_carry_over(hog):
-    meter = Meter(hog.pid)
+    meter = Meter(psutil.Process(hog.pid))
     meter.take_baseline()
     assert 1 < meter.baseline_mb < 100
     meter.begin(10.0)
@@ -54,7 +55,7 @@ def test_the_peak_between_samples_is_seen_and_does_not_carry_over(hog):
 
 
 def test_without_proc_the_samples_count_and_are_marked(hog, tmp_path):
-    meter = Meter(hog.pid, proc=tmp_path)
+    meter = Meter(psutil.Process(hog.pid), proc=tmp_path)
     meter.begin(0.0)
     hog.take(100_000_000)
     memory = meter.finish(1.0)
@@ -63,7 +64,7 @@ def test_without_proc_the_samples_count_and_are_marked(hog, tmp_path):
 
 
 def test_a_long_curve_is_thinned_evenly(hog):
-    meter = Meter(hog.pid)
+    meter = Meter(psutil.Process(hog.pid))
     meter.begin(0.0)
     for second in range(1, 300):
         meter.sample(float(second))
@@ -73,7 +74,7 @@ def test_a_long_curve_is_thinned_evenly(hog):
 
 
 def test_a_process_that_ended_is_no_error(hog):
-    meter = Meter(hog.pid)
+    meter = Meter(psutil.Process(hog.pid))
     meter.begin(0.0)
     hog.kill()
     hog.wait()
@@ -141,9 +142,28 @@ def test_limits_of_control_groups_of_version_1_count(tmp_path, path):
 @pytest.mark.parametrize("budget_mb", [None, 400.0, 1.0])
 def test_of_the_budget_the_training_process_gets_what_its_agent_leaves(monkeypatch, budget_mb):
     sent = []
-    child = SimpleNamespace(pid=os.getpid(), send=sent.append)
+    child = SimpleNamespace(process=psutil.Process(), send=sent.append)
     monkeypatch.setattr(process, "Child", lambda *_: child)
     monkeypatch.setattr(process, "Meter", lambda _: SimpleNamespace(begin=lambda now: None))
     monkeypatch.setattr(process, "share_mb", lambda: 57.0)
     process.TrainingProcess(sent.append, 1).train({"do": "train", "budget_mb": budget_mb}, 1.0)
     assert sent == [{"do": "train", "budget_mb": {None: None, 400.0: 343.0, 1.0: 0.0}[budget_mb]}]
+
+
+def test_a_training_process_that_is_gone_before_anybody_looks_at_it_has_ended_like_any_other(monkeypatch):
+    said = queue.SimpleQueue()
+
+    class Late(Meter):
+        def __init__(self, *watched):
+            said.put(said.get(timeout=60))  # its end: what was its pid may belong to anybody by now
+            super().__init__(*watched)
+
+    monkeypatch.setattr(process, "WORKER", "missing.module")
+    monkeypatch.setattr(process, "Meter", Late)
+    gone = process.TrainingProcess(said.put, 1)
+    gone.train({"do": "train", "budget_mb": None}, 1.0)
+    gone.sample()
+    event = gone.hear(said.get())
+    assert isinstance(event, WorkerError)
+    assert event.message.startswith("the training process ended with exit code 1")
+    gone.end()

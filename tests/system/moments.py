@@ -107,10 +107,11 @@ class Watch:
                             return
 
     def _looks(self, moment):
-        """As many as there may be until that moment; fails with the last of them, or when the server ends."""
+        """As many as there may be until that moment; fails with the last of them, or when a program ends."""
         for _ in range(LOOKS):
-            if self.server.process.poll() is not None:
-                pytest.fail(f"the server ended before {moment}:\n{self.server.transcript()}")
+            for program in (self.server, *self.devices):
+                if program.process.poll() is not None:
+                    pytest.fail(f"a program ended before {moment}:\n{program.transcript()}")
             yield
         pytest.fail(f"{moment} has not come after {LOOKS} looks: the run is at {self._place()}")
 
