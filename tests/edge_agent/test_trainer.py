@@ -10,7 +10,7 @@ from lwfed.errors import InvalidPayload
 from lwfed.models.initial import init_part
 from lwfed.wire import tensors
 
-from .test_agent import CONFIG, PARTS, SMALL
+from .test_agent import CONFIG, SMALL
 
 
 def test_parts_that_do_not_fit_the_stage_are_refused(tmp_path):
@@ -25,7 +25,7 @@ def test_the_schedule_runs_over_the_whole_run():
 
 
 def test_devices_stages_and_rounds_have_streams_of_their_own():
-    parts = {name: tensor for part in PARTS for name, tensor in init_part(CONFIG, part).items()}
+    parts = {name: tensor for part in CONFIG.plan(1).present for name, tensor in init_part(CONFIG, part).items()}
     pixels = device_images("digits", CONFIG, 0).pixels[:32]
 
     def digest(participant, round):
@@ -37,7 +37,7 @@ def test_devices_stages_and_rounds_have_streams_of_their_own():
 
 def test_the_announced_part_of_the_rate_is_that_of_the_training():
     config = load_config("demo", [*SMALL, "train.lr_schedule=plateau"])
-    parts = {name: tensor for part in PARTS for name, tensor in init_part(config, part).items()}
+    parts = {name: tensor for part in config.plan(1).present for name, tensor in init_part(config, part).items()}
     pixels = device_images("digits", config, 0).pixels[:32]
 
     def change(lr_scale):
