@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from lwfed import errors
+from lwfed import disk, errors
 from lwfed.child import Child, Ended, Json, Said
-from lwfed.errors import LwfedError, StateError, WorkerFailed
+from lwfed.errors import LwfedError, WorkerFailed
 
 MODULE = "lwfed.cloud_server.worker"
 MAX_TRIES = 3
@@ -107,7 +107,7 @@ class Workshop:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         except OSError as error:
-            raise StateError(f"cannot write {self.folder}: {error.strerror or error}") from error
+            raise disk.unusable(f"cannot write {self.folder}: {error.strerror or error}", error) from error
         if self._process is None:
             self._process = self._start(self._deliver)
         assert self._job is not None

@@ -31,7 +31,7 @@ from lwfed.edge_agent.resources import share_mb
 from lwfed.edge_agent.screen import Screen
 from lwfed.edge_agent.session import Session
 from lwfed.edge_agent.work import Places, Work
-from lwfed.errors import ConfigError, MissingDependency, TransportError
+from lwfed.errors import ConfigError, MissingDependency, TransportError, WorkerFailed
 from lwfed.signals import on_signals
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.messages import Hello, Start, State, encode
@@ -157,7 +157,7 @@ class Agent:
         if isinstance(raw, Ended):
             self._process = None
         event = process.hear(raw)
-        if isinstance(event, events.WorkerReady):
+        if isinstance(event, events.WorkerReady) and process.baseline_mb:  # 0: it has ended meanwhile
             self._journal.note_baseline(torch_version() or "", round(process.baseline_mb, 1))
         return event
 
@@ -172,7 +172,10 @@ class Agent:
                     self._screen.show(effect)
                 case StartWorker(threads):
                     self._end_worker()
-                    self._process = TrainingProcess(self._queue.put, threads)
+                    try:
+                        self._process = TrainingProcess(self._queue.put, threads)
+                    except WorkerFailed as error:
+                        self._queue.put(events.WorkerError("exit", str(error)))
                 case Train(order, sample_s):
                     assert self._process is not None
                     self._process.train(order, sample_s)

@@ -45,7 +45,7 @@ def main() -> None:
 @click.option("--name", default="device", show_default=True, help="Tells several agents on one machine apart; each has its own state.")
 @click.option("--state", type=Folder(path_type=Path), help="Folder for journal, model and decoded images.")
 @click.option(
-    "--wait", "wait_s", type=click.FloatRange(min=0.1), default=15, show_default=True, help="Seconds to try the first connection."
+    "--wait", "wait_s", type=click.FloatRange(0.1, 86_400), default=15, show_default=True, help="Seconds to try the first connection."
 )
 @click.option(
     "--memory-budget",
@@ -100,7 +100,7 @@ def join(
 @click.argument("token")
 @click.option("--name", default="device", show_default=True, help="As for `join`.")
 @click.option("--state", type=Folder(path_type=Path), help="As for `join`.")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0.1), default=30, show_default=True, help="Seconds to try.")
+@click.option("--wait", "wait_s", type=click.FloatRange(0.1, 86_400), default=30, show_default=True, help="Seconds to try.")
 def enrol_device(token: str, name: str, state: Path | None, wait_s: float) -> None:
     """Become the device that `cloud-server enrol` printed TOKEN for; then `join` needs no address.
 

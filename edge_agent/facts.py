@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from lwfed import disk
 from lwfed.errors import StateError
 from lwfed.sqlite import transaction
 
@@ -86,10 +87,10 @@ class SqliteFacts(Facts):
             if not isinstance(error, sqlite3.OperationalError):
                 advice = "move the file away to start over as a new device"
             elif "is full" in str(error):
-                advice = "free space on its disk and start again: nothing is lost"
+                advice = "free space on its disk: nothing is lost"
             else:
                 advice = "check that its folder may be written and that its disk works, then start again"
-            raise StateError(f"the agent's journal {self.place} is unusable ({error}): {advice}") from None
+            raise disk.unusable(f"the agent's journal {self.place} is unusable ({error}): {advice}", error) from None
 
 
 class MemoryFacts(Facts):

@@ -104,10 +104,21 @@ class Handover:
             return True
         return self._journal.accepted == Accepted(task=task, epoch=self._epoch)
 
-    def reset(self, epoch: int) -> None:
-        """Connection or server are back."""
+    def reset(self, epoch: int) -> list[Effect]:
+        """Connection or server are back; the broker may take smaller packets than when the update was cut."""
         self._epoch = epoch
         self.ask()
+        if (update := self.update) is None:
+            return []
+        try:
+            chunk_bytes = self.fitting(update.blob.size, update.chunk_bytes, len(update.report.losses))
+        except ConfigError as error:  # kept, it would bar every later round
+            self._settle()
+            return [Tell("warning", f"the update of {where(update.task)} is dropped: {error}")]
+        if chunk_bytes < update.chunk_bytes:
+            self.update = update.model_copy(update={"chunk_bytes": chunk_bytes})
+            self._offer(self.update)
+        return []
 
     def ask(self) -> None:
         """Ask the server at once whether it has the update: when a new round begins it may have taken it, and its word be lost."""

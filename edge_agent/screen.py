@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -14,7 +16,7 @@ from lwfed.edge_agent.events import Show, Tell
 class Screen:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._with_bar = sys.stdout.isatty() and not console.as_json
+        self._with_bar = bool(sys.stdout and sys.stdout.isatty()) and not console.as_json  # no stdout at all: it was closed
         self._bar: Any = None
         self._showing = ("", 0)
 
@@ -25,6 +27,16 @@ class Screen:
     def show(self, progress: Show) -> None:
         if not self._with_bar or not progress.total:
             return
+        with self._until_the_terminal_is_gone():
+            self._draw(progress)
+
+    def end_bar(self) -> None:
+        bar, self._bar, self._showing = self._bar, None, ("", 0)
+        with self._until_the_terminal_is_gone():
+            if bar is not None:
+                bar.__exit__(None, None, None)
+
+    def _draw(self, progress: Show) -> None:
         if self._showing != (progress.what, progress.total):
             self.end_bar()
             self._showing = progress.what, progress.total
@@ -34,8 +46,9 @@ class Screen:
         if progress.done >= progress.total:
             self.end_bar()
 
-    def end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-        self._showing = "", 0
+    @contextmanager
+    def _until_the_terminal_is_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._bar, self._with_bar = None, False

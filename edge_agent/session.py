@@ -9,13 +9,14 @@ order asks for the first or says the second again, less and less often.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from random import Random
 
 from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, Tell
 from lwfed.edge_agent.handover import Link
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
-from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
+from lwfed.errors import DiskTrouble, Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
 from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
 from lwfed.wire import messages, topics
@@ -64,8 +65,9 @@ class TrafficCount:
 
     def save(self) -> None:
         if self._run is not None:
-            self._saved = self._moved()
-            self._journal.count(self._run, self.now())
+            with suppress(DiskTrouble):  # no count is worth the end of the agent; the next one has it all
+                self._journal.count(self._run, self.now())
+                self._saved = self._moved()
 
     def _moved(self) -> int:
         return self._link.received_bytes + self._link.sent_bytes
@@ -250,7 +252,7 @@ class Session:
                 "somebody, or the server has begun anew with its clock behind: set that right and start it again"
             )
         first, self._quiet_until = self._quiet_until is not None, None
-        if not messages.speaks_our_version(state):
+        if state.online and not messages.speaks_our_version(state):
             versions = f"{state.protocol_min} to {state.protocol_max}"
             text = f"the server speaks protocol versions {versions}, this edge-agent {messages.PROTOCOL}: {messages.UPGRADE}"
             return [EndWorker(), Exit(ProtocolMismatch(text))]
@@ -269,7 +271,7 @@ class Session:
         if state.epoch < self._journal.seen.epoch:
             self._journal.saw(Seen(epoch=state.epoch, seq=0))
             effects.append(Tell("warning", "the server has started anew and forgotten earlier runs"))
-        self._work.resume(state.epoch)
+        effects += self._work.resume(state.epoch)
         early, self._early = self._early, None
         return effects + (self._on_run(early) if early else [])
 

@@ -156,10 +156,10 @@ class Work:
         """It has what it takes to work on it, or hands its update over."""
         return (task == self._task and self._phase != "called") or self.handover.covers(task)
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int) -> list[Effect]:
         """Connection or server are back; the server is in its start number `epoch`."""
         self.downloads.reset()
-        self.handover.reset(epoch)
+        return self.handover.reset(epoch)
 
     def poll(self, now: float, online: bool, traffic: Traffic) -> list[Effect]:
         effects = self._advance()

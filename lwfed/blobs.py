@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lwfed import disk
-from lwfed.errors import InvalidPayload, StateError
+from lwfed.errors import DiskTrouble, InvalidPayload
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
 _READ_BYTES = 1 << 20
@@ -135,12 +135,14 @@ class BlobStore:
         return True
 
     def path(self, id: str) -> Path:
-        """Raises StateError when the blob is not held."""
+        """Raises DiskTrouble when the blob is not held."""
         self._demand(id)
         return self._root / id
 
     def read(self, id: str) -> bytes:
-        return self.path(id).read_bytes()
+        path = self.path(id)
+        with _explained(path):
+            return path.read_bytes()
 
     def ref(self, id: str) -> BlobRef:
         self._demand(id)
@@ -152,14 +154,15 @@ class BlobStore:
         if key not in self._manifests:
             ref = self.ref(id)
             check_cut(ref.size, chunk_bytes)
-            with (self._root / id).open("rb") as file:
+            with _explained(self._root), (self._root / id).open("rb") as file:
                 pieces = iter(lambda: file.read(chunk_bytes), b"")
                 digests = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
             self._manifests[key] = Manifest(blob=ref, chunk_bytes=chunk_bytes, digests=digests)
         return self._manifests[key]
 
     def chunk(self, manifest: Manifest, index: int) -> bytes:
-        with self.path(manifest.blob.id).open("rb") as file:
+        path = self.path(manifest.blob.id)
+        with _explained(path), path.open("rb") as file:
             file.seek(index * manifest.chunk_bytes)
             return file.read(manifest.chunk_bytes)
 
@@ -174,23 +177,24 @@ class BlobStore:
         return PartFile(self, path, manifest)
 
     def remove(self, id: str) -> None:
-        (self._root / id).unlink(missing_ok=True)
+        with _explained(self._root):
+            (self._root / id).unlink(missing_ok=True)
         self._refs.pop(id, None)
         for key in [key for key in self._manifests if key[0] == id]:
             del self._manifests[key]
 
     def forget(self, keep: Collection[str]) -> None:
         """Delete all blobs and parts of blobs but those of `keep`."""
-        for name in os.listdir(self._root):
-            if name not in keep and name != self._parts.name:
+        with _explained(self._root):
+            for name in _files(self._root) - set(keep):
                 self.remove(name)
-        for name in os.listdir(self._parts):
-            if name.partition("-")[0] not in keep:
-                (self._parts / name).unlink()
+            for name in _files(self._parts):
+                if name.partition("-")[0] not in keep:
+                    (self._parts / name).unlink(missing_ok=True)
 
     def _demand(self, id: str) -> None:
         if not self.has(id):
-            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+            raise DiskTrouble(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; the next start fetches or rebuilds it")
 
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:
@@ -286,7 +290,14 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateError(f"cannot write {error.filename or path}: {error.strerror or error}; check free space and permissions") from error
+        text = f"cannot use {error.filename or path}: {error.strerror or error}; check free space and permissions"
+        raise disk.unusable(text, error) from error
+
+
+def _files(folder: Path) -> set[str]:
+    """Their names; folders are of others, such as tools that index or snapshot."""
+    with os.scandir(folder) as found:
+        return {one.name for one in found if not one.is_dir(follow_symlinks=False)}
 
 
 def _digest(path: Path) -> str:

@@ -8,6 +8,7 @@ its stdin closes. Its stdout is its parent's stderr: libraries print what they l
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -17,16 +18,17 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Literal, Protocol, cast, get_args
 
 import psutil
 
 from lwfed.control_groups import PROC, OomKills
-from lwfed.errors import LwfedError
+from lwfed.errors import LwfedError, WorkerFailed
 
 Json = dict[str, Any]
 OOM_SCORE = 500  # above its parent's: of 1000, which stand for all memory that there is
 OUTPUT_VARIABLE = "LWFED_CHILD_OUTPUT"  # the file descriptor that a child writes its lines to
+ORDER_BYTES = 1 << 20  # that a child need not have read: what a system lets anybody have
 EndKind = Literal["out of memory", "killed", "crashed", "exit"]  # killed: by somebody, with the memory that it had
 END_KINDS: tuple[EndKind, ...] = get_args(EndKind)
 CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE}
@@ -51,25 +53,24 @@ class Child:
     def __init__(
         self, module: str, deliver: Callable[[Said | Ended], None], env: Mapping[str, str] | None = None, within: Sequence[str] = ()
     ) -> None:
-        """`within` is a command that becomes the one that follows it, such as one that limits memory first."""
+        """`within` is a command that becomes the one that follows it, such as one that limits memory first.
+
+        Raises WorkerFailed where the system has no process, thread or file to give.
+        """
         self._deliver, self._oom_kills = deliver, OomKills()
-        ours, theirs = os.pipe()
-        self._lines = open(ours, "rb")  # noqa: SIM115 - closed by `close`
         try:
-            self._popen = subprocess.Popen(
-                [*within, sys.executable, "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=2,
-                pass_fds=[theirs],
-                env={**os.environ, **(env or {}), OUTPUT_VARIABLE: str(theirs)},
-                start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
-            )
-        finally:
-            os.close(theirs)
+            self._popen, self._lines = _start([*within, sys.executable, "-m", module], env or {})
+        except OSError as error:
+            raise WorkerFailed(f"a process of its own cannot be started: {error.strerror or error}") from None
         self.process = psutil.Process(self._popen.pid)  # before the reader may wait for it: from then on its pid may be anybody's
         _give_way(self.pid)
         self._reader = threading.Thread(target=self._read, name=f"read {module}", daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError as error:
+            self.kill()
+            self._close_pipes()
+            raise WorkerFailed(f"nobody can listen to a process of its own: {error}") from None
 
     @property
     def pid(self) -> int:
@@ -90,6 +91,9 @@ class Child:
     def close(self) -> None:
         """Let an ended child go, and wait for its last event; idempotent."""
         self._reader.join()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for pipe in (self._popen.stdin, self._lines):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
@@ -101,6 +105,29 @@ class Child:
                 self._deliver(Said(self, json.loads(line)))
         code, no_memory = self._popen.wait(), self._oom_kills.happened()
         self._deliver(Ended(self, kind_of_end(code, no_memory), describe_exit(code, no_memory)))
+
+
+def _start(command: Sequence[str], env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """The process, and the pipe of what it says. Raises OSError."""
+    ours, theirs = os.pipe()
+    lines = open(ours, "rb")  # noqa: SIM115 - the caller's
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=2,
+            pass_fds=[theirs],
+            env={**os.environ, **env, OUTPUT_VARIABLE: str(theirs)},
+            start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
+        )
+    except BaseException:
+        lines.close()
+        raise
+    finally:
+        os.close(theirs)
+    with contextlib.suppress(AttributeError, OSError):  # of Linux: `send` must not wait for one that is busy with its imports
+        fcntl.fcntl(cast(BinaryIO, process.stdin), fcntl.F_SETPIPE_SZ, ORDER_BYTES)
+    return process, lines
 
 
 def _give_way(pid: int) -> None:
@@ -128,11 +155,18 @@ def describe_exit(code: int, no_memory: bool | None = None) -> str:
         False: "somebody did that, or a program like earlyoom; by the kernel's count memory had not run out",
         None: "probably because memory ran out",
     }
-    hints = {
+    hints: dict[int, str] = {
         signal.SIGKILL: killed[no_memory],
         signal.SIGILL: "torch was built for another processor: see `edge-agent doctor`",
     }
-    return f"ended by {signal.Signals(-code).name}" + (f": {hints[signal.Signals(-code)]}" if -code in hints else "")
+    return f"ended by {_name(-code)}" + (f": {hints[-code]}" if -code in hints else "")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of those for real time most have none
+        return f"signal {number}"
 
 
 class Handler(Protocol):

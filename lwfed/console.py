@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -12,15 +13,19 @@ import click
 
 
 class Console:
+    """Goes on in silence where nobody can listen: a full disk of logs, or a terminal that is gone, must not end a service."""
+
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
 
     def say(self, event: str, text: str, **fields: Any) -> None:
         """Report `event`: its `text` to a person, its `fields` (with ``event``, ``time``, ``text``) as JSON."""
         if self.as_json:
-            click.echo(json.dumps({"event": event, "time": round(time.time(), 3), "text": text, **fields}))
+            line = json.dumps({"event": event, "time": round(time.time(), 3), "text": text, **fields})
         else:
-            click.echo(f"{time.strftime('%H:%M:%S')}  {printable(text)}")
+            line = f"{time.strftime('%H:%M:%S')}  {printable(text)}"
+        with contextlib.suppress(OSError):
+            click.echo(line)
 
 
 def counted(number: int, noun: str) -> str:

@@ -53,7 +53,7 @@ def limiting(own: Path = OWN, groups: Path = GROUPS) -> Hierarchy | None:
 def own_groups(hierarchy: Hierarchy, own: Path = OWN, groups: Path = GROUPS) -> Iterator[Path]:
     """Folders of this process's group and of those that it is in, innermost first; a container may not see all of them."""
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text(errors="surrogateescape").splitlines()]
     except OSError:
         return
     root = groups / hierarchy.root
@@ -91,7 +91,7 @@ def limit_without_swap(group: Path, size: int) -> None:
 def _seen(root: Path, mounts: Path) -> str:
     """The group that `root` shows: in a container perhaps its own."""
     try:
-        fields = [line.split() for line in mounts.read_text().splitlines()]
+        fields = [line.split() for line in mounts.read_text(errors="surrogateescape").splitlines()]
     except OSError:
         return "/"
     return next((group for _, _, _, group, place, *_ in reversed(fields) if place == str(root)), "/")

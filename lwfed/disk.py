@@ -5,12 +5,17 @@ A simulation can be that disk (`instead`), and forget at a power cut what nobody
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from lwfed.errors import DiskTrouble, StateError
+
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+PASSING_WORDS = ("disk is full", "disk I/O error", "No space left on device")  # of SQLite and PostgreSQL
 Sync = Callable[[Path], None]
 
 
@@ -56,3 +61,9 @@ def write(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unusable(text: str, error: Exception) -> StateError:
+    """`text` as the error that says whether to try again: what `error` says of a disk that is full, or failed once, passes."""
+    passes = error.errno in PASSING if isinstance(error, OSError) else any(words in str(error) for words in PASSING_WORDS)
+    return DiskTrouble(text) if passes else StateError(text)

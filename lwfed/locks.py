@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lwfed.errors import StateError
@@ -34,8 +34,9 @@ def locked_state(root: Path, hint: str) -> Iterator[Path]:
             raise StateError(f"{root} is in use by another process{f' ({owner})' if owner else ''}: {hint}") from None
         except OSError as error:
             raise StateError(f"cannot lock {root}: {error.strerror or error}; keep the state on a local disk") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"pid {os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # for people alone
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()}\n".encode(), 0)
         yield root
     finally:
         os.close(handle)

@@ -13,8 +13,8 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
+        database.execute("COMMIT")
     except BaseException:
         if database.in_transaction:  # SQLite has ended it by itself where the disk is full
             database.execute("ROLLBACK")
         raise
-    database.execute("COMMIT")

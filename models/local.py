@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lwfed.config import RunConfig
 from lwfed.data.kept import KeptPixels
-from lwfed.errors import DataError, Diverged
+from lwfed.errors import ConfigError, DataError, Diverged
 from lwfed.models import fitting
 from lwfed.models.reuse import FeatureCache, Progress, Reuse, Views
 from lwfed.models.schedules import learning_rate
 from lwfed.models.step import METHOD_ALONE, Batch, Branches, Means, Terms, draw_batch, prepare, train_step
 from lwfed.plan import Place, StagePlan, part_of
 from lwfed.seeds import derive
-from lwfed.wire.records import MAX_LOSS
+from lwfed.wire.records import MAX_LOSS, MAX_ORDINAL
 
 Images = np.ndarray[Any, np.dtype[np.uint8]] | KeptPixels | Tensor  # uint8 [N, C, H, W]
 HASHED_AT_ONCE = 256  # images
@@ -92,15 +92,16 @@ def train_local(
     as many images at a time as `train.micro_batch` says. Tokens of views that are used again are kept in `cache`, if any, and
     `on_rows` follows how they are made. Returns the trained tensors, without gradients, and a summary.
     Runs on the device where `tensors` are; images may be there or in main memory.
-    Raises DataError when the images do not fit, Diverged when a weight is not finite or a loss is none that a device could report,
-    ValueError when the parts cannot be trained.
+    Raises DataError when the images do not fit, ConfigError for more than a million steps, Diverged when a weight is not finite or
+    a loss is none that a device could report, ValueError when the parts cannot be trained.
     """
     _check(config, images)
     batch_size = min(task.batch_size, len(images))
     means = means or Means(micro_batch=default_micro_batch(config, tensors, task, batch_size))
     branches = prepare(config, tensors, task.trained, task.terms, previous, means)
     per_epoch = len(images) // batch_size  # the incomplete last batch is dropped
-    steps = task.epochs * per_epoch
+    if (steps := task.epochs * per_epoch) > MAX_ORDINAL:
+        raise ConfigError(f"{steps} steps are more than a round can have, {MAX_ORDINAL}: lower train.epochs or raise train.batch_size")
     sums = [0.0] * task.epochs
     draw = _draws(config, task, images, branches, cache, on_rows)
     for done, (epoch, indices) in enumerate(_batches(task, len(images), batch_size)):

@@ -80,7 +80,7 @@ def bind_folder(root: Path, store: Store) -> None:
         temporary.write_text(json.dumps(asdict(bond)), encoding="utf-8")
         disk.install(temporary, root / TIE_NAME)
     except OSError as error:
-        raise StateError(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions") from None
+        raise disk.unusable(f"cannot write {error.filename}: {error.strerror or error}; check free space and permissions", error) from None
 
 
 @contextmanager

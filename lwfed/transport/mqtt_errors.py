@@ -13,6 +13,7 @@ from lwfed.transport.address import BrokerAddress
 # Reason codes are those of MQTT 5, section 2.4; paho translates those of 3.1.1.
 UNSPECIFIED = 0x80  # what paho makes of a socket that was closed
 UNSUPPORTED_VERSION = 0x84
+AT_ANOTHER_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _CREDENTIALS = "check --username and --password-file (or LWFED_MQTT_PASSWORD)"
 
 
@@ -21,6 +22,8 @@ def explain_failure(error: Exception, address: BrokerAddress, timeout_s: float) 
     match error:
         case socket.gaierror() | UnicodeError():
             return Unreachable(f"cannot find the host {address.host!r}: check its name and this machine's network (DNS)")
+        case ssl.SSLCertVerificationError(verify_code=code) if code in AT_ANOTHER_TIME:  # a machine without a clock has none until NTP
+            return Unreachable(f"the certificate of {address} is not valid by this machine's clock ({error}): is the clock right?")
         case ssl.SSLCertVerificationError():
             return Untrusted(f"the certificate of {address} is not trusted ({error}): name its authority with --ca")
         case ConnectionResetError() | BrokenPipeError() | ssl.SSLEOFError():

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lwfed import disk
 from lwfed.errors import InvalidPayload
 from lwfed.plan import STATISTICS
 from lwfed.wire.messages import MAX_BLOB_BYTES
@@ -36,15 +37,22 @@ _HEADER = TypeAdapter(dict[str, _Stated])
 
 
 def stated_shapes(path: Path) -> dict[str, Shape]:
-    """Names and shapes by the header of a safetensors file, in the order of names. Raises InvalidPayload unless float32 numbers fill it."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        header = file.read(min(length, MAX_HEADER_BYTES))
+    """Names and shapes by the header of a safetensors file, in the order of names.
+
+    Raises InvalidPayload unless float32 numbers fill it, and StateError where it cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            header = file.read(min(length, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise disk.unusable(f"cannot read {path}: {error.strerror or error}; check the disk", error) from None
     try:
         shapes = {name: stated.shape for name, stated in sorted(_HEADER.validate_json(header).items())}
     except ValidationError:
         raise InvalidPayload("not a safetensors file of float32 numbers: its header cannot be read") from None
-    if LENGTH_BYTES + length + 4 * numbers(shapes) != path.stat().st_size:
+    if LENGTH_BYTES + length + 4 * numbers(shapes) != size:
         raise InvalidPayload("not a safetensors file of float32 numbers: its header and its length differ")
     return shapes
 

@@ -203,7 +203,7 @@ def test_a_full_disk_says_what_to_do_and_loses_nothing(path):
     journal.begin(TASK)
     journal._facts._db.execute("PRAGMA max_page_count = 2")  # what SQLite says and does then is the same
     large = REPORT.model_copy(update={"losses": (1.0,) * 1000})
-    with pytest.raises(StateError, match=r"full\): free space on its disk and start again: nothing is lost"):
+    with pytest.raises(StateError, match=r"full\): free space on its disk: nothing is lost"):
         journal.finish(UPDATE.model_copy(update={"report": large}))
     journal.close()
     again = Journal(path)

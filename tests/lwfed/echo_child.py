@@ -24,7 +24,7 @@ def handle(data, say):
             os.write(int(os.environ["LWFED_CHILD_OUTPUT"]), b'{"event": "ec')
             os.kill(os.getpid(), signal.SIGKILL)
         case {"do": "die", "signal": name}:
-            os.kill(os.getpid(), signal.Signals[name])
+            os.kill(os.getpid(), int(name) if name.isdecimal() else signal.Signals[name])
 
 
 if __name__ == "__main__":

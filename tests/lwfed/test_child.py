@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lwfed.child import Child, Ended, describe_exit, kind_of_error
+from lwfed.errors import WorkerFailed
 
 HERE = str(Path(__file__).parent)
 LONG_S = 30
@@ -50,6 +52,7 @@ def test_an_error_is_said_and_the_child_goes_on(child, events):
         ("SIGKILL", None, "out of memory", "probably"),
         ("SIGSEGV", True, "crashed", "SIGSEGV"),
         ("SIGTERM", True, "killed", "SIGTERM"),
+        ("40", True, "killed", "ended by signal 40"),  # one for real time, without a name
     ],
 )
 def test_its_death_is_an_event_that_names_the_likely_cause(events, monkeypatch, signal, risen, kind, cause):
@@ -70,6 +73,34 @@ def test_a_library_that_finds_no_memory_says_so_in_its_own_words():
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("Failed to allocate memory")):
         assert kind_of_error(error) == "OutOfMemory"
     assert kind_of_error(KeyError("memory")) == "WorkerFailed"
+
+
+def test_what_cannot_be_started_is_said_and_leaves_nothing_open(events, monkeypatch):
+    def open_files():
+        return sorted(os.listdir("/proc/self/fd"))
+
+    def nothing_left(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    def no_threads(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    before, children = open_files(), psutil.Process().children()
+    for name, fails in (("lwfed.child.subprocess.Popen", nothing_left), ("lwfed.child.threading.Thread.start", no_threads)):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fails)
+            with pytest.raises(WorkerFailed, match=r"temporarily unavailable|start new thread"):
+                Child("echo_child", events.put, env={"PYTHONPATH": HERE})
+        assert open_files() == before
+    assert psutil.Process().children() == children
+
+
+def test_an_order_is_handed_over_before_the_child_can_read_it(events):
+    """Its parent has others to answer meanwhile."""
+    child = Child("echo_child", events.put, within=["sh", "-c", 'kill -STOP $$; exec "$@"', "-"])
+    child.send({"do": "echo", "text": "x" * 500_000})
+    child.kill()
+    child.close()
 
 
 def test_a_line_cut_off_by_its_death_is_no_event(child, events):

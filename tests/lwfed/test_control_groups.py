@@ -49,6 +49,16 @@ def test_a_system_that_does_not_say_is_not_asked_twice(system):
     assert OomKills(system / "nothing", system / "nothing").happened() is None
 
 
+def test_a_place_whose_name_is_not_in_utf_8_disturbs_nobody(system):
+    mounts = f"36 25 0:31 / {system}/cgroup rw - cgroup2 none rw\n37 25 0:32 / /media/M\xe9moire rw - vfat /dev/sda1 rw\n"
+    (system / "proc" / "self" / "mountinfo").write_bytes(mounts.encode("latin-1"))
+    events = system / "cgroup" / "box" / "agent" / "memory.events"
+    events.write_text("oom_kill 1\n")
+    kills = OomKills(system / "proc", system / "cgroup")
+    events.write_text("oom_kill 2\n")
+    assert kills.happened() is True
+
+
 def test_a_group_that_is_gone_at_the_end_does_not_count(system):
     events = system / "cgroup" / "box" / "agent" / "memory.events"
     events.write_text("oom_kill 1\n")

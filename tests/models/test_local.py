@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lwfed.errors import DataError, Diverged
+from lwfed.errors import ConfigError, DataError, Diverged
 from lwfed.models.initial import init_parts
 from lwfed.models.local import _batches, calibration_task, device_task, train_local
 from lwfed.plan import Place
@@ -34,6 +34,14 @@ def test_equal_inputs_give_equal_bits(tiny, images, strategy):
     assert digest(first) == digest(again)
     assert summary == repeated
     assert digest(call(config, images, seed=6)[0]) != digest(first)
+
+
+def test_more_steps_than_a_device_can_report_are_refused_before_the_first(tiny, images):
+    def step(report):
+        raise AssertionError("it has begun")
+
+    with pytest.raises(ConfigError, match=r"1000001 steps.*lower train.epochs"):
+        call(tiny(), images[:2], batch_size=2, epochs=1_000_001, on_step=step)
 
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own(tiny):

@@ -16,6 +16,12 @@ from lwfed.transport.mqtt_errors import explain_disconnect, explain_failure, exp
 ADDRESS = BrokerAddress("broker.example", 8883, tls=True)
 
 
+def at_another_time(code: int, text: str) -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(1, f"certificate verify failed: certificate is {text}")
+    error.verify_code = code
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
@@ -24,6 +30,8 @@ ADDRESS = BrokerAddress("broker.example", 8883, tls=True)
         (TimeoutError(), Unreachable, "within 10 s: check the address"),
         (ConnectionResetError(), Unreachable, "hangs up on us"),
         (ssl.SSLCertVerificationError(), Untrusted, "--ca"),
+        (at_another_time(9, "not yet valid"), Unreachable, "is the clock right?"),  # passes when a machine without one has asked for it
+        (at_another_time(10, "expired"), Unreachable, "is the clock right?"),
         (ssl.SSLError(1, "wrong version number"), Unreachable, "mqtt:// without TLS"),
         (OSError(101, "Network is unreachable"), Unreachable, "Network is unreachable"),
         (ValueError("strange"), Unreachable, "strange"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from random import Random
 
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwfed.blobs import BlobStore
-from lwfed.errors import InvalidPayload, StateError
+from lwfed.errors import DiskTrouble, InvalidPayload, StateError
 
 DATA = Random(0).randbytes(5 * 1024)
 
@@ -126,6 +128,50 @@ def test_a_part_of_a_blob_that_arrived_otherwise_is_done(store, tmp_path):
     store.put(DATA)
     assert part.commit().read_bytes() == DATA
     assert list((tmp_path / "blobs" / "parts").iterdir()) == []
+
+
+def test_folders_of_others_stay_where_they_are(tmp_path):
+    store = BlobStore(tmp_path / "blobs")
+    kept, gone = store.put(b"kept"), store.put(b"gone")
+    for folder in ("lost+found", "parts/@eaDir"):
+        (tmp_path / "blobs" / folder).mkdir()
+    store.forget({kept.id})
+    assert sorted(path.name for path in (tmp_path / "blobs").iterdir()) == sorted([kept.id, "lost+found", "parts"])
+    assert not store.has(gone.id)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, DiskTrouble),
+        (errno.EDQUOT, DiskTrouble),
+        (errno.EIO, DiskTrouble),
+        (errno.EACCES, StateError),
+        (errno.EROFS, StateError),
+    ],
+)
+def test_a_disk_that_may_recover_ends_a_service_so_that_it_is_started_again(tmp_path, monkeypatch, code, kind):
+    store = BlobStore(tmp_path / "blobs")
+    held = store.put(b"data" * 1000)
+    manifest = store.manifest(held.id, 1024)
+
+    def broken(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    for name, call in (
+        ("os.replace", lambda: store.put(b"more")),
+        ("pathlib.Path.read_bytes", lambda: store.read(held.id)),
+        ("pathlib.Path.open", lambda: store.chunk(manifest, 1)),
+        ("pathlib.Path.open", lambda: store.manifest(held.id, 2048)),
+        ("os.scandir", lambda: store.forget(())),
+        ("pathlib.Path.unlink", lambda: store.remove(held.id)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, broken)
+            with pytest.raises(StateError, match="check free space and permissions") as raised:
+                call()
+        assert type(raised.value) is kind
+    assert store.read(held.id) == b"data" * 1000
 
 
 def test_an_unwritable_place_is_explained(tmp_path):

@@ -74,7 +74,7 @@ def test_manifests_wait_for_room(broadcast, blob):
 
 
 def test_the_union_is_sent_once_lowest_first_after_gathering(broadcast, store, blob):
-    broadcast.need("d1", need(blob, "7-9,2"), 10.0)
+    broadcast.need("d1", need(blob, "2,7-9"), 10.0)
     broadcast.need("d2", need(blob, "8-11"), 10.2)
     assert broadcast.next_wakeup(10.2) == pytest.approx(10.3)
     assert broadcast.poll(10.2, 100) == []

@@ -121,6 +121,13 @@ def test_ranges_out_of_bounds_never_grow(text):
     assert all(0 <= index < 50 for index in found)
 
 
+@pytest.mark.parametrize("text", ["0-49,0-49", "3,3", "5,4", "0-9,9-12"])
+def test_ranges_name_no_chunk_twice(text):
+    """Or a few bytes would stand for as much work as somebody likes."""
+    with pytest.raises(InvalidMessage, match="chunks"):
+        indices(text, 50)
+
+
 def test_a_manifest_must_cover_its_blob():
     good = SAMPLES["manifest"]
     assert isinstance(good, Manifest)
