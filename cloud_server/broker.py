@@ -73,6 +73,7 @@ class ManagedBroker:
         self._packet_bytes = max(chunk_bytes, MAX_MESSAGE_BYTES) + PACKET_MARGIN_BYTES
         self._sleep = sleep
         self._process: subprocess.Popen[bytes] | None = None
+        self._wanted = False
 
     @property
     def address(self) -> BrokerAddress:
@@ -99,16 +100,21 @@ class ManagedBroker:
         except OSError as error:
             raise StateError(f"cannot start the broker in {self._folder}: {error.strerror or error}") from error
         self._await()
+        self._wanted = True
 
     def ensure(self) -> bool:
-        """Start it again if it has died; whether that was so."""
-        if self._process is None or self._process.poll() is None:
+        """Start it again if it has died, or could not be started again; whether that was so. Raises as `start`."""
+        if not self._wanted or (self._process is not None and self._process.poll() is None):
             return False
         self.start()
         return True
 
     def close(self) -> None:
         """End it; idempotent."""
+        self._wanted = False
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.terminate()
             try:
@@ -158,7 +164,7 @@ class ManagedBroker:
             except OSError:
                 self._sleep(STEP_S)
         code = self._process.poll()
-        self.close()
+        self._end()
         said = self._log.read_text(errors="replace").strip().splitlines()[-5:]
         what = "did not answer" if code is None else f"ended with code {code}"
         raise Unreachable("\n  ".join([f"the {self.kind} broker {what} at {self.address}; it said:", *(said or ["nothing"])]))

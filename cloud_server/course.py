@@ -136,7 +136,11 @@ class Course:
         return {engine: self.blobs.ref(blob) for engine, blob in self.state.graphs.items() if self.blobs.has(blob)}
 
     def _patches(self, steps: tuple[tuple[str, str], ...]) -> tuple[Patch, ...]:
-        return tuple(Patch(base=base, blob=self.blobs.ref(blob)) for base, blob in steps)
+        """Those after the last one that the disk has lost: who needs that one takes the whole part."""
+        held: list[Patch] = []
+        for base, blob in steps:
+            held = [*held, Patch(base=base, blob=self.blobs.ref(blob))] if self.blobs.has(blob) else []
+        return tuple(held)
 
     @property
     def shapes(self) -> Mapping[str, Shapes]:

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 
 from lwfed.transport.base import Received
-from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics
+from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
 MESSAGES_PER_S = 20.0  # of one device, chunks of its update not counted
 MESSAGES_AT_ONCE = 200
+UNCOUNTED = 1000  # chunks and litter, of all devices, that may wait; honest chunks are no more than slots times window
 MAX_KEYS = 20_000  # those who have all their tokens again are forgotten then
 
 
@@ -34,6 +35,34 @@ class Buckets:
             self._full_at = {one: when for one, when in self._full_at.items() if when > now}
         self._full_at[key] = full_at
         return True
+
+
+def passes_uncounted(topics: Topics, message: Received) -> bool:
+    """Chunks, of which a slot lets come as many as there are, and what somebody has retained and must not, which is cleared unread."""
+    match topics.parse(message.topic):
+        case FromDevice(_, "state"):
+            return False
+        case UpdateChunk():
+            return True
+    return message.retained
+
+
+class Backlog:
+    """How many of those wait in the server's queue: it may be held up for hours, by a database that is away."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._came = self._went = 0  # each is written by one thread alone
+
+    def admits(self) -> bool:
+        """Whether there is room for one more, which is then counted. Asked on the transport's thread."""
+        if self._came - self._went >= self._most:
+            return False
+        self._came += 1
+        return True
+
+    def leave(self) -> None:
+        self._went += 1
 
 
 class Door:

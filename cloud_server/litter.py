@@ -17,14 +17,6 @@ MAX_FOUND = 10_000  # topics to be cleared
 MAX_TOLD = 1000  # names in topics are whatever a sender likes
 
 
-def is_litter(topics: Topics, message: Received) -> bool:
-    """Whether a message is retained that no agent would have retained."""
-    match topics.parse(message.topic):
-        case FromDevice(_, "state"):
-            return False
-    return message.retained
-
-
 class Litter:
     def __init__(self, topics: Topics, news: News) -> None:
         self._topics, self._news = topics, news
@@ -47,6 +39,10 @@ class Litter:
             if not self._more:
                 self._found[message.topic] = None
         return True
+
+    def miss(self) -> None:
+        """One was not looked at, for want of room: all that is still there is to come again. On any thread."""
+        self._more = True
 
     def find(self, device: str) -> list[Command]:
         """Have everything sent once more that a device has retained."""

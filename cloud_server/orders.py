@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lwfed import disk
 from lwfed.errors import StateError
 
 FOLDER = "orders"
@@ -47,7 +48,15 @@ def give(root: Path, order: Order) -> None:
 
 def waiting(root: Path) -> list[Path]:
     """The files of orders not carried out yet, oldest first."""
-    return sorted(path for path in (root / FOLDER).glob("*.json") if path.stem.isdecimal())
+    return sorted(path for path in (root / FOLDER).glob("*.json") if path.stem.isdecimal() and path.is_file())
+
+
+def forget(path: Path) -> None:
+    """It is carried out. Raises StateError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk.unusable(f"cannot delete {path}, which is carried out: {error.strerror or error}", error) from None
 
 
 def read(path: Path) -> Order:

@@ -41,7 +41,8 @@ def publish(transfer: TransferSection, blobs: BlobStore, before: Parts, after: P
     found = Published({})
     for part, blob in changed.items():
         old, new = _read(blobs, before[part]), _read(blobs, blob)
-        missing = _read(blobs, residuals[part]) if part in residuals else {}
+        known = part in residuals and blobs.has(residuals[part])  # a disk may have lost it: what it would have added is small
+        missing = _read(blobs, residuals[part]) if known else {}
         with np.errstate(over="ignore"):  # what is not finite is found by `encode`
             wanted = {name: new[name] - old[name] + missing.get(name, np.float32(0)) for name in new}
         try:

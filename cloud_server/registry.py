@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lwfed import disk
 from lwfed.errors import StateError
 from lwfed.sqlite import transaction
 
@@ -78,6 +79,8 @@ class Registry:
         with self._explained():
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
             self._db = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")  # whoever reads holds up nobody who writes
+            self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA:
                 raise StateError(f"{self._path} was written by a newer cloud-server: upgrade this one")
@@ -167,4 +170,4 @@ class Registry:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StateError(f"the record of devices {self._path} is unusable ({error}): check its folder and its disk") from None
+            raise disk.unusable(f"the record of devices {self._path} is unusable ({error}): check its folder and its disk", error) from None

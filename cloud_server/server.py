@@ -20,8 +20,8 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
-from lwfed.cloud_server.limits import MESSAGES_PER_S, Door, Repeats
-from lwfed.cloud_server.litter import Litter, is_litter
+from lwfed.cloud_server.limits import MESSAGES_PER_S, UNCOUNTED, Backlog, Door, Repeats, passes_uncounted
+from lwfed.cloud_server.litter import Litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
@@ -80,6 +80,7 @@ class Server:
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._repeats = Repeats(self._topics)
+        self._backlog = Backlog(max(UNCOUNTED, 4 * config.transfer.upload_slots * config.transfer.window))
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
         self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
@@ -91,7 +92,7 @@ class Server:
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         if gate:
             gate.refused = self._on_refused
-        self._connected = False
+        self._connected = self._ending = False
         self._give_up_at: float | None = None  # until there has been a connection
         self._unreached: TransportError = Unreachable("no answer from the broker: check its address and that it runs")
         self._told_lost = False
@@ -130,12 +131,15 @@ class Server:
 
     def _on_database(self, lost: str | None) -> None:
         self._news.database(lost)
+        if lost is not None and self._ending:
+            sys.exit()
         if lost is not None:
             self._lost_at = self._time()
         else:
             self._away_s += self._time() - self._lost_at
 
     def _on_signal(self) -> None:
+        self._ending = True
         if self._database.waiting:  # then nobody looks into the queue, and nothing is half done
             sys.exit()
         self._queue.put(Stop())
@@ -149,11 +153,17 @@ class Server:
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._arrive)
 
     def _arrive(self, event: base.Event) -> None:
-        """On the transport's thread. Litter goes by the door: it is cleared unread."""
-        if self._door and isinstance(event, base.Received) and not is_litter(self._topics, event) and not self._door.admits(event.topic):
-            return
-        if not (isinstance(event, base.Received) and self._repeats.is_one(event)):
+        """On the transport's thread."""
+        if not isinstance(event, base.Received) or self._admits(event):
             self._queue.put(event)
+
+    def _admits(self, message: base.Received) -> bool:
+        if passes_uncounted(self._topics, message):
+            admitted = self._backlog.admits()
+            if message.retained and not admitted:
+                self._litter.miss()
+            return admitted
+        return (self._door is None or self._door.admits(message.topic)) and not self._repeats.is_one(message)
 
     def end(self) -> None:
         """Idempotent."""
@@ -162,13 +172,15 @@ class Server:
         self._duties.end()
 
     def take_orders(self) -> None:
-        """Carry out what the operator has ordered since."""
+        """Carry out what the operator has ordered since. Before there is a connection nobody knows which devices are there."""
+        if self._give_up_at is not None:
+            return
         for path in orders.waiting(self._course.root):
             try:
                 self._obey(orders.read(path))
             except StateError as error:
                 self._news.warning(str(error))
-            path.unlink(missing_ok=True)
+            orders.forget(path)
 
     def drain(self) -> int:
         """Handle what has happened without waiting for more; how much there was."""
@@ -184,6 +196,8 @@ class Server:
         match event:
             case base.Received():
                 self._repeats.handled(event)
+                if passes_uncounted(self._topics, event):
+                    self._backlog.leave()
                 self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
@@ -222,6 +236,7 @@ class Server:
         self._fleet.remind()
         if first:
             self._course.apply(Started(), now)  # nothing to be told but what `waiting` says
+            self.take_orders()
             self._follow(now)
             waiting(self._news, self._course, now)
         else:
@@ -240,7 +255,11 @@ class Server:
         self._connected, self._unreached = False, reason
         if self._give_up_at is not None and isinstance(reason, Refused):
             raise reason
-        if self._revive():
+        try:
+            revived = self._revive()
+        except (TransportError, StateError) as error:  # asked again with the next attempt to connect
+            revived, reason = False, Unreachable(f"the broker has died, and cannot be started again: {error}")
+        if revived:
             self._news.warning("the broker had died and was started again")
         elif not self._told_lost:
             self._told_lost = True

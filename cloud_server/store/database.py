@@ -16,7 +16,8 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
-from lwfed.errors import ConfigError, DatabaseUnreachable, MissingDependency, StateError
+from lwfed import disk
+from lwfed.errors import ConfigError, DatabaseUnreachable, MissingDependency
 
 T = TypeVar("T")
 FORM = "write postgresql://USER@HOST/DATABASE"
@@ -35,6 +36,8 @@ SELECT set_config('tcp_keepalives_idle', '10', false), set_config('tcp_keepalive
     CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END
 """  # the same on its side, where the lock on the run lives on until then; and a commit is on disk when it returns
 LONGEST_PAUSE_S = 5.0
+READ_ONLY, LOCKED = "25006", "55P03"  # of PostgreSQL's error codes, appendix A of its manual
+PASSING = ("40", "53", "57")  # their classes: transaction rollback, insufficient resources, operator intervention
 
 
 class Database:
@@ -89,10 +92,17 @@ class Database:
         except SQLAlchemyError as error:
             reason = self._shown(error)
             lost = isinstance(error, DBAPIError) and error.connection_invalidated
-            if self.path is None and (lost or (isinstance(error, OperationalError) and not connected)):
+            if self.path is None and (lost or (isinstance(error, OperationalError) and not connected) or self._passes(error)):
                 raise DatabaseUnreachable(f"{self.name} does not answer: {reason}; check that it runs and lets this user in") from error
             check = "permissions and the file" if self.path else "and what its log says"
-            raise StateError(f"{self.name} cannot be used: {reason}; check free space, {check}") from error
+            raise disk.unusable(f"{self.name} cannot be used: {reason}; check free space, {check}", error) from error
+
+    def _passes(self, error: SQLAlchemyError) -> bool:
+        """Whether PostgreSQL will do the same later, by itself or another host of the address."""
+        code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+        if code == READ_ONLY:
+            self._engine.dispose()  # a standby, which a connection was made to in a failover
+        return code in (READ_ONLY, LOCKED) or code.startswith(PASSING)
 
     def _shown(self, error: SQLAlchemyError) -> str:
         """The first line of what the database says; the next ones show values."""

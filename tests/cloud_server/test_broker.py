@@ -10,7 +10,7 @@ import pytest
 
 from lwfed.cloud_server import broker as managed
 from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
-from lwfed.errors import PortInUse, Unreachable
+from lwfed.errors import PortInUse, StateError, Unreachable
 from lwfed.transport.base import Connected, Disconnected, Received
 from lwfed.transport.mqtt import MqttTransport
 from lwfed.wire.messages import MAX_MESSAGE_BYTES
@@ -51,6 +51,31 @@ def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, t
     exchange(one)
     if kind == "embedded":
         assert (tmp_path / "broker" / "broker.log").read_bytes() == b""
+
+
+@pytest.mark.parametrize("how", ["killed", "refused"])
+def test_one_that_could_not_be_started_again_can_be_later(broker, monkeypatch, how):
+    one = broker("embedded")
+    assert not one.ensure(), "nobody has wanted one yet"
+    one.start()
+    os.kill(one.pid, signal.SIGKILL)
+    psutil.Process(one.pid).wait(60)
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            if how == "refused":
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            super().__init__(*args, **options)
+            self.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(managed.subprocess, "Popen", Popen)
+        with pytest.raises((Unreachable, StateError), match=r"ended with code -9|Resource temporarily unavailable"):
+            one.ensure()
+    assert one.ensure()
+    exchange(one)
+    one.close()
+    assert not one.ensure(), "nobody wants one any more"
 
 
 @pytest.mark.parametrize("kind", KINDS)

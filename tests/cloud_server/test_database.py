@@ -11,6 +11,7 @@ from sqlalchemy import event
 from lwfed import disk
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import FILE_NAME, Contribution, schema
+from lwfed.cloud_server.store import database as database_module
 from lwfed.cloud_server.store import store as store_module
 from lwfed.cloud_server.store.database import open_sqlite
 from lwfed.config import load_config
@@ -225,6 +226,63 @@ def test_a_server_that_waits_for_its_database_can_be_ended(fleet, expected, post
     fleet.kill()
     fleet.start()
     assert fleet.finish() == expected
+
+
+def test_a_standby_that_a_failover_leads_to_is_waited_for(opened, address, postgres, tiny, make_report, monkeypatch):
+    store = opened(address)
+    store.begin(tiny())
+    store.admit("a", HELLO)
+    told, pauses = [], []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            with postgres.connect() as connection:
+                connection.execute("SET default_transaction_read_only = off")
+                connection.execute("ALTER ROLE lwfed RESET default_transaction_read_only")
+
+    store.database.tell = told.append
+    monkeypatch.setattr(database_module.time, "sleep", pause)
+    with postgres.connect() as connection:
+        connection.execute("ALTER ROLE lwfed SET default_transaction_read_only = on")
+    postgres.cut()
+    contribute(store, make_report)
+    assert len(pauses) == 3
+    assert told[1:] == [None]
+    assert [one.id for one in store.contributions()] == ["c1"]
+
+
+@pytest.mark.parametrize("how", ["lock_timeout", "statement_timeout", "cancelled"])
+def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, address, postgres, tiny, make_report, how):
+    store = opened(address if how == "cancelled" else f"{address}%20-c{how}%3D200")
+    store.begin(tiny())
+    store.admit("a", HELLO)
+    told = []
+    with postgres.connect() as other:
+        other.execute("BEGIN")
+        other.execute(f"LOCK TABLE {address.rpartition('%3D')[2]}.runs")
+
+        def tell(reason):
+            told.append(reason)
+            if len(told) == 1:
+                other.execute("ROLLBACK")
+
+        store.database.tell = tell
+        cancelling = threading.Thread(target=cancel_who_waits, args=(postgres,))
+        if how == "cancelled":
+            cancelling.start()
+        contribute(store, make_report)
+        if how == "cancelled":
+            cancelling.join()
+    assert "canceling statement" in told[0]
+    assert told[1:] == [None]
+    assert [one.id for one in store.contributions()] == ["c1"]
+
+
+def cancel_who_waits(postgres):
+    with postgres.connect() as connection:
+        while not connection.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchall():
+            pass
 
 
 def test_who_has_not_begun_does_not_wait(opened, postgres, address):

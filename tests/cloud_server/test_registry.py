@@ -1,3 +1,4 @@
+import sqlite3
 import stat
 
 import pytest
@@ -86,6 +87,24 @@ def test_the_revision_changes_with_what_another_process_does_and_only_then(regis
     assert registry.revision != before
     assert registry.device("porch") is not None
     other.close()
+
+
+def test_who_reads_and_lingers_holds_up_nobody(registry, tmp_path):
+    registry.invite("porch", "t1", "hash", 60)
+    reader = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM devices").fetchall()
+    registry.confirm("porch")
+    assert registry.device("porch").joined_s is not None
+    reader.close()
+
+
+def test_a_commit_that_fails_leaves_no_transaction_open(registry):
+    registry._db.execute("CREATE TABLE other (name REFERENCES devices DEFERRABLE INITIALLY DEFERRED)")
+    registry._db.execute("PRAGMA foreign_keys=ON")
+    with pytest.raises(StateError), registry._transaction():
+        registry._db.execute("INSERT INTO other VALUES ('nobody')")  # found at the commit
+    registry.invite("porch", "t1", "hash", 60)
 
 
 def test_it_is_kept_for_its_owner_alone(registry, tmp_path):

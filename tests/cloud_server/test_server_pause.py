@@ -10,6 +10,7 @@ from lwfed.cloud_server.orders import Order
 from lwfed.cloud_server.overview import overview
 from lwfed.cloud_server.server import Stop
 from lwfed.errors import StateError
+from lwfed.transport.base import Connected
 
 from .fleets import of, undisturbed
 
@@ -111,7 +112,8 @@ def test_the_running_server_looks_for_orders_by_itself(world, said):
     fleet = world()
     fleet.start()
     orders.give(root(fleet), Order(do="pause"))
-    fleet.server._queue.put(Stop())
+    for event in (Connected(), Stop()):
+        fleet.server._queue.put(event)
     before = signal.getsignal(signal.SIGTERM)
     fleet.server.run()
     assert signal.getsignal(signal.SIGTERM) is before
