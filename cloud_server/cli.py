@@ -172,7 +172,7 @@ def authority_folder() -> Path:
 
 
 def run_folder(state: Path | None) -> Path:
-    """What `run_option` says."""
+    """That of `--state`, or of the one run there is."""
     from lwfed.cloud_server.overview import only_run
 
     return state or only_run(default_folder())

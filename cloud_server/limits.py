@@ -15,7 +15,8 @@ from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
 MESSAGES_PER_S = 20.0  # of one device, chunks of its update not counted
 MESSAGES_AT_ONCE = 200
-UNCOUNTED = 1000  # chunks and litter, of all devices, that may wait; honest chunks are no more than slots times window
+WAITING_OF_ONE, WAITING_OF_ALL = 16_000_000, 64_000_000  # bytes: of one device less than others need to be heard beside it
+OBJECT_BYTES = 500  # that a message takes beside its payload
 MAX_KEYS = 20_000  # those who have all their tokens again are forgotten then
 
 
@@ -37,32 +38,56 @@ class Buckets:
         return True
 
 
-def passes_uncounted(topics: Topics, message: Received) -> bool:
-    """Chunks, of which a slot lets come as many as there are, and what somebody has retained and must not, which is cleared unread."""
-    match topics.parse(message.topic):
-        case FromDevice(_, "state"):
-            return False
-        case UpdateChunk():
-            return True
-    return message.retained
-
-
 class Backlog:
-    """How many of those wait in the server's queue: it may be held up for hours, by a database that is away."""
+    """What waits in the server's queue of messages that the door does not count, in bytes.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._came = self._went = 0  # each is written by one thread alone
+    These are chunks, of which a slot lets come as many as there are, and what somebody has retained and must not, which is
+    cleared unread. The server may be held up for hours, by a database that is away. Chunks without room are asked for again.
+    """
 
-    def admits(self) -> bool:
-        """Whether there is room for one more, which is then counted. Asked on the transport's thread."""
-        if self._came - self._went >= self._most:
-            return False
-        self._came += 1
-        return True
+    def __init__(self, topics: Topics) -> None:
+        self._topics = topics
+        self._waiting: Counter[str] = Counter()  # by sender; "" is whoever has no name
+        self._total = 0
+        self._changed = threading.Lock()
 
-    def leave(self) -> None:
-        self._went += 1
+    def counts(self, message: Received) -> bool:
+        """Whether it is for this to admit, and not for the door."""
+        match self._topics.parse(message.topic):
+            case FromDevice(_, "state"):
+                return False
+            case UpdateChunk():
+                return True
+        return message.retained
+
+    def admits(self, message: Received) -> bool:
+        """Whether there is room for it, which it then takes. Asked on the transport's thread."""
+        sender, size = self._sender(message), _bytes_of(message)
+        with self._changed:
+            if self._waiting[sender] + size > WAITING_OF_ONE or self._total + size > WAITING_OF_ALL:
+                return False
+            self._waiting[sender] += size
+            self._total += size
+            return True
+
+    def handled(self, message: Received) -> None:
+        """One that was admitted waits no longer."""
+        sender, size = self._sender(message), _bytes_of(message)
+        with self._changed:
+            self._total -= size
+            self._waiting[sender] -= size
+            if not self._waiting[sender]:
+                del self._waiting[sender]
+
+    def _sender(self, message: Received) -> str:
+        match self._topics.parse(message.topic):
+            case FromDevice(device) | UpdateChunk(device) | Stray(device):
+                return device
+        return ""
+
+
+def _bytes_of(message: Received) -> int:
+    return len(message.payload) + len(message.topic) + OBJECT_BYTES
 
 
 class Door:

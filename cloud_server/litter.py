@@ -35,9 +35,10 @@ class Litter:
             case FromDevice(device) | UpdateChunk(device) | Stray(device):
                 self._warn(device)
         if message.payload:  # else it has just been cleared
-            self._more = self._more or len(self._found) >= MAX_FOUND
-            if not self._more:
+            if len(self._found) < MAX_FOUND:
                 self._found[message.topic] = None
+            else:
+                self._more = True
         return True
 
     def miss(self) -> None:
@@ -49,14 +50,14 @@ class Litter:
         filter = self._topics.all_from_device(device)
         return [Subscribe(filter), Unsubscribe(filter)]
 
-    def poll(self, room: int) -> list[Command]:
-        """With room for so many messages."""
+    def poll(self, room: int, idle: bool) -> list[Command]:
+        """With room for so many messages; `idle`: none waits to be handled, which what comes again would meet."""
         commands: list[Command] = []
         while self._found and len(commands) < room:
             topic = next(iter(self._found))
             del self._found[topic]
             commands.append(Send(topic, b"", retain=True))
-        if self._more and not self._found:
+        if self._more and not self._found and idle:
             self._more = False
             commands.append(Subscribe(self._topics.from_all_devices))
         return commands

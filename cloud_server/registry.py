@@ -79,8 +79,6 @@ class Registry:
         with self._explained():
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
             self._db = sqlite3.connect(self._path, timeout=10, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")  # whoever reads holds up nobody who writes
-            self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA:
                 raise StateError(f"{self._path} was written by a newer cloud-server: upgrade this one")

@@ -20,7 +20,7 @@ from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
-from lwfed.cloud_server.limits import MESSAGES_PER_S, UNCOUNTED, Backlog, Door, Repeats, passes_uncounted
+from lwfed.cloud_server.limits import MESSAGES_PER_S, Backlog, Door, Repeats
 from lwfed.cloud_server.litter import Litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
@@ -28,7 +28,7 @@ from lwfed.cloud_server.reception import Reception
 from lwfed.cloud_server.sizes import run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
-from lwfed.errors import Refused, StateError, TransportError, Unreachable
+from lwfed.errors import PortInUse, Refused, StateError, TransportError, Unreachable
 from lwfed.signals import on_signals
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
@@ -80,7 +80,7 @@ class Server:
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._repeats = Repeats(self._topics)
-        self._backlog = Backlog(max(UNCOUNTED, 4 * config.transfer.upload_slots * config.transfer.window))
+        self._backlog = Backlog(self._topics)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
         self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
@@ -95,7 +95,7 @@ class Server:
         self._connected = self._ending = False
         self._give_up_at: float | None = None  # until there has been a connection
         self._unreached: TransportError = Unreachable("no answer from the broker: check its address and that it runs")
-        self._told_lost = False
+        self._told_lost: str | None = None  # what was said of it
         self._announced: tuple[object, ...] | None = None
         self._farewell_until: float | None = None
 
@@ -131,10 +131,10 @@ class Server:
 
     def _on_database(self, lost: str | None) -> None:
         self._news.database(lost)
-        if lost is not None and self._ending:
-            sys.exit()
         if lost is not None:
             self._lost_at = self._time()
+            if self._ending:
+                sys.exit()
         else:
             self._away_s += self._time() - self._lost_at
 
@@ -158,8 +158,8 @@ class Server:
             self._queue.put(event)
 
     def _admits(self, message: base.Received) -> bool:
-        if passes_uncounted(self._topics, message):
-            admitted = self._backlog.admits()
+        if self._backlog.counts(message):
+            admitted = self._backlog.admits(message)
             if message.retained and not admitted:
                 self._litter.miss()
             return admitted
@@ -177,9 +177,11 @@ class Server:
             return
         for path in orders.waiting(self._course.root):
             try:
-                self._obey(orders.read(path))
+                order = orders.read(path)
             except StateError as error:
                 self._news.warning(str(error))
+            else:
+                self._obey(order)
             orders.forget(path)
 
     def drain(self) -> int:
@@ -196,8 +198,8 @@ class Server:
         match event:
             case base.Received():
                 self._repeats.handled(event)
-                if passes_uncounted(self._topics, event):
-                    self._backlog.leave()
+                if self._backlog.counts(event):
+                    self._backlog.handled(event)
                 self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
@@ -227,9 +229,9 @@ class Server:
 
     def _on_connected(self, now: float) -> None:
         first = self._give_up_at is not None
-        if self._told_lost:
+        if self._told_lost is not None:
             self._news.doing("connected" if first else "connected again")
-        self._connected, self._told_lost, self._give_up_at = True, False, None
+        self._connected, self._told_lost, self._give_up_at = True, None, None
         self._fit_chunks()
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
@@ -255,16 +257,20 @@ class Server:
         self._connected, self._unreached = False, reason
         if self._give_up_at is not None and isinstance(reason, Refused):
             raise reason
+        known = self._told_lost is not None
         try:
-            revived = self._revive()
-        except (TransportError, StateError) as error:  # asked again with the next attempt to connect
-            revived, reason = False, Unreachable(f"the broker has died, and cannot be started again: {error}")
-        if revived:
-            self._news.warning("the broker had died and was started again")
-        elif not self._told_lost:
-            self._told_lost = True
+            if self._revive():
+                self._news.warning("the broker had died and was started again")
+                return
+        except PortInUse:  # whoever has its port now is not to be followed
+            raise
+        except (TransportError, StateError) as error:  # it is tried again with the next attempt to connect
+            self._unreached = Unreachable(f"the broker has died, and cannot be started again: {error}")
+            known = self._told_lost == str(self._unreached)
+        if not known:
+            self._told_lost = str(self._unreached)
             trying = "trying again until it is back" if self._give_up_at is None else f"trying for {FIRST_CONNECTION_S:g} s"
-            self._news.warning(f"no connection, {trying}: {reason}")
+            self._news.warning(f"no connection, {trying}: {self._unreached}")
 
     def _state(self, online: bool) -> bytes:
         return encode(ServerState(online=online, epoch=self._course.epoch))
@@ -300,7 +306,7 @@ class Server:
         self._follow(now)
         if self._connected:
             self._watch_gate(now)
-            self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending))
+            self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending, self._queue.empty()))
             if self._queue.empty():
                 self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))

@@ -65,7 +65,7 @@ class TrafficCount:
 
     def save(self) -> None:
         if self._run is not None:
-            with suppress(DiskTrouble):  # no count is worth the end of the agent; the next one has it all
+            with suppress(DiskTrouble):  # no count is worth the end of the agent
                 self._journal.count(self._run, self.now())
                 self._saved = self._moved()
 

@@ -23,6 +23,7 @@ from lwfed.edge_agent import events
 from lwfed.edge_agent.events import Effect, EndWorker, Show, StartWorker, Tell, Train
 from lwfed.edge_agent.executions import Executions
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
+from lwfed.edge_agent.job import Job, WorkerFor
 from lwfed.edge_agent.journal import Journal
 from lwfed.edge_agent.ways import Pathfinder, Way
 from lwfed.errors import ConfigError, InvalidPayload
@@ -56,29 +57,6 @@ class Places:
     out: Path  # where the worker writes its update
     budget_mb: float | None = None  # memory for all processes of the agent; None: a share of what is there
     shared: bool = False  # several devices of a simulation share a folder of images
-
-
-@dataclass(frozen=True)
-class WorkerFor:
-    """What a worker was started for; anything else gets a new one, since only its end gives all memory back."""
-
-    run: str
-    stage: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task with everything that it needs."""
-
-    task: Task
-    run: Run
-    config: RunConfig
-    ways: Mapping[str, Way]
-
-    @property
-    def worker(self) -> WorkerFor:
-        return WorkerFor(self.task.run, self.task.stage, self.config.train.threads)
 
 
 class Work:
@@ -256,6 +234,9 @@ class Work:
         return [*effects, StartWorker(job.worker.threads)]
 
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
+        if not all(map(self._held.has, job.needs)):  # while torch was imported, which may take a minute
+            self._job, self._phase = None, "called"
+            return [Tell("warning", f"{where(job.task)}: a file of the model is gone or damaged; it is fetched again")]
         graphs = {} if self._distrusts_graphs else job.run.graphs
         order = {
             "do": "train",

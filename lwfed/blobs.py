@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lwfed import disk
-from lwfed.errors import DiskTrouble, InvalidPayload
+from lwfed.errors import InvalidPayload, StateError
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_CHUNKS, MIN_CHUNK_BYTES, BlobRef, Manifest
 
 _READ_BYTES = 1 << 20
@@ -135,7 +135,7 @@ class BlobStore:
         return True
 
     def path(self, id: str) -> Path:
-        """Raises DiskTrouble when the blob is not held."""
+        """Raises StateError when the blob is not held."""
         self._demand(id)
         return self._root / id
 
@@ -194,7 +194,7 @@ class BlobStore:
 
     def _demand(self, id: str) -> None:
         if not self.has(id):
-            raise DiskTrouble(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; the next start fetches or rebuilds it")
+            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
 
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, Protocol, cast, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import psutil
 
@@ -28,7 +28,7 @@ from lwfed.errors import LwfedError, WorkerFailed
 Json = dict[str, Any]
 OOM_SCORE = 500  # above its parent's: of 1000, which stand for all memory that there is
 OUTPUT_VARIABLE = "LWFED_CHILD_OUTPUT"  # the file descriptor that a child writes its lines to
-ORDER_BYTES = 1 << 20  # that a child need not have read: what a system lets anybody have
+PIPE_BYTES = 1 << 16  # that a child need not have read
 EndKind = Literal["out of memory", "killed", "crashed", "exit"]  # killed: by somebody, with the memory that it had
 END_KINDS: tuple[EndKind, ...] = get_args(EndKind)
 CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE}
@@ -79,8 +79,12 @@ class Child:
     def send(self, data: Json) -> None:
         """Hand over one line; a child that is gone is reported by its `Ended`, not here."""
         assert self._popen.stdin is not None
+        line = json.dumps(data).encode() + b"\n"
+        if len(line) > PIPE_BYTES:
+            with contextlib.suppress(AttributeError, OSError):  # Linux: nobody has to wait until the child is through with its imports
+                fcntl.fcntl(self._popen.stdin, fcntl.F_SETPIPE_SZ, len(line))
         with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.write(json.dumps(data).encode() + b"\n")
+            self._popen.stdin.write(line)
             self._popen.stdin.flush()
 
     def kill(self) -> None:
@@ -125,8 +129,6 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> tuple[subprocess.P
         raise
     finally:
         os.close(theirs)
-    with contextlib.suppress(AttributeError, OSError):  # of Linux: `send` must not wait for one that is busy with its imports
-        fcntl.fcntl(cast(BinaryIO, process.stdin), fcntl.F_SETPIPE_SZ, ORDER_BYTES)
     return process, lines
 
 

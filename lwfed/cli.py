@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -36,7 +37,8 @@ class Program(click.Group):
             error.message = hide_tokens(error.message)  # type: ignore[misc]
             raise
         except LwfedError as error:
-            click.echo(f"error: {error}", err=True)
+            with suppress(OSError):  # nobody listens: the code says it too
+                click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

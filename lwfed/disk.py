@@ -15,7 +15,7 @@ from pathlib import Path
 from lwfed.errors import DiskTrouble, StateError
 
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-PASSING_WORDS = ("disk is full", "disk I/O error", "No space left on device")  # of SQLite and PostgreSQL
+PASSING_WORDS = ("disk is full", "disk I/O error", "database is locked")  # of SQLite
 Sync = Callable[[Path], None]
 
 
@@ -64,6 +64,6 @@ def write(path: Path, data: bytes) -> None:
 
 
 def unusable(text: str, error: Exception) -> StateError:
-    """`text` as the error that says whether to try again: what `error` says of a disk that is full, or failed once, passes."""
+    """`text` as the error that says whether to try again: a disk that is full, or failed once, or a file that somebody holds."""
     passes = error.errno in PASSING if isinstance(error, OSError) else any(words in str(error) for words in PASSING_WORDS)
     return DiskTrouble(text) if passes else StateError(text)

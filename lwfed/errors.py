@@ -4,7 +4,7 @@
     ├── ConfigError                 78   the configuration is wrong (EX_CONFIG)
     ├── DataError                   66   images are missing or unreadable (EX_NOINPUT)
     ├── StateError                  73   the state directory is unusable, in use, or of another run (EX_CANTCREAT)
-    │   ├── DiskTrouble             74   the disk that it lies on is full, or fails (EX_IOERR), try again later
+    │   ├── DiskTrouble             74   its disk is full or fails, or it is held by somebody (EX_IOERR), try again later
     │   └── DatabaseUnreachable     69   no connection to the database (EX_UNAVAILABLE), try again later
     ├── MissingDependency           72   an optional package is needed for this (EX_OSFILE)
     ├── RunStopped                  65   a stage collapsed, and the run was to stop then (EX_DATAERR)

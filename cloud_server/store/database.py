@@ -36,7 +36,7 @@ SELECT set_config('tcp_keepalives_idle', '10', false), set_config('tcp_keepalive
     CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', false) END
 """  # the same on its side, where the lock on the run lives on until then; and a commit is on disk when it returns
 LONGEST_PAUSE_S = 5.0
-READ_ONLY, LOCKED = "25006", "55P03"  # of PostgreSQL's error codes, appendix A of its manual
+READ_ONLY, LOCKED, IO_ERROR = "25006", "55P03", "58030"  # of PostgreSQL's error codes, appendix A of its manual
 PASSING = ("40", "53", "57")  # their classes: transaction rollback, insufficient resources, operator intervention
 
 
@@ -66,10 +66,10 @@ class Database:
         self._engine.dispose()
 
     def _wait(self, work: Callable[[Connection], T], reason: str) -> T:
-        self.tell(reason)
         self.waiting = True
         pause = 0.0
         try:
+            self.tell(reason)
             while True:
                 time.sleep(pause)
                 pause = min(LONGEST_PAUSE_S, 2 * pause + 0.1)
@@ -92,17 +92,15 @@ class Database:
         except SQLAlchemyError as error:
             reason = self._shown(error)
             lost = isinstance(error, DBAPIError) and error.connection_invalidated
-            if self.path is None and (lost or (isinstance(error, OperationalError) and not connected) or self._passes(error)):
+            if self.path is None and (lost or (isinstance(error, OperationalError) and not connected)):
                 raise DatabaseUnreachable(f"{self.name} does not answer: {reason}; check that it runs and lets this user in") from error
+            code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+            if code == READ_ONLY:
+                self._engine.dispose()  # a standby, to which a failover has led: the next connection may find another host
+            if code in (READ_ONLY, LOCKED, IO_ERROR) or code.startswith(PASSING):
+                raise DatabaseUnreachable(f"{self.name} cannot be used now: {reason}; check what its log says") from error
             check = "permissions and the file" if self.path else "and what its log says"
             raise disk.unusable(f"{self.name} cannot be used: {reason}; check free space, {check}", error) from error
-
-    def _passes(self, error: SQLAlchemyError) -> bool:
-        """Whether PostgreSQL will do the same later, by itself or another host of the address."""
-        code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
-        if code == READ_ONLY:
-            self._engine.dispose()  # a standby, which a connection was made to in a failover
-        return code in (READ_ONLY, LOCKED) or code.startswith(PASSING)
 
     def _shown(self, error: SQLAlchemyError) -> str:
         """The first line of what the database says; the next ones show values."""

@@ -17,13 +17,15 @@ _CHANGE = text("SELECT pg_advisory_xact_lock(hashtextextended('lwfed', 0))")
 
 def hold(connection: Connection, run: str) -> bool:
     """Whether this connection has the run for itself, from now on until it ends."""
-    if connection.dialect.name == "postgresql" and not connection.execute(_HOLD, {"run": run}).scalar_one():
-        return False
+    return connection.dialect.name != "postgresql" or bool(connection.execute(_HOLD, {"run": run}).scalar_one())
+
+
+def remember(connection: Connection) -> None:
+    """That it has the run, and nobody had it since the connection before."""
     connection.info["held"] = True
-    return True
 
 
-def holds(connection: Connection) -> bool:
+def remembered(connection: Connection) -> bool:
     return "held" in connection.info
 
 

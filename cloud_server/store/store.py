@@ -226,7 +226,7 @@ class Store:
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
         def ours(connection: Connection) -> T:
-            if self._epoch is not None and not exclusion.holds(connection):
+            if self._epoch is not None and not exclusion.remembered(connection):
                 self._take_up(connection)
             return work(connection)
 
@@ -238,6 +238,7 @@ class Store:
         self._check_epoch(connection)
         if not held:
             raise DatabaseUnreachable(f"{self.database.name}: the connection before this one still has run {self.run!r}")
+        exclusion.remember(connection)
 
     def _check_epoch(self, connection: Connection) -> None:
         if connection.execute(self._of_run(schema.runs.c.epoch)).scalar_one() != self._epoch:

@@ -228,33 +228,48 @@ def test_a_server_that_waits_for_its_database_can_be_ended(fleet, expected, post
     assert fleet.finish() == expected
 
 
-def test_a_standby_that_a_failover_leads_to_is_waited_for(opened, address, postgres, tiny, make_report, monkeypatch):
+@pytest.fixture
+def standby(postgres):
+    """Calls after which it is one, and is none any more: new connections may only read."""
+
+    def promote():
+        with postgres.connect() as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute("ALTER ROLE lwfed RESET default_transaction_read_only")
+
+    def demote():
+        with postgres.connect() as connection:
+            connection.execute("ALTER ROLE lwfed SET default_transaction_read_only = on")
+        postgres.cut()
+
+    yield demote, promote
+    promote()
+
+
+def test_a_standby_that_a_failover_leads_to_is_waited_for(opened, address, standby, tiny, make_report, monkeypatch):
     store = opened(address)
     store.begin(tiny())
     store.admit("a", HELLO)
+    demote, promote = standby
     told, pauses = [], []
 
     def pause(seconds):
         pauses.append(seconds)
         if len(pauses) == 3:
-            with postgres.connect() as connection:
-                connection.execute("SET default_transaction_read_only = off")
-                connection.execute("ALTER ROLE lwfed RESET default_transaction_read_only")
+            promote()
 
     store.database.tell = told.append
     monkeypatch.setattr(database_module.time, "sleep", pause)
-    with postgres.connect() as connection:
-        connection.execute("ALTER ROLE lwfed SET default_transaction_read_only = on")
-    postgres.cut()
+    demote()
     contribute(store, make_report)
     assert len(pauses) == 3
     assert told[1:] == [None]
     assert [one.id for one in store.contributions()] == ["c1"]
 
 
-@pytest.mark.parametrize("how", ["lock_timeout", "statement_timeout", "cancelled"])
-def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, address, postgres, tiny, make_report, how):
-    store = opened(address if how == "cancelled" else f"{address}%20-c{how}%3D200")
+@pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
+def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, address, postgres, tiny, make_report, limit):
+    store = opened(f"{address}%20-c{limit}%3D200")
     store.begin(tiny())
     store.admit("a", HELLO)
     told = []
@@ -268,21 +283,48 @@ def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, add
                 other.execute("ROLLBACK")
 
         store.database.tell = tell
-        cancelling = threading.Thread(target=cancel_who_waits, args=(postgres,))
-        if how == "cancelled":
-            cancelling.start()
         contribute(store, make_report)
-        if how == "cancelled":
-            cancelling.join()
-    assert "canceling statement" in told[0]
+    assert "cannot be used now: canceling statement" in told[0]
     assert told[1:] == [None]
     assert [one.id for one in store.contributions()] == ["c1"]
 
 
-def cancel_who_waits(postgres):
-    with postgres.connect() as connection:
-        while not connection.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchall():
-            pass
+@pytest.mark.parametrize("code", ["53100", "58030", "57014", "40P01"])
+def test_what_passes_by_itself_is_waited_for_once_a_run_has_begun(opened, address, tiny, make_report, code):
+    store = opened(address)
+
+    def fail(times):
+        def work(connection):
+            if times:
+                times.pop()
+                connection.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END $$")
+            return "done"
+
+        return store.database.transact(work)
+
+    with pytest.raises(DatabaseUnreachable, match="cannot be used now: no; check what its log says"):
+        fail([1])
+    store.begin(tiny())
+    assert fail([1, 1]) == "done"
+
+
+def test_a_server_that_was_replaced_is_not_mistaken_for_another_when_the_look_at_that_fails(opened, address, tiny, monkeypatch):
+    """The lock on the run counts only with the look at its epoch."""
+    store = opened(address)
+    store.begin(tiny())
+    store.database.transact(lambda connection: connection.info.clear())  # as a new connection
+    look, looks = store._check_epoch, []
+
+    def check(connection):
+        looks.append(connection)
+        if len(looks) == 1:
+            connection.exec_driver_sql("DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '57014'; END $$")
+        look(connection)
+
+    monkeypatch.setattr(store, "_check_epoch", check)
+    store.devices()
+    store.devices()
+    assert len(looks) == 2
 
 
 def test_who_has_not_begun_does_not_wait(opened, postgres, address):

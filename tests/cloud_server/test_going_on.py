@@ -2,10 +2,10 @@
 
 import pytest
 
-from lwfed.cloud_server import orders
-from lwfed.cloud_server.limits import UNCOUNTED
+from lwfed.cloud_server import limits, orders
+from lwfed.cloud_server.limits import WAITING_OF_ONE
 from lwfed.cloud_server.orders import Order
-from lwfed.errors import StateError, Unreachable
+from lwfed.errors import DiskTrouble, PortInUse, StateError, Unreachable
 from lwfed.transport.base import Connected, Disconnected, Received
 from lwfed.wire.topics import Topics
 
@@ -62,45 +62,50 @@ def test_a_part_is_patched_from_after_the_last_patch_that_was_lost(world):
     assert fleet.course._patches(steps) == ()
 
 
-@pytest.mark.parametrize(
-    ("topic", "retained"),
-    [
-        (TOPICS.update_chunk("a", "w0", "c", 0), False),
-        (TOPICS.update_chunk("a", "w0", "c", 0), True),
-        (TOPICS.from_device("a", "beat"), True),
-        (TOPICS.from_device("a", "offer"), True),
-    ],
-)
-def test_what_no_bucket_counts_does_not_fill_a_queue_that_nobody_empties(world, topic, retained):
+def test_what_the_door_does_not_count_does_not_fill_a_queue_that_nobody_empties(world):
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
-    for _ in range(3 * UNCOUNTED):
-        fleet.server._arrive(Received(topic, b"x", retained))
-    assert fleet.server._queue.qsize() == UNCOUNTED
+    before = fleet.server._queue.qsize()
+    for _ in range(1000):
+        fleet.server._arrive(Received(TOPICS.update_chunk("greedy", "w0", "c", 0), bytes(100_000)))
+    chunks = WAITING_OF_ONE // 100_600
+    assert fleet.server._queue.qsize() == before + chunks
+    fleet.server._arrive(Received(TOPICS.update_chunk("a", "w0", "c", 0), bytes(100_000)))
+    assert fleet.server._queue.qsize() == before + chunks + 1, "others have room"
     fleet.finish()
-    for _ in range(UNCOUNTED):
-        fleet.server._arrive(Received(topic, b"x", retained))
-    assert fleet.server._queue.qsize() == UNCOUNTED, "there is room again"
+    before = fleet.server._queue.qsize()
+    fleet.server._arrive(Received(TOPICS.update_chunk("greedy", "w0", "c", 0), bytes(100_000)))
+    assert fleet.server._queue.qsize() == before + 1, "and it has some again"
 
 
-def test_litter_that_there_was_no_room_for_is_found_later(world):
+def test_litter_that_there_was_no_room_for_is_found_later(world, monkeypatch):
+    """And all that has been seen of it is cleared meanwhile."""
+    monkeypatch.setattr(limits, "WAITING_OF_ONE", 100 * (limits.OBJECT_BYTES + 50))
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    fleet.kill()
     litterer = fleet.broker.transport()
     litterer.open("litterer", None, lambda event: None)
-    topics = [TOPICS.update_chunk("a", "w0", f"c{number}", 0) for number in range(UNCOUNTED + 100)]
+    topics = [TOPICS.update_chunk("a", "w0", f"c{number}", 0) for number in range(450)]
     for topic in topics:
         litterer.publish(topic, b"x", retain=True)
-        fleet.broker.pump()
-    assert fleet.server._queue.qsize() <= UNCOUNTED + 100
-    fleet.quiet()
+    fleet.broker.pump()
+    fleet.start()
+    fleet.broker.pump()
+    assert fleet.server._queue.qsize() < 200, "the rest had no room"
+    subscriptions = []
+    subscribe = fleet.server._transport.subscribe
+    monkeypatch.setattr(fleet.server._transport, "subscribe", lambda filter: (subscriptions.append(filter), subscribe(filter)))
+    fleet.finish()
     assert [topic for topic in topics if topic in fleet.broker.retained] == []
+    assert 2 <= len(subscriptions) <= 10
 
 
 def test_a_broker_that_cannot_be_started_again_yet_is_tried_again(world, said):
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
-    answers = [Unreachable("the mosquitto broker ended with code -9"), StateError("cannot start the broker: no process left"), True]
+    dead, refused = Unreachable("it ended with code -9"), StateError("cannot start the broker: no process left")
+    answers = [False, dead, dead, refused, True]
 
     def revive():
         answer = answers.pop(0)
@@ -109,13 +114,53 @@ def test_a_broker_that_cannot_be_started_again_yet_is_tried_again(world, said):
         return answer
 
     fleet.server._revive = revive
-    for _ in range(3):
+    for _ in range(5):
         fleet.server.handle(Disconnected(Unreachable("gone")))
-    texts = [warning["text"] for warning in of(said, "warning")]
-    assert [text for text in texts if "cannot be started again: the mosquitto broker ended" in text] != []
-    assert texts[-1].endswith("the broker had died and was started again")
+    endings = ("until it is back: gone", f"again: {dead}", f"again: {refused}", "the broker had died and was started again")
+    texts = [warning["text"] for warning in of(said, "warning")][-4:]
+    assert [text.endswith(ending) for text, ending in zip(texts, endings, strict=True)] == [True] * 4, texts
     fleet.server.handle(Connected())
     fleet.finish()
+
+
+def test_whoever_has_taken_the_port_of_a_broker_that_died_is_not_followed(world):
+    fleet = undisturbed(world)
+
+    def revive():
+        raise PortInUse("something else listens on 127.0.0.1:1883")
+
+    fleet.server._revive = revive
+    with pytest.raises(PortInUse):
+        fleet.server.handle(Disconnected(Unreachable("gone")))
+
+
+def test_an_order_is_not_lost_with_the_disk_that_keeps_it_from_being_carried_out(world, monkeypatch):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    orders.give(root(fleet), Order(do="pause"))
+
+    def full(*_):
+        raise DiskTrouble("database or disk is full")
+
+    monkeypatch.setattr(fleet.course.store, "step", full)
+    with pytest.raises(DiskTrouble):
+        fleet.server.take_orders()
+    fleet.kill()
+    fleet.start()
+    fleet.quiet()
+    assert fleet.course.state.paused
+
+
+def test_a_part_of_the_model_that_the_disk_has_spoilt_needs_somebody(world):
+    """Nothing makes it again: a service that was started again and again would hide that."""
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    blob = fleet.course.state.parts["stem"]
+    fleet.kill()
+    spoil(root(fleet) / "model" / blob)
+    with pytest.raises(StateError, match="was deleted or damaged") as raised:
+        fleet.start()
+    assert raised.value.exit_code == 73
 
 
 def test_an_order_to_go_on_waits_until_it_is_known_who_is_there(world):

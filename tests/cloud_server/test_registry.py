@@ -1,10 +1,11 @@
+import contextlib
 import sqlite3
 import stat
 
 import pytest
 
 from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
-from lwfed.errors import StateError
+from lwfed.errors import DiskTrouble, StateError
 
 
 class Clock:
@@ -89,14 +90,16 @@ def test_the_revision_changes_with_what_another_process_does_and_only_then(regis
     other.close()
 
 
-def test_who_reads_and_lingers_holds_up_nobody(registry, tmp_path):
+def test_who_reads_and_lingers_costs_a_start_at_most(registry, tmp_path):
     registry.invite("porch", "t1", "hash", 60)
-    reader = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM devices").fetchall()
+    registry._db.execute("PRAGMA busy_timeout=1")
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM devices").fetchall()
+        with pytest.raises(DiskTrouble, match="database is locked"):
+            registry.confirm("porch")
     registry.confirm("porch")
     assert registry.device("porch").joined_s is not None
-    reader.close()
 
 
 def test_a_commit_that_fails_leaves_no_transaction_open(registry):

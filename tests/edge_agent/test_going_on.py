@@ -117,7 +117,7 @@ def test_a_disk_that_fails_once_ends_a_device_so_that_it_is_started_again(world,
         world.settle(5)
 
 
-def test_a_part_that_is_lost_while_the_worker_starts_is_what_the_next_start_fetches(world):
+def test_a_part_that_is_lost_while_the_worker_starts_is_fetched_again(world):
     server, device = world.joined()
     server.announce()
     server.assign(device.id)
@@ -125,16 +125,9 @@ def test_a_part_that_is_lost_while_the_worker_starts_is_what_the_next_start_fetc
     assert isinstance(device.worker[-1], StartWorker)
     next(path for path in (device.root / "model").iterdir() if path.is_file() and path.name != server.config.id).unlink()
     device.ready()
-    with pytest.raises(DiskTrouble, match="the next start fetches or rebuilds it"):
-        world.settle()
-    device.kill()
-    again = world.start_device()
-    world.settle()
-    server.assign(again.id)
     world.settle(2)
-    again.ready()
-    world.settle()
-    assert isinstance(again.worker[-1], Train)
+    assert [type(effect) for effect in device.worker] == [StartWorker, Train]
+    assert sum("it is fetched again" in text for text in device.texts("warning")) == 1
 
 
 class Shell(Agent):

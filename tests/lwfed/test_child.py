@@ -1,8 +1,10 @@
+import fcntl
 import os
 import queue
 import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,10 +99,24 @@ def test_what_cannot_be_started_is_said_and_leaves_nothing_open(events, monkeypa
 
 def test_an_order_is_handed_over_before_the_child_can_read_it(events):
     """Its parent has others to answer meanwhile."""
+    text = "x" * 500_000
+    ours, theirs = os.pipe()
+    try:
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, len(text) + 100)
+    except OSError as error:
+        pytest.skip(f"this user's pipes have no room left: {error}")
+    finally:
+        os.close(ours)
+        os.close(theirs)
     child = Child("echo_child", events.put, within=["sh", "-c", 'kill -STOP $$; exec "$@"', "-"])
-    child.send({"do": "echo", "text": "x" * 500_000})
-    child.kill()
-    child.close()
+    sending = threading.Thread(target=child.send, args=({"do": "echo", "text": text},), daemon=True)
+    try:
+        sending.start()
+        sending.join(LONG_S)
+        assert not sending.is_alive()
+    finally:
+        child.kill()
+        child.close()
 
 
 def test_a_line_cut_off_by_its_death_is_no_event(child, events):

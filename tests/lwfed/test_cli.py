@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -31,6 +33,12 @@ def fail(error):
 @json_option
 def show(settings, connection, as_json):
     click.echo(repr((settings, connection, as_json)))
+
+
+def test_a_code_does_not_depend_on_who_listens():
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "lwfed.edge_agent.cli", "join", "mqtt://127.0.0.1:1", "--data", "/nowhere"]
+        assert subprocess.run(words, stdout=full, stderr=full).returncode == 66
 
 
 @pytest.mark.parametrize(("error", "code"), [("refused", 77), ("plain", 1)])
