@@ -68,7 +68,8 @@ def _course_lines(status: Status) -> Iterator[Line]:
     yield "run", f"{status.run} ({status.strategy}), in {status.where}"
     yield "now", f"stage {status.stage} of {status.stages}, round {status.round} of {status.last_round}, {status.phase}"
     if status.paused:
-        until = f"until cloud-server resume --state {status.where}"
+        with_what = f"--state {status.where}" if Path(status.where).is_dir() else "with its --database"
+        until = f"until cloud-server resume {with_what}"
         yield "paused", f"after this round, {until}" if status.phase == "training" else f"no round begins {until}"
     if status.stopped:
         yield "stopped", status.stopped

@@ -5,8 +5,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from lwfed.cloud_server import orders
 from lwfed.cloud_server.cli import main
 from lwfed.cloud_server.course import Course
+from lwfed.cloud_server.orders import Order
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.store import TIE_NAME, open_store
 from lwfed.errors import StateError
@@ -66,6 +68,20 @@ def test_a_note_in_the_folder_that_cannot_be_read_is_explained(begun, course, ad
 
 def run(*arguments, **environ):
     return CliRunner().invoke(main, [str(one) for one in arguments], env=environ)
+
+
+def test_a_paused_run_says_how_it_goes_on(world, address, monkeypatch):
+    fleet = world()
+    fleet.database = address
+    fleet.start()
+    fleet.quiet()
+    folder = fleet.root / fleet.state
+    orders.give(folder, Order(do="pause"))
+    fleet.server.take_orders()
+    monkeypatch.undo()
+    assert "no round begins until cloud-server resume with its --database\n" in run("status", "--database", address).output
+    one = run("status", "--state", folder, "--database", address).output
+    assert f"no round begins until cloud-server resume --state {folder}\n" in one
 
 
 def test_status_and_export_of_runs_in_a_database(world, address, tmp_path, monkeypatch):
