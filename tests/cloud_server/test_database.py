@@ -269,9 +269,10 @@ def test_a_standby_that_a_failover_leads_to_is_waited_for(opened, address, stand
 
 @pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
 def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, address, postgres, tiny, make_report, limit):
-    store = opened(f"{address}%20-c{limit}%3D200")
+    store = opened(address)
     store.begin(tiny())
     store.admit("a", HELLO)
+    store.database.transact(lambda connection: connection.exec_driver_sql(f"SET {limit} = 500"))
     told = []
     with postgres.connect() as other:
         other.execute("BEGIN")
@@ -285,7 +286,7 @@ def test_a_statement_that_somebody_keeps_from_its_end_is_tried_again(opened, add
         store.database.tell = tell
         contribute(store, make_report)
     assert "cannot be used now: canceling statement" in told[0]
-    assert told[1:] == [None]
+    assert told[-1] is None
     assert [one.id for one in store.contributions()] == ["c1"]
 
 
