@@ -15,7 +15,7 @@ from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
 MESSAGES_PER_S = 20.0  # of one device, chunks of its update not counted
 MESSAGES_AT_ONCE = 200
-WAITING_OF_ONE, WAITING_OF_ALL = 16_000_000, 64_000_000  # bytes: of one device less than others need to be heard beside it
+WAITING_OF_ONE, WAITING_OF_ALL = 16_000_000, 64_000_000  # bytes; a device that floods leaves room for others
 OBJECT_BYTES = 500  # that a message takes beside its payload
 MAX_KEYS = 20_000  # those who have all their tokens again are forgotten then
 
