@@ -191,6 +191,8 @@ def _port_error(host: str, port: int, error: OSError) -> TransportError:
         return Unreachable(f"port {port} needs more permissions than this user has: choose one above 1023")
     if error.errno == errno.EADDRNOTAVAIL:
         return Unreachable(f"{host} is no address of this machine: give --listen one, or the name that devices reach it by")
+    if error.errno != errno.EADDRINUSE:
+        return Unreachable(f"cannot listen on {host or 'this machine'}:{port}: {error.strerror or error}")
     mine = f", or use that broker with --broker mqtt://{HOST}:{port}" if host == HOST else ""
     return PortInUse(
         f"something else listens on {host or 'this machine'}:{port}: choose another port with --port (0 takes a free one), "

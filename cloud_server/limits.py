@@ -64,7 +64,8 @@ class Backlog:
         """Whether there is room for it, which it then takes. Asked on the transport's thread."""
         sender, size = self._sender(message), _bytes_of(message)
         with self._changed:
-            if self._waiting[sender] + size > WAITING_OF_ONE or self._total + size > WAITING_OF_ALL:
+            full = self._waiting[sender] + size > WAITING_OF_ONE or self._total + size > WAITING_OF_ALL
+            if full and self._total:  # alone even the largest has room, or it could never be cleared
                 return False
             self._waiting[sender] += size
             self._total += size

@@ -84,10 +84,10 @@ class News:
         mend = f"the next try is in {_duration(state.deadline - now)}, or when one is mended and started again"
         self.warning(f"{who} can train in this round: {_listed(lost)}; {mend if waits else 'mend one and start it again'}")
 
-    def paused(self, state: State, root: Path) -> None:
+    def paused(self, state: State, to_go_on: str) -> None:
         if state.paused:
             when = "after the present round" if state.phase == "training" else "until then no round begins"
-            self._say("paused", "paused", f"{when}; go on with: cloud-server resume --state {root}", paused=True, phase=state.phase)
+            self._say("paused", "paused", f"{when}; go on with: {to_go_on}", paused=True, phase=state.phase)
         else:
             self._say("paused", "resumed", "the run goes on", paused=False, phase=state.phase)
 

@@ -51,6 +51,11 @@ def waiting(root: Path) -> list[Path]:
     return sorted(path for path in (root / FOLDER).glob("*.json") if path.stem.isdecimal() and path.is_file())
 
 
+def to_go_on(root: str | Path, in_database: bool) -> str:
+    """The command that ends a pause; of the address of a database only that it is needed, for it may have a password."""
+    return f"cloud-server resume --state {root}{' --database URL' if in_database else ''}"
+
+
 def forget(path: Path) -> None:
     """It is carried out. Raises StateError."""
     try:

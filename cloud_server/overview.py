@@ -68,8 +68,7 @@ def _course_lines(status: Status) -> Iterator[Line]:
     yield "run", f"{status.run} ({status.strategy}), in {status.where}"
     yield "now", f"stage {status.stage} of {status.stages}, round {status.round} of {status.last_round}, {status.phase}"
     if status.paused:
-        with_what = f"--state {status.where}" if Path(status.where).is_dir() else "with its --database"
-        until = f"until cloud-server resume {with_what}"
+        until = f"until {orders.to_go_on(status.where if status.where != status.database else 'FOLDER', status.database is not None)}"
         yield "paused", f"after this round, {until}" if status.phase == "training" else f"no round begins {until}"
     if status.stopped:
         yield "stopped", status.stopped

@@ -68,7 +68,8 @@ class JudgementStatus(Judgement):
 class Status:
     run: str
     strategy: str
-    where: str
+    where: str  # its folder, or the database where that is not known
+    database: str | None  # None: its records are in its folder
     served: bool
     phase: Phase
     stage: int
@@ -96,6 +97,7 @@ class Status:
             run=config.run.name,
             strategy=config.stages.strategy,
             where=where,
+            database=None if store.database.path else store.database.name,
             served=store.served,
             phase=state.phase,
             stage=state.stage,

@@ -6,6 +6,7 @@ from lwfed.cloud_server.coordinator import RETURN_S
 from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.notices import Begun, Closed, Collapsed, Extended, GivenUp, Joined, Notice, Overdue, Reduced, Stalled
+from lwfed.cloud_server.orders import to_go_on
 from lwfed.cloud_server.rounds import State
 from lwfed.cloud_server.sizes import round_bytes
 
@@ -19,7 +20,7 @@ def tell(news: News, course: Course, before: State, notices: list[Notice], now: 
     if after.stage > before.stage or (after.over and not before.over):
         stage_ended(news, course, before.stage)
     if after.paused != before.paused:
-        news.paused(after, course.root)
+        news.paused(after, to_go_on(course.root, course.store.database.path is None))
     if after.phase == "waiting" and (before.phase != "waiting" or before.here != after.here or before.patient != after.patient):
         waiting(news, course, now)
     if after.stuck and not before.stuck:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lwfed.config import RunConfig
@@ -29,13 +29,3 @@ class Job:
     @property
     def worker(self) -> WorkerFor:
         return WorkerFor(self.task.run, self.task.stage, self.config.train.threads)
-
-    @property
-    def needs(self) -> Iterator[str]:
-        """Blobs that its training process reads."""
-        yield self.run.config.id
-        yield from (graph.id for graph in self.run.graphs.values())
-        for way in self.ways.values():
-            yield from (blob.id for blob in way.fetched)
-            if way.base is not None:
-                yield way.base

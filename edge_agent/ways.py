@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,16 @@ class Way:
     @property
     def fetched(self) -> tuple[BlobRef, ...]:
         return self.patches or (self.part,)
+
+
+def needed(run: Run, ways: Mapping[str, Way]) -> Iterator[str]:
+    """Blobs that a training process reads."""
+    yield run.config.id
+    yield from (graph.id for graph in run.graphs.values())
+    for way in ways.values():
+        yield from (blob.id for blob in way.fetched)
+        if way.base is not None:
+            yield way.base
 
 
 class Pathfinder:

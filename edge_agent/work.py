@@ -25,7 +25,7 @@ from lwfed.edge_agent.executions import Executions
 from lwfed.edge_agent.handover import Handover, Link, megabytes, where
 from lwfed.edge_agent.job import Job, WorkerFor
 from lwfed.edge_agent.journal import Journal
-from lwfed.edge_agent.ways import Pathfinder, Way
+from lwfed.edge_agent.ways import Pathfinder, Way, needed
 from lwfed.errors import ConfigError, InvalidPayload
 from lwfed.seeds import derive
 from lwfed.wire.commands import Send
@@ -158,7 +158,9 @@ class Work:
         match event:
             case events.WorkerReady():
                 self._ready = event
-                return self._train(self._job, event) if self._job is not None else []
+                if self._job is None:
+                    return []
+                return self._again_if_lost(self._job.run, self._job.ways) or self._train(self._job, event)
             case events.WorkerLoading(what, done, total):
                 return [Show(what, done, total)]
             case events.WorkerPatched(files):
@@ -202,8 +204,15 @@ class Work:
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"
         if self._phase == "fetching" and self.downloads.complete and self.handover.update is None:
-            return [*self._say_download(), *self._prepare(task, run)]
+            return [*self._say_download(), *(self._again_if_lost(run, self._ways) or self._prepare(task, run))]
         return []
+
+    def _again_if_lost(self, run: Run, ways: Mapping[str, Way]) -> list[Effect]:
+        """The disk may lose a file while others are on their way, an older update is handed over, or torch is imported."""
+        if all(map(self._held.has, needed(run, ways))):
+            return []
+        self._job, self._phase = None, "called"
+        return [Tell("warning", "a file of the model is gone or damaged; it is fetched again"), *self._advance()]
 
     def _say_download(self) -> list[Effect]:
         if not self._to_fetch:
@@ -234,9 +243,6 @@ class Work:
         return [*effects, StartWorker(job.worker.threads)]
 
     def _train(self, job: Job, ready: events.WorkerReady) -> list[Effect]:
-        if not all(map(self._held.has, job.needs)):  # while torch was imported, which may take a minute
-            self._job, self._phase = None, "called"
-            return [Tell("warning", f"{where(job.task)}: a file of the model is gone or damaged; it is fetched again")]
         graphs = {} if self._distrusts_graphs else job.run.graphs
         order = {
             "do": "train",
@@ -346,7 +352,8 @@ class Work:
 
     def _give_up(self) -> list[Effect]:
         """Forget the task; a training that is under way, or a start, can only be ended with its process."""
-        effects = self._end_worker() if self._job is not None else []
+        idle = self._job is None and self._linger_until is not None
+        effects = [] if idle else self._end_worker()
         if self._task is not None:
             self._journal.abandon()
             self.downloads.want([])

@@ -1,3 +1,4 @@
+import errno
 import os
 import queue
 import signal
@@ -134,6 +135,18 @@ def test_a_port_in_use_is_explained(broker, monkeypatch):
         port = listener.getsockname()[1]
         with pytest.raises(PortInUse, match=rf"127\.0\.0\.1:{port}.*--port"):
             broker("embedded", port).start()
+
+
+def test_a_lack_of_sockets_is_no_port_in_use(broker, monkeypatch):
+    """It passes; whoever has the port stays."""
+
+    def none_left(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(managed, "RELEASE_S", 0)
+    monkeypatch.setattr(managed.socket, "socket", none_left)
+    with pytest.raises(Unreachable, match="Too many open files"):
+        broker("embedded", 1883).start()
 
 
 def test_a_broker_that_fails_says_what_it_said(broker, monkeypatch):

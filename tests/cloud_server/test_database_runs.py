@@ -1,5 +1,6 @@
 """A run in a database: the folder that belongs to it, and what commands say of it."""
 
+import re
 import sys
 
 import pytest
@@ -79,9 +80,12 @@ def test_a_paused_run_says_how_it_goes_on(world, address, monkeypatch):
     orders.give(folder, Order(do="pause"))
     fleet.server.take_orders()
     monkeypatch.undo()
-    assert "no round begins until cloud-server resume with its --database\n" in run("status", "--database", address).output
-    one = run("status", "--state", folder, "--database", address).output
-    assert f"no round begins until cloud-server resume --state {folder}\n" in one
+    for words in (["--database", address], ["--state", folder, "--database", address]):
+        (hint,) = re.findall(r"no round begins until (cloud-server resume .*)", run("status", *words).output)
+        command = hint.replace("FOLDER", str(folder)).replace("URL", address).split()
+        assert run(*command[1:]).exit_code == 0
+    fleet.server.take_orders()
+    assert not fleet.course.state.paused
 
 
 def test_status_and_export_of_runs_in_a_database(world, address, tmp_path, monkeypatch):

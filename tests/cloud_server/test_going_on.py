@@ -78,6 +78,18 @@ def test_what_the_door_does_not_count_does_not_fill_a_queue_that_nobody_empties(
     assert fleet.server._queue.qsize() == before + 1, "and it has some again"
 
 
+def test_even_the_largest_litter_is_cleared(world):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    litterer = fleet.broker.transport()
+    litterer.open("litterer", None, lambda event: None)
+    topic = TOPICS.update_chunk("a", "w0", "c", 0)
+    litterer.publish(topic, bytes(WAITING_OF_ONE + 1), retain=True)
+    fleet.quiet()
+    assert topic not in fleet.broker.retained
+    fleet.finish()
+
+
 def test_litter_that_there_was_no_room_for_is_found_later(world, monkeypatch):
     """And all that has been seen of it is cleared meanwhile."""
     monkeypatch.setattr(limits, "WAITING_OF_ONE", 100 * (limits.OBJECT_BYTES + 50))

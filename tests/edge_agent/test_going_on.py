@@ -15,7 +15,7 @@ from lwfed.config import load_config
 from lwfed.console import Console
 from lwfed.edge_agent import process, screen
 from lwfed.edge_agent.agent import Agent
-from lwfed.edge_agent.events import Show, StartWorker, Tell, Train, WorkerError, WorkerReady
+from lwfed.edge_agent.events import EndWorker, Show, StartWorker, Tell, Train, WorkerError, WorkerReady
 from lwfed.edge_agent.screen import Screen
 from lwfed.errors import DiskTrouble, ProtocolMismatch, TransportError
 from lwfed.transport.memory import MemoryTransport
@@ -123,11 +123,46 @@ def test_a_part_that_is_lost_while_the_worker_starts_is_fetched_again(world):
     server.assign(device.id)
     world.settle(2)
     assert isinstance(device.worker[-1], StartWorker)
-    next(path for path in (device.root / "model").iterdir() if path.is_file() and path.name != server.config.id).unlink()
+    a_part(device, server).unlink()
     device.ready()
     world.settle(2)
     assert [type(effect) for effect in device.worker] == [StartWorker, Train]
     assert sum("it is fetched again" in text for text in device.texts("warning")) == 1
+
+
+def a_part(device, server):
+    return next(path for path in (device.root / "model").iterdir() if path.is_file() and path.name != server.config.id)
+
+
+def test_a_worker_that_waits_for_what_was_lost_ends_with_its_round(world):
+    server, device = world.joined()
+    server.announce()
+    server.assign(device.id)
+    world.settle(2)
+    a_part(device, server).unlink()
+    server.answers = False
+    device.ready()
+    world.settle()
+    server.announce(phase="aggregating")
+    world.settle()
+    assert [type(effect) for effect in device.worker] == [StartWorker, EndWorker]
+
+
+@pytest.mark.parametrize("what", ["config", "part"])
+def test_a_file_that_is_lost_while_an_update_is_handed_over_is_fetched_again(world, what):
+    server, device = world.training()
+    refusing, server.inbox.offer = server.inbox.offer, lambda *_: []
+    device.finish()
+    world.settle()
+    server.announce(round=2, content=b"changed" * 1000)
+    server.assign(device.id, round=2)
+    world.settle(5)
+    assert device.journal.update is not None
+    (a_part(device, server) if what == "part" else device.root / "model" / server.config.id).unlink()
+    server.inbox.offer = refusing
+    world.settle(60)
+    assert device.journal.update is None
+    assert [type(effect) for effect in device.worker] == [StartWorker, Train, Train]
 
 
 class Shell(Agent):
