@@ -199,7 +199,7 @@ class Work:
         if self._phase == "called" and _is_on(task, run):
             self._ways = self._pathfinder.ways(run)
             wanted = [run.config, *run.graphs.values(), *(blob for way in self._ways.values() for blob in way.fetched)]
-            self._held.forget({ref.id for ref in wanted} | {way.base for way in self._ways.values() if way.base})
+            self._held.forget(set(needed(run, self._ways)))
             self.downloads.want(wanted)
             have, total = self.downloads.progress()
             self._to_fetch, self._phase = total - have, "fetching"

@@ -124,7 +124,7 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> tuple[subprocess.P
             env={**os.environ, **env, OUTPUT_VARIABLE: str(theirs)},
             start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone, which decides what to do
         )
-    except BaseException:
+    except OSError:
         lines.close()
         raise
     finally:

@@ -290,9 +290,9 @@ def test_a_server_that_is_back_is_found_when_that_was_lost(world):
     world.settle()
     lost(world, "srv/state")
     server = world.start_server(epoch=2)
-    world.settle(10)
+    world.settle(9)
     world.broker.interfere = None
-    world.settle(10)
+    world.settle(12)
     assert server.greeted == [device.id]
     assert device.texts("server").count("the server is offline; waiting for it") == 1
 
