@@ -122,7 +122,7 @@ class Device:
     def __init__(self, broker: MemoryBroker, root: Path, now: float, wait_s=15, data="digits", believe=None) -> None:
         self.root, self.exit, self.told, self.worker = root, None, [], []
         root.mkdir(exist_ok=True)
-        self.journal = Journal(root / "journal.sqlite", "tester")
+        self.journal = Journal(root / "journal.sqlite", device=f"tester-{root.name}")  # fixed, and with it its times to retry
         self.id = self.journal.device
         self.link, self.queue = broker.transport(), []
         self.places = Places(data, root / "images", root / "update.safetensors")
