@@ -55,7 +55,8 @@ class Course:
         try:
             stored = self.store.config
             self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start
-            self.state, self.epoch, self.resumed = self.store.begin(config)
+            begun = self.store.begin(config)
+            self.run_id, self.epoch, self.resumed, self.state = begun.id, begun.epoch, begun.resumed, begun.state
             bind_folder(root, self.store)
             self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here
             self.spool = BlobStore(root / "updates", durable)
@@ -114,7 +115,7 @@ class Course:
         self._seq += 1
         state = self.state
         return Run(
-            run=self.config.run.name,
+            run=self.run_id,
             epoch=self.epoch,
             seq=self._seq,
             phase=state.phase,

@@ -39,13 +39,13 @@ class News:
         where = ", for enrolled devices; enrol one with: cloud-server enrol NAME" if self._gated else here
         self._say("broker", "broker", f"{kind} at {self._url}{where}", url=self._url, kind=kind)
 
-    def run(self, rules: Rules, status: str, place: str, root: Path) -> None:
+    def run(self, id: str, rules: Rules, status: str, place: str, root: Path) -> None:
         name, strategy = self._config.run.name, self._config.stages.strategy
         course = f"{name}: {strategy}, {counted(rules.stages, 'stage')}, {counted(sum(rules.rounds), 'round')}" + (
             " at most" if rules.patience else ""
         )
         text = {"started": course, "resumed": f"{course}; goes on at {place}"}.get(status, f"{course}; {status}")
-        self._say("run", "run", f"{text} (state: {root})", run=name, strategy=strategy, stages=rules.stages, status=status)
+        self._say("run", "run", f"{text} (state: {root})", run=name, id=id, strategy=strategy, stages=rules.stages, status=status)
 
     def unjudged(self) -> None:
         text = "whether a stage collapses cannot be judged without images on the server: set evaluation.data, or calibrate"

@@ -205,12 +205,12 @@ class Reception:
 
     def _is_on(self, message: Beat | Fail) -> bool:
         """Whether it is of the present round."""
-        here = message.run == self._course.config.run.name and (message.stage, message.round) == self._place
+        here = message.run == self._course.run_id and (message.stage, message.round) == self._place
         return here and self._course.state.phase == "training"
 
     def _count_stray(self, member: Member, message: Beat | Fail) -> None:
         """It is not of the present round. One of a round before is late, which is nobody's fault."""
-        if message.run != self._course.config.run.name:
+        if message.run != self._course.run_id:
             self.complaints.count(member.id, "foreign")  # it may not have heard yet of a new run
         elif (message.stage, message.round) > self._place:
             text = f"device {member.participant} speaks of stage {message.stage}, round {message.round}, which has not begun; ignored"
@@ -248,9 +248,9 @@ class Reception:
         state = self._course.state
         if offer.participant != member.participant:
             return "identity", f"this device is number {member.participant}, not {offer.participant}"
-        name = self._course.config.run.name
-        if (offer.run, offer.stage, offer.round) != (name, state.stage, state.round) or state.phase != "training":
-            where = f"stage {state.stage}, round {state.round} of run {name}, {'paused' if state.suspended else state.phase}"
+        run = self._course.run_id
+        if (offer.run, offer.stage, offer.round) != (run, state.stage, state.round) or state.phase != "training":
+            where = f"stage {state.stage}, round {state.round} of run {run}, {'paused' if state.suspended else state.phase}"
             return "stale", f"it is of stage {offer.stage}, round {offer.round} of run {offer.run}; the server is at {where}"
         if member.participant not in state.owing:
             return "not_chosen", "this round expects no update of this device"

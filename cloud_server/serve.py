@@ -61,7 +61,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
         news = News(console, config, str(gate.public_address if gate else address), gated=gate is not None)
         news.broker(broker.kind if broker else "external")
         status = course.state.phase if course.state.over else "resumed" if course.resumed else "started"
-        news.run(course.rules, status, place(course), root)
+        news.run(course.run_id, course.rules, status, place(course), root)
         if options.database is not None:
             news.doing(f"the run is kept in {course.store.database.name}")
         if not course.rules.judge:
@@ -147,7 +147,7 @@ def _broker(options: Options, config: RunConfig, root: Path, gate: Gate | None, 
 
 
 def _say_over(news: News, course: Course) -> None:
-    news.run(course.rules, course.state.phase, place(course), course.root)
+    news.run(course.run_id, course.rules, course.state.phase, place(course), course.root)
     say_over(news, course)
     _end(course)
 

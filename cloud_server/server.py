@@ -355,7 +355,7 @@ class Server:
         state = self._course.state
         if self._connected and state.owing:
             room = TASKS_AHEAD if self._transport.pending < SEND_AHEAD else 0
-            self._execute(self._fleet.tasks(self._course.config.run.name, state.stage, state.round, state.owing, now, room))
+            self._execute(self._fleet.tasks(self._course.run_id, state.stage, state.round, state.owing, now, room))
             if self._fleet.reminded:  # a task without its announcement cannot begin either
                 self._publish_announcement()
 

@@ -67,6 +67,7 @@ class JudgementStatus(Judgement):
 @dataclass(frozen=True)
 class Status:
     run: str
+    id: str  # by which devices know it
     strategy: str
     where: str  # its folder, or the database where that is not known
     database: str | None  # None: its records are in its folder
@@ -95,6 +96,7 @@ class Status:
         rules, rounds = Rules.of(config), _rounds(store)
         return cls(
             run=config.run.name,
+            id=store.id,
             strategy=config.stages.strategy,
             where=where,
             database=None if store.database.path else store.database.name,

@@ -6,11 +6,12 @@ from lwfed.cloud_server.store.figures import Contributed, StageFigures
 from lwfed.cloud_server.store.opening import FILE_NAME, TIE_NAME, Tie, bind_folder, open_store, stored_runs
 from lwfed.cloud_server.store.records import Contribution, Device, Judgement, Scores
 from lwfed.cloud_server.store.step import Step
-from lwfed.cloud_server.store.store import Store
+from lwfed.cloud_server.store.store import Begun, Store, new_id
 
 __all__ = [
     "FILE_NAME",
     "TIE_NAME",
+    "Begun",
     "Contributed",
     "Contribution",
     "Device",
@@ -21,6 +22,7 @@ __all__ = [
     "Store",
     "Tie",
     "bind_folder",
+    "new_id",
     "open_store",
     "stored_runs",
 ]

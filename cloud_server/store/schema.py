@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 
 FIRST = "6"  # the oldest that is taken over, as SQLite's user_version; from then on the revisions of Alembic
-HEAD = "9"
+HEAD = "10"
 
 metadata = MetaData()
 version = Table("lwfed_version", MetaData(), Column("version_num", String(32), primary_key=True))  # Alembic's, under a name of ours
@@ -40,6 +40,7 @@ runs = Table(
     Column("finished_s", Float),
     Column("epoch", Whole, nullable=False),  # of the last start of the server: grows with every start, also of other stores
     Column("state", String, nullable=False),  # of the coordinator, JSON
+    Column("id", String, nullable=False, server_default=""),  # by which devices know the run: another one of the name has another
     Column("steps", Whole, nullable=False, server_default="0"),  # that were written: tells whether one whose answer was lost is among them
 )
 

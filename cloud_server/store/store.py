@@ -6,10 +6,11 @@ Everything that one event causes is written in one transaction, with the coordin
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Column, Connection, Executable, Row, Select, Table, func, select
 
@@ -23,11 +24,19 @@ from lwfed.config import RunConfig, load_config
 from lwfed.errors import DatabaseUnreachable, StateError
 from lwfed.locks import in_use
 from lwfed.wire.messages import Hello
+from lwfed.wire.records import MAX_NAME
 
 T = TypeVar("T")
 HANDOVER_S = 30.0  # PostgreSQL notices within 25 s that a machine is gone (`database.SESSION`)
 RETRY_S = 0.05
 SEEN_EVERY_S = 60.0
+
+
+class Begun(NamedTuple):
+    id: str  # by which devices know the run
+    state: State
+    epoch: int
+    resumed: bool
 
 
 class Store:
@@ -51,9 +60,8 @@ class Store:
         data = self._transact(lambda connection: connection.execute(self._of_run(schema.runs.c.config)).scalar())
         return None if data is None else completed(data)
 
-    def begin(self, config: RunConfig) -> tuple[State, int, bool]:
-        """(state, epoch, resumed): a new run, or the stored one as it was left, from now on under `config`. Raises StateError when
-        another server has it.
+    def begin(self, config: RunConfig) -> Begun:
+        """A new run, or the stored one as it was left, from now on under `config`. Raises StateError when another server has it.
 
         The epoch is later than that of any earlier start, also of another store: devices ignore what is older than they know. From
         now on a lost connection is waited for.
@@ -63,20 +71,27 @@ class Store:
             if time.monotonic() >= until:
                 raise StateError(f"{self.database.name}: another cloud-server serves run {self.run!r}; end it, or use --set run.name=NAME")
             time.sleep(RETRY_S)
-        state, self._epoch, self._steps, resumed = self.database.transact(lambda connection: self._begin(connection, config))
+        begun, self._steps = self.database.transact(lambda connection: self._begin(connection, config))
+        self._epoch = begun.epoch
         self.database.patient = True
-        return state, self._epoch, resumed
+        return begun
 
-    def _begin(self, connection: Connection, config: RunConfig) -> tuple[State, int, int, bool]:
+    def _begin(self, connection: Connection, config: RunConfig) -> tuple[Begun, int]:
         table, now = schema.runs, self._clock()
         known = connection.execute(self._of_run(table)).one_or_none()
         if known is None:
-            row = {"name": self.run, "config": config.to_bytes(), "started_s": now, "epoch": int(now), "state": State().to_json()}
-            connection.execute(table.insert(), row)
-            return State(), int(now), 0, False
+            begun = Begun(new_id(self.run), State(), int(now), resumed=False)
+            row = {"name": self.run, "id": begun.id, "epoch": begun.epoch, "state": begun.state.to_json()}
+            connection.execute(table.insert(), {**row, "config": config.to_bytes(), "started_s": now})
+            return begun, 0
         epoch = max(known.epoch + 1, int(now))  # clocks are set back at times
         connection.execute(table.update().where(table.c.name == self.run).values(epoch=epoch, config=config.to_bytes()))
-        return State.from_json(known.state), epoch, known.steps, True
+        return Begun(known.id, State.from_json(known.state), epoch, resumed=True), known.steps
+
+    @property
+    def id(self) -> str:
+        """By which devices know the run."""
+        return str(self._transact(lambda connection: connection.execute(self._of_run(schema.runs.c.id)).scalar_one()))
 
     @property
     def state(self) -> State:
@@ -243,6 +258,11 @@ class Store:
     def _check_epoch(self, connection: Connection) -> None:
         if connection.execute(self._of_run(schema.runs.c.epoch)).scalar_one() != self._epoch:
             raise StateError(f"{self.database.name}: another cloud-server has taken over run {self.run!r}; this one ends")
+
+
+def new_id(run: str) -> str:
+    """Another one at each call, and of one length for a name: begun again under the same name, a run is another."""
+    return f"{run[: MAX_NAME - 9]}-{secrets.token_hex(4)}"
 
 
 def completed(data: bytes) -> RunConfig:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 MAX_PROTOCOL = 1_000_000  # larger numbers are no versions but junk, and would be quoted to people
 MAX_LOSS = 1e6  # beyond it a training has diverged
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+MAX_NAME = 64  # characters
+Name = Annotated[str, Field(pattern=rf"^[a-z0-9-]{{1,{MAX_NAME}}}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Part = Annotated[str, Field(pattern=r"^(stem|(layer|adapter)\.[1-9][0-9]?|norm|projector|predictor|decoder)$")]
 Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"

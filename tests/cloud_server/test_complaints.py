@@ -36,9 +36,9 @@ def test_what_is_dropped_is_counted_said_at_the_end_of_the_round_and_stays(world
     assert "complaints: slot 2, topic 3" in overview(fleet.root / "server")
 
 
-def spoken(kind, **place):
-    """A beat, or that a device failed, of a place in the run."""
-    at = {"run": "demo", "stage": 1, "round": 1, **place}
+def spoken(kind, run, **place):
+    """A beat, or that a device failed, of a place in a run."""
+    at = {"run": run, "stage": 1, "round": 1, **place}
     if kind == "beat":
         return messages.Beat(**at, epoch=1, epochs=2, step=3, steps=4, loss=1.0, rss_mb=300)
     return messages.Fail(**at, code="memory", reason="out of memory")
@@ -52,11 +52,11 @@ def test_what_comes_late_accuses_nobody_and_what_never_was_is_counted(world, sai
     said.clear()
     device, other = fleet.devices
     for _ in range(2):
-        device.tell(kind, spoken(kind))
+        device.tell(kind, spoken(kind, fleet.course.run_id))
     fleet.quiet()
     assert not any(counted(fleet).values())
     for place in ({"run": "another"}, {"round": 3}, {"stage": 2}, {"stage": 9, "round": 9}):
-        device.tell(kind, spoken(kind, **place))
+        device.tell(kind, spoken(kind, **{"run": fleet.course.run_id, **place}))
     other.tell(kind, spoken(kind, run="another"))
     fleet.quiet()
     assert counted(fleet) == {"a": {"foreign": 4}, "b": {"foreign": 1}}

@@ -83,7 +83,7 @@ def test_a_server_that_ends_hands_its_run_over(opened, address, tiny):
     first.begin(tiny())
     ending = threading.Timer(0.2, first.close)
     ending.start()
-    assert second.begin(tiny())[2]
+    assert second.begin(tiny()).resumed
     ending.join()
 
 

@@ -26,7 +26,6 @@ SETTINGS = (
     "model.depth=1", "stages.rounds_per_stage=1", "calibration.every=never", "evaluation.data=null",
     "rounds.min_devices=3", "rounds.quorum=0.3", "rounds.deadline_s=1000", "transfer.upload_slots=2",
 )  # fmt: skip
-PLACE = {"run": "demo", "stage": 1, "round": 1}
 MOST = 2**53 - 1
 
 
@@ -86,6 +85,7 @@ class Member:
 
     def __init__(self, fleet, name, updates):
         self.name, self.updates = name, updates
+        self.place = {"run": fleet.course.run_id, "stage": 1, "round": 1}
         self.store = BlobStore(fleet.root / name, durable=False)
         self.boot, self.offers = 1, {}
         self.transport = fleet.broker.transport()
@@ -112,7 +112,7 @@ class Member:
         manifest = self.store.manifest(self.store.put(self.updates[update]).id, chunk_bytes)
         if lies:
             manifest = Manifest(blob=manifest.blob, chunk_bytes=chunk_bytes, digests=manifest.digests[::-1])
-        place = {**PLACE, "participant": NAMES.index(self.name), **dict(place)}
+        place = {**self.place, "participant": NAMES.index(self.name), **dict(place)}
         id = contribution_id(place["run"], place["stage"], place["round"], whose or self.name, manifest.blob.id)
         self.offers[update] = Offer(contribution=id, manifest=manifest, report=report(images=images, loss=1e6), **place)
         self.tell("offer", self.offers[update])
@@ -137,10 +137,10 @@ class Member:
         self.fin(update)
 
     def beat(self, round):
-        self.tell("beat", messages.Beat(**{**PLACE, "round": round}, epoch=9, epochs=1, step=9, steps=1, loss=-1e6, rss_mb=1e12))
+        self.tell("beat", messages.Beat(**{**self.place, "round": round}, epoch=9, epochs=1, step=9, steps=1, loss=-1e6, rss_mb=1e12))
 
     def fail(self, code, round):
-        self.tell("fail", messages.Fail(**{**PLACE, "round": round}, code=code, reason="\x00\x1b[2J\u2028" * 99))
+        self.tell("fail", messages.Fail(**{**self.place, "round": round}, code=code, reason="\x00\x1b[2J\u2028" * 99))
 
     def need(self, id, missing):
         self.tell("need", messages.Need(blobs=(messages.Want(id=id, missing=missing),) * 3))

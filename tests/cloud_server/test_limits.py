@@ -87,7 +87,7 @@ def test_a_device_that_comes_and_goes_does_not_fill_the_log(world, said):
 def test_beats_are_passed_on_to_programs_a_few_times_a_minute(world, said):
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
-    place = {"run": "demo", "stage": 1, "round": 1}
+    place = {"run": fleet.course.run_id, "stage": 1, "round": 1}
     beat = messages.Beat(**place, epoch=1, epochs=2, step=3, steps=4, loss=1.0, rss_mb=300)
     for _ in range(100):
         fleet.devices[0].tell("beat", beat)
@@ -101,7 +101,7 @@ def test_a_device_that_fails_and_starts_again_and_again_is_told_of_once_in_a_rou
     for device in fleet.devices:
         device.poll = lambda now: None
     for boot in range(2, 60):
-        fail = messages.Fail(run="demo", stage=1, round=1, code="memory", reason=f"out of memory, {boot}")
+        fail = messages.Fail(run=fleet.course.run_id, stage=1, round=1, code="memory", reason=f"out of memory, {boot}")
         fleet.devices[0].tell("fail", fail)
         fleet.devices[0].tell("state", State(state="ready", start=start(boot)))
     fleet.quiet()

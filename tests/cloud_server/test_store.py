@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 
 from lwfed.cloud_server.rounds import State
-from lwfed.cloud_server.store import FILE_NAME, Contribution, Judgement, Scores, open_store
+from lwfed.cloud_server.store import FILE_NAME, Begun, Contribution, Judgement, Scores, open_store
 from lwfed.errors import StateError
 from lwfed.tools.faults.store import Kept, MemoryStore
+from lwfed.wire import messages
 from lwfed.wire.report import Traffic
 
 from .fleets import HELLO, start
@@ -45,12 +46,13 @@ def contribution(make_report):
 
 def test_a_run_is_begun_once_and_taken_up_again(store, tiny, opened):
     assert store.config is None
-    assert store.begin(tiny()) == (State(), 1000, False)
+    first = store.begin(tiny())
+    assert first == Begun(first.id, State(), 1000, resumed=False)
     with store.step(State(phase="waiting", chosen=(0, 1))):
         pass
     store.close()
     again = opened(900.0)  # clocks are set back at times
-    assert again.begin(tiny()) == (State(phase="waiting", chosen=(0, 1)), 1001, True)
+    assert again.begin(tiny()) == Begun(first.id, State(phase="waiting", chosen=(0, 1)), 1001, resumed=True)
     assert again.config == tiny()
 
 
@@ -60,9 +62,20 @@ def test_a_new_store_is_of_a_later_epoch_than_any_start_of_an_earlier_one(tmp_pa
         (tmp_path / name).mkdir()
         for _ in range(starts):
             store = open_store(tmp_path / name, "demo", clock=lambda: 1000.9 + len(epochs), durable=False)
-            epochs.append(store.begin(tiny())[1])
+            epochs.append(store.begin(tiny()).epoch)
             store.close()
     assert epochs == [1000, 1001, 1002, 1003]
+
+
+def test_runs_of_one_name_have_ids_of_their_own_that_devices_can_read(tmp_path, tiny):
+    ids = []
+    for name in ("n", "n", "n" * 64):
+        (tmp_path / str(len(ids))).mkdir()
+        store = open_store(tmp_path / str(len(ids)), name, durable=False)
+        ids.append(store.begin(tiny(f"run.name={name}")).id)
+        store.close()
+    assert len(set(ids)) == 3
+    assert [messages.Task(run=id, stage=1, round=1, participant=0).run for id in ids] == ids
 
 
 def test_participant_numbers_follow_admission_and_stay(store, tiny):

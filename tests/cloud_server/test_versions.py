@@ -52,9 +52,10 @@ def test_a_store_of_before_migrations_is_taken_over_whole(old):
     greeting = HELLO.model_copy(update={"start": start(1, process=0)})
     assert [(device.participant, device.id, device.hello) for device in store.devices()] == [(0, "a", greeting), (1, "b", greeting)]
     assert [(one.id, one.participant, one.traffic) for one in store.contributions()] == [("c1", 0, Traffic(down=5_000_000_000, up=3))]
-    state, epoch, resumed = store.begin(load_config("demo"))
-    assert (state.phase, state.chosen, epoch, resumed) == ("training", (0, 1), 2000, True)
-    with store.step(state) as step:
+    begun = store.begin(load_config("demo"))
+    assert (begun.id, begun.epoch, begun.resumed) == ("demo", 2000, True)  # its devices know it by its name
+    assert (begun.state.phase, begun.state.chosen) == ("training", (0, 1))
+    with store.step(begun.state) as step:
         step.close_round(1, 1)
     assert [(row.closed_s, row.left_out) for row in store.rounds()] == [(2000.0, [])]
     store.close()
@@ -96,7 +97,7 @@ def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
 
 
 def test_who_only_looks_does_not_migrate(old):
-    with pytest.raises(StateError, match="of version 6, older than 9: `cloud-server serve` migrates it"), stored_runs(old, None):
+    with pytest.raises(StateError, match="of version 6, older than 10: `cloud-server serve` migrates it"), stored_runs(old, None):
         pass
     assert [path.name for path in old.iterdir()] == [FILE_NAME]
 
@@ -113,7 +114,7 @@ def test_a_store_of_a_newer_program_is_refused(opened, database, tmp_path):
     store = opened(database)
     store.database.transact(lambda connection: connection.execute(schema.version.update().values(version_num="99")))
     store.close()
-    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 9: install"):
+    with pytest.raises(StateError, match="of version 99, newer than this cloud-server's 10: install"):
         opened(database)
     with pytest.raises(StateError, match="newer"), stored_runs(tmp_path / "state", database):
         pass
@@ -181,4 +182,4 @@ def test_servers_that_begin_at_once_in_an_empty_database_both_do(opened, address
         thread.start()
     for thread in threads:
         thread.join()
-    assert [opened(address, name, name).begin(tiny(f"run.name={name}"))[2] for name in ("first", "second")] == [False, False]
+    assert [opened(address, name, name).begin(tiny(f"run.name={name}")).resumed for name in ("first", "second")] == [False, False]

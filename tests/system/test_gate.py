@@ -298,7 +298,7 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     device = start("edge-agent", "join", "--data", "digits", "--json")
     assert device.wait_for("joined")["device"] == "porch"
     server.wait_for("device", status="joined", device="porch")
-    device.wait_for("run", run="demo")  # announced with the right signature
+    device.wait_for("run", run=server.all_said("run")[0]["id"])  # announced with the right signature
     before = time.monotonic()
     assert call(cloud_server, "revoke", "porch").exit_code == 0
     assert "Administrative action" in device.wait_for("disconnected")["reason"]

@@ -21,7 +21,8 @@ from lwfed.edge_agent.previous import Previous
 from lwfed.edge_agent.work import Work
 from lwfed.tools.cli import main
 from lwfed.tools.faults.command import BASE, run_some
-from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Fail, Kill, Schedule, Weather, draw
+from lwfed.tools.faults.schedule import LONGEST_S, SERVER, Anew, Fail, Kill, Schedule, Weather, draw
+from lwfed.tools.faults.store import MemoryStore
 from lwfed.tools.faults.world import World
 from lwfed.wire.upload import Upload
 
@@ -161,11 +162,6 @@ def forgetting_what_encoding_lost(monkeypatch):
     monkeypatch.setattr(Previous, "before", property(lambda self: None))
 
 
-def taking_every_kill_for_want_of_memory(monkeypatch):
-    monkeypatch.setattr(work, "MAX_KILLED", 0)
-    monkeypatch.setitem(work.FAIL_CODES, "killed", "memory")
-
-
 BROKEN = {
     acknowledging_before_recording: "which is not in the store",
     counting_twice: "not what the contributions make",
@@ -175,7 +171,6 @@ BROKEN = {
     renaming_what_was_not_synced: "deleted or damaged",
     not_syncing_the_folder_of_what_was_renamed: "deleted or damaged",
     forgetting_what_encoding_lost: "not those that its devices make",
-    taking_every_kill_for_want_of_memory: "whose memory never ran out",
 }
 
 
@@ -230,6 +225,25 @@ def test_kills_of_one_task_are_not_those_of_the_next_and_where_they_are_that_is_
     monkeypatch.setattr(Work, "assign", and_remember)
     (violation,) = play(tmp_path / "broken", *played).violations
     assert "a device whose memory never ran out plans" in violation
+
+
+def test_a_kill_is_not_taken_for_want_of_memory_and_where_it_is_that_is_noticed(tmp_path, monkeypatch):
+    played = (Fail(0.0, 0, ("killed",)),), (1, 1), {"quorum": 1.0, "deadline_s": 300.0}
+    assert play(tmp_path / "mended", *played).violations == ()
+    monkeypatch.setattr(work, "MAX_KILLED", 0)
+    monkeypatch.setitem(work.FAIL_CODES, "killed", "memory")
+    (violation,) = play(tmp_path / "broken", *played).violations
+    assert "a device whose memory never ran out plans" in violation
+
+
+def test_another_run_of_the_name_takes_no_update_of_the_first_and_where_it_does_that_is_noticed(tmp_path, monkeypatch):
+    """Both devices train in its first round when the server begins anew."""
+    played = (Anew(12.0, 0.5, seed=4711),), (2, 1), {"quorum": 1.0, "deadline_s": 300.0}
+    begin = MemoryStore.begin
+    assert play(tmp_path / "mended", *played).violations == ()
+    monkeypatch.setattr(MemoryStore, "begin", lambda self, config: begin(self, config)._replace(id="demo"))
+    (violation,) = play(tmp_path / "broken", *played).violations
+    assert "kept of an earlier round, cannot be read" in violation  # what encoding lost in the first run
 
 
 def cuts_power(seed):

@@ -19,6 +19,7 @@ import numpy as np
 from lwfed.cloud_server.coordinator import KEPT_PATCHES
 from lwfed.cloud_server.rounds import Rules, State
 from lwfed.cloud_server.sizes import run_chunk_bytes
+from lwfed.cloud_server.store import new_id
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
 from lwfed.models.shapes import Shape, part_shapes, shapes
@@ -103,6 +104,7 @@ class Packets:
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._topics = config, Topics(config.run.fleet)
+        self._run = new_id(config.run.name)
         self._sizes: dict[frozenset[str], int] = {frozenset({CONFIG}): len(config.to_bytes())}
         self._sizes |= {frozenset({engine}): GRAPHS[engine] for engine in config.graphs}
         self.fetching = lru_cache(self._fetching)
@@ -123,7 +125,7 @@ class Packets:
     def _training(self, plan: StagePlan) -> tuple[int, int]:
         """A round without its downloads: the task, and the update on its way."""
         manifest = self._manifest(self._change(frozenset(plan.uploaded)))
-        place = {"run": self._config.run.name, "stage": plan.stage, "round": self._config.round_counts[plan.stage - 1]}
+        place = {"run": self._run, "stage": plan.stage, "round": self._config.round_counts[plan.stage - 1]}
         task = m.Task(**place, participant=0)
         grant = m.Grant(contribution=CONTRIBUTION, worker=WORKER, missing=_all(manifest), window=self._config.transfer.window)
         down = sum(self._told(one) for one in (task, grant, m.Done(contribution=CONTRIBUTION)))
@@ -158,7 +160,7 @@ class Packets:
         blobs = {part: _blob(self._size(frozenset({part}))) for part in (CONFIG, *plan.present)}
         where = {"phase": phase, "stage": plan.stage, "stages": stages, "round": rounds, "rounds": rounds}
         patches = {part: (self._patch(part),) * count for part, count in kept}
-        place = {"run": self._config.run.name, "epoch": 1, "seq": 100}
+        place = {"run": self._run, "epoch": 1, "seq": 100}
         graphs = {engine: _blob(GRAPHS[engine]) for engine in self.graphs(plan)} if phase == "training" else {}
         run = m.Run(**place, **where, config=blobs.pop(CONFIG), parts=blobs, patches=patches, graphs=graphs)
         return publish_bytes(self._topics.run, m.encode(run), version5=True)

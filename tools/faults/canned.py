@@ -28,7 +28,7 @@ from lwfed.wire.report import Memory
 
 WIDTH, HIDDEN = 8, 32
 HALF = np.float32(0.5)  # of what was there stays: weights neither grow nor come to rest
-KNOWN = 64  # parts that were read last
+KNOWN = 64  # parts and configurations that were read last
 Tensors = dict[str, wire.Array]
 Model = dict[str, Tensors]  # part -> its tensors
 Forms = tuple[tuple[int, ...], ...]  # shapes, one after another
@@ -54,9 +54,11 @@ def shapes(part: str) -> dict[str, tuple[int, ...]]:
             return {f"{kind}.0.weight": (WIDTH, WIDTH)}
 
 
-def initial(part: str, attempt: int) -> Tensors:
-    found = shapes(part)
-    return dict(zip(found, _noise(tuple(found.values()), "initial", part, attempt), strict=True))
+def initial(part: str, attempt: int, seed: int) -> Tensors:
+    """`seed`: of the run."""
+    found, shift = shapes(part), np.float32(seed / 2**31)
+    noise = _noise(tuple(found.values()), "initial", part, attempt)
+    return {name: values + shift for name, values in zip(found, noise, strict=True)}
 
 
 def trained(model: Model, uploaded: Iterable[str], stage: int, round: int, participant: int) -> Tensors:
@@ -88,6 +90,10 @@ def loss(stage: int, round: int, participant: int) -> float:
 
 def load(files: Mapping[str, str]) -> Model:
     return {part: _decoded(part, Path(file).read_bytes()) for part, file in files.items()}
+
+
+def config_of(order: Mapping[str, Any]) -> RunConfig:
+    return _config(Path(order["config"]).read_bytes())
 
 
 def receive(order: Mapping[str, Any], config: RunConfig) -> tuple[Model, WorkerPatched | None]:
@@ -168,7 +174,7 @@ class ServerWorker:
     def _prepare(self, job: Json) -> Json:
         plan = self._config.plan(job["stage"])
         present = {part for stage in range(1, self._config.stage_count + 1) for part in self._config.plan(stage).present}
-        parts = _write({part: initial(part, job["attempt"]) for part in plan.added}, job)
+        parts = _write({part: initial(part, job["attempt"], self._config.run.seed) for part in plan.added}, job)
         graphs = {engine: Path(job["out"]) / f"{engine}.onnx" for engine in job["graphs"]}
         for engine, file in graphs.items():
             file.write_bytes(graph(engine))
@@ -197,6 +203,11 @@ def _write(model: Model, job: Json) -> dict[str, str]:
 
 def _forms(tensors: Tensors) -> Forms:
     return tuple(tensor.shape for tensor in tensors.values())
+
+
+@lru_cache(maxsize=KNOWN)
+def _config(data: bytes) -> RunConfig:
+    return RunConfig.from_bytes(data)
 
 
 @lru_cache(maxsize=KNOWN)  # all devices read the same parts, and some in every round

@@ -39,6 +39,10 @@ class Judge:
         self.violations: list[str] = []
         self.rounds = 0  # that were completed
         self._topics = topics
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is over before its end; another begins, to which nothing of it may count."""
         self._acknowledged: set[str] = set()
         self._state = State()
         self._failures: dict[tuple[str, int, int], set[int]] = {}  # device, stage, round -> attempts of which it said that they failed
@@ -164,7 +168,7 @@ class Reference:
         for stage, rounds in enumerate(self._config.round_counts, 1):
             plan = self._config.plan(stage)
             kept = {part: held for part, held in self._model.items() if part in plan.present}
-            self._model, self._lost = kept | {part: canned.initial(part, 1) for part in plan.added}, {}
+            self._model, self._lost = kept | {part: canned.initial(part, 1, self._config.run.seed) for part in plan.added}, {}
             self._digests = {part: _digest(held) for part, held in self._model.items()}
             for round in range(1, rounds + 1):
                 updates, weights = self._updates(plan, stage, round)

@@ -171,6 +171,13 @@ class ServerParty(Party):
         """Whether it has nothing left to do, ever."""
         return self._server is not None and self.course.state.over and self.course.encoder_path.is_file()
 
+    def begin_anew(self) -> None:
+        """Its state is deleted; what it starts for next is another run."""
+        self.die()
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self._kept = Kept(self._kept.number + 1)
+
     def hear(self) -> bool:
         """Take what has arrived; whether that was anything."""
         return self._server is not None and bool(self._live(self._server.drain))
@@ -315,7 +322,7 @@ class CannedAgent(VirtualDevice):
 
     def _plan(self, order: Mapping[str, Any]) -> None:
         try:
-            model, patched = canned.receive(order, self._around.config)
+            model, patched = canned.receive(order, canned.config_of(order))
         except InvalidPayload as error:
             self._say(WorkerError("InvalidPayload", str(error)))
             return
@@ -334,7 +341,7 @@ class CannedAgent(VirtualDevice):
             self._party.ran_short |= kind in MEMORY or self._killed > MAX_KILLED
             self._say(WorkerError(kind, "as the schedule says"))
             return
-        done = canned.train(order, self._around.config, model)
+        done = canned.train(order, canned.config_of(order), model)
         self._say(done)
 
     def _say(self, event: Event) -> None:

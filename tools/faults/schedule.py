@@ -69,6 +69,15 @@ class Kill:
 
 
 @dataclass(frozen=True)
+class Anew:
+    """The server is ended, its state deleted, and it is started for another run of the same name, with other weights."""
+
+    at_s: float
+    for_s: float
+    seed: int  # of the other run
+
+
+@dataclass(frozen=True)
 class Leave:
     """A device is ended by its owner, says goodbye, and is started again much later."""
 
@@ -93,7 +102,7 @@ class Fail:
     kinds: tuple[str, ...]
 
 
-Fault = Weather | Cut | Stall | Kill | Leave | BrokerCrash | Fail
+Fault = Weather | Cut | Stall | Kill | Anew | Leave | BrokerCrash | Fail
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,10 @@ def _kill(random: Random, at_s: float, calm_s: float, devices: int) -> Kill:
     return Kill(at_s, party, _while(random), point, random.randint(0, 5), power, disk)
 
 
+def _anew(random: Random, at_s: float, calm_s: float, devices: int) -> Anew:
+    return Anew(at_s, _while(random), random.randrange(2**31))
+
+
 def _leave(random: Random, at_s: float, calm_s: float, devices: int) -> Leave:
     return Leave(at_s, random.randrange(devices), random.uniform(10.0, calm_s))
 
@@ -189,7 +202,7 @@ def _fail(random: Random, at_s: float, calm_s: float, devices: int) -> Fail:
 
 
 KINDS: tuple[Callable[[Random, float, float, int], Fault], ...] = (
-    _weather, _weather, _cut, _stall, _kill, _kill, _leave, _broker_crash, _fail,
+    _weather, _weather, _cut, _stall, _kill, _kill, _anew, _leave, _broker_crash, _fail,
 )  # fmt: skip
 
 

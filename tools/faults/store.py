@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Engine, create_engine
 
 from lwfed.cloud_server.rounds import State
-from lwfed.cloud_server.store import Contributed, Contribution, Device, Judgement, Scores, StageFigures, Step, Store
+from lwfed.cloud_server.store import Begun, Contributed, Contribution, Device, Judgement, Scores, StageFigures, Step, Store
 from lwfed.cloud_server.store.database import Database
 from lwfed.cloud_server.store.figures import figures_of
 from lwfed.cloud_server.store.store import SEEN_EVERY_S
@@ -65,6 +65,7 @@ class Tables:
 class Kept:
     """What is written; it outlives the stores that are opened on it."""
 
+    number: int = 0  # of the run among those of its name
     tables: Tables = field(default_factory=Tables)
 
 
@@ -121,14 +122,18 @@ class MemoryStore(Store):
     def config(self) -> RunConfig | None:
         return self._tables.config
 
-    def begin(self, config: RunConfig) -> tuple[State, int, bool]:
+    def begin(self, config: RunConfig) -> Begun:
         now = self._clock()
         tables, known = self._tables.copy(), self._tables.config is not None
         if not known:
             tables.run, tables.times = self.run, (now, None)
         tables.config, tables.epoch = config, max(tables.epoch + 1, int(now))
         self._kept.tables = tables
-        return self.state, tables.epoch, known
+        return Begun(self.id, self.state, tables.epoch, known)
+
+    @property
+    def id(self) -> str:
+        return f"{self.run}-{self._kept.number:08x}"
 
     @property
     def state(self) -> State:

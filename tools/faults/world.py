@@ -19,7 +19,7 @@ from lwfed.seeds import derive
 from lwfed.tools.faults.disk import Disk
 from lwfed.tools.faults.judge import Judge
 from lwfed.tools.faults.parties import DeviceParty, Party, ServerParty
-from lwfed.tools.faults.schedule import SERVER, BrokerCrash, Cut, Fail, Fault, Kill, Leave, Schedule, Stall, Weather
+from lwfed.tools.faults.schedule import SERVER, Anew, BrokerCrash, Cut, Fail, Fault, Kill, Leave, Schedule, Stall, Weather
 from lwfed.transport.memory import Faults, MemoryBroker
 from lwfed.wire.topics import Topics
 
@@ -173,8 +173,19 @@ class World:
             case Fail(_, party, kinds):
                 self._count("worker failure")
                 self._party(party).fails.extend(kinds)
+            case Anew():
+                self._begin_anew(fault)
             case _ if self._party(fault.party).up:
                 self._befall_party(fault, self._party(fault.party))
+
+    def _begin_anew(self, fault: Anew) -> None:
+        self._count("run begun anew")
+        self.note("server", f"is ended, its state deleted, and started for another run in {fault.for_s:.1f} s")
+        self._server.begin_anew()
+        run = self.config.run.model_copy(update={"seed": fault.seed})
+        self.config = self.config.model_copy(update={"run": run})
+        self._judge.forget()
+        self.later(fault.for_s, self._server.start)
 
     def _befall_party(self, fault: Cut | Stall | Kill | Leave, party: Party) -> None:
         client = party.client_id

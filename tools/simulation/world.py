@@ -126,7 +126,7 @@ class World:
 
     def _taken(self) -> dict[str, list[Task]]:
         """The tasks of this stage by device whose updates the server has: after a kill it knows of more than devices do."""
-        store, run = self._course.store, self._course.config.run.name
+        store, run = self._course.store, self._course.run_id
         names = {one.participant: one.id for one in store.devices()}
         found: dict[str, list[Task]] = {}
         for one in store.contributions(self._course.state.stage):
