@@ -227,7 +227,7 @@ class Work:
             config = RunConfig.from_bytes(self._held.read(run.config.id))
             uploaded = config.plan(task.stage).uploaded
         except (ConfigError, ValueError) as error:
-            return self._fail(task, events.WorkerError("ConfigError", f"{error}; is this edge-agent older than the server?"))
+            return self._fail(task, events.WorkerError("ConfigError", str(error)))
         try:
             known = [self._ways[part] for part in uploaded if part in self._ways]  # the worker refuses others
             size = largest_bytes(self._pathfinder.shapes(known), config.transfer.codec)

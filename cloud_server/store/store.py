@@ -5,7 +5,6 @@ Everything that one event causes is written in one transaction, with the coordin
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from lwfed.cloud_server.store.database import Database
 from lwfed.cloud_server.store.figures import Contributed, StageFigures
 from lwfed.cloud_server.store.records import Contribution, Device, Judgement, Scores
 from lwfed.cloud_server.store.step import Step
-from lwfed.config import RunConfig, load_config
+from lwfed.config import RunConfig
 from lwfed.errors import DatabaseUnreachable, StateError
 from lwfed.locks import in_use
 from lwfed.wire.messages import Hello
@@ -58,7 +57,7 @@ class Store:
     def config(self) -> RunConfig | None:
         """The configuration of the run; None while it has not begun."""
         data = self._transact(lambda connection: connection.execute(self._of_run(schema.runs.c.config)).scalar())
-        return None if data is None else completed(data)
+        return None if data is None else RunConfig.from_bytes(data)
 
     def begin(self, config: RunConfig) -> Begun:
         """A new run, or the stored one as it was left, from now on under `config`. Raises StateError when another server has it.
@@ -263,10 +262,3 @@ class Store:
 def new_id(run: str) -> str:
     """Another one at each call, and of one length for a name: begun again under the same name, a run is another."""
     return f"{run[: MAX_NAME - 9]}-{secrets.token_hex(4)}"
-
-
-def completed(data: bytes) -> RunConfig:
-    """A stored configuration, perhaps of an older program: what it did not know is as in base.yaml. Raises ConfigError."""
-    stored, known = json.loads(data), load_config("base").model_dump(mode="json")
-    whole = {name: {**section, **stored.pop(name, {})} for name, section in known.items()}
-    return RunConfig.from_bytes(json.dumps(whole | stored).encode())

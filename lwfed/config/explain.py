@@ -54,6 +54,11 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     return f"{name}: {counted(len(lines), 'problem')}\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def unknown(error: ValidationError) -> list[str]:
+    """Dotted keys that the configuration does not have."""
+    return [".".join(map(str, problem["loc"])) for problem in error.errors() if problem["type"] == "extra_forbidden"]
+
+
 def _path(loc: Sequence[int | str], known: Collection[str]) -> str:
     """The key; without what pydantic adds to it for each kind of value that the key may have, which is a word and no index."""
     whole, key = ".".join(map(str, loc)), ""

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from lwfed.backbones import CONVOLUTIONAL, known
-from lwfed.config.explain import explain
-from lwfed.errors import ConfigError
+from lwfed.config.travel import Travelling
 from lwfed.plan import (
     HEADS,
     NORM,
@@ -246,7 +243,7 @@ class WorkerSection(Section):
     sample_s: Annotated[Number, Field(ge=0.05, le=60)]
 
 
-class RunConfig(Section):
+class RunConfig(Section, Travelling):
     """One run, as server and devices agree on it: the server sends it, each device obeys it."""
 
     run: RunSection
@@ -363,19 +360,3 @@ class RunConfig(Section):
         before, in_stage = sum(counts[: stage - 1]), counts[stage - 1]
         # A stage that is repeated goes on counting its rounds, and goes through its part of the schedule once more.
         return Place(before + (round - 1) % in_stage, sum(counts), (round - 1) % in_stage, in_stage, lr_scale)
-
-    def to_bytes(self) -> bytes:
-        """Canonical JSON: the same configuration is the same bytes, so its SHA-256 names it."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> RunConfig:
-        """Read what `to_bytes` wrote; raises ConfigError."""
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            raise ConfigError(explain(error, "the server's configuration", cls)) from None

@@ -14,7 +14,6 @@ from alembic.script import ScriptDirectory
 
 from lwfed.cloud_server.store import FILE_NAME, Judgement, Scores, exclusion, open_store, schema, stored_runs
 from lwfed.cloud_server.store.database import open_postgresql, open_sqlite
-from lwfed.cloud_server.store.store import completed
 from lwfed.cloud_server.store.versions import prepare
 from lwfed.config import load_config
 from lwfed.errors import ConfigError, StateError
@@ -61,13 +60,22 @@ def test_a_store_of_before_migrations_is_taken_over_whole(old):
     store.close()
 
 
-def test_keys_that_a_configuration_did_not_have_are_as_in_base_yaml(tiny):
-    data = tiny("rounds.deadline_s=7").model_dump(mode="json")
+def test_keys_that_a_stored_configuration_did_not_have_are_as_in_base_yaml(opened, database, tiny):
+    store, config, base = opened(database), tiny("rounds.deadline_s=7", "rounds.quorum=0.9"), load_config("base")
+    data = config.model_dump(mode="json")
     del data["rounds"]["quorum"], data["alignment"]
-    config, base = completed(json.dumps(data).encode()), load_config("base")
-    assert (config.rounds.quorum, config.alignment, config.rounds.deadline_s) == (base.rounds.quorum, base.alignment, 7)
-    with pytest.raises(ConfigError, match="forgotten"):
-        completed(json.dumps({**data, "forgotten": {}}).encode())
+    store.begin(config)
+    keep(store, data)
+    found = store.config
+    assert (found.rounds.quorum, found.alignment, found.rounds.deadline_s) == (base.rounds.quorum, base.alignment, 7)
+    keep(store, {**data, "forgotten": {}})
+    with pytest.raises(ConfigError, match="does not know forgotten, so it is older"):
+        store.config  # noqa: B018
+
+
+def keep(store, data):
+    """As a server of another version has stored its configuration."""
+    store.database.transact(lambda connection: connection.execute(schema.runs.update().values(config=json.dumps(data).encode())))
 
 
 def test_a_copy_of_the_file_is_kept_before_it_is_migrated(old):

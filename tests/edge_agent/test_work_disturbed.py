@@ -175,16 +175,6 @@ def test_a_training_process_that_is_killed_while_it_starts_is_started_again(worl
     assert not server.of(Fail)
 
 
-def test_a_configuration_of_a_newer_server_fails_the_task_not_the_agent(world):
-    server, device = world.joined()
-    server.config = server.store.put(b'{"run": {}}')
-    server.announce()
-    server.assign(device.id)
-    world.settle(2)
-    assert [fail.code for fail in server.of(Fail)] == ["config"]
-    assert device.exit is None
-
-
 @pytest.mark.parametrize("code", ["stale", "not_chosen"])
 def test_a_refused_update_is_dropped_and_said(world, code):
     server, device = world.training()

@@ -164,10 +164,9 @@ def test_a_setting_without_value_is_explained():
 
 
 def test_junk_from_the_network_is_a_config_error():
-    with pytest.raises(ConfigError):
-        RunConfig.from_bytes(b"{}")
-    with pytest.raises(ConfigError):
-        RunConfig.from_bytes(b"\xff\x00")
+    for junk in (b"", b"[]", b"{", b"\xff\x00", b'{"run": 1}', b'{"train": {"lr": NaN}}', b"[" * 9999):
+        with pytest.raises(ConfigError, match="the server's configuration"):
+            RunConfig.from_bytes(junk)
 
 
 def test_a_stage_that_is_repeated_goes_through_its_part_of_the_schedule_once_more():
