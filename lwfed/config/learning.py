@@ -28,5 +28,6 @@ def values(config: RunConfig) -> dict[str, Any]:
 @cache
 def learning_digest(config: RunConfig) -> str:
     """SHA-256 of the settings that say what is learnt: the same as long as a run goes on."""
-    found = {key: value for key, value in values(config).items() if learns(key)}
+    stated = ((f"{section}.{name}", value) for section, held in config.stated.items() for name, value in held.items())
+    found = {key: value for key, value in stated if learns(key)}
     return hashlib.sha256(json.dumps(found, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

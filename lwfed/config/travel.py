@@ -1,12 +1,15 @@
 """A configuration between programs of different versions: devices and servers are upgraded at different times, and a run outlasts both.
 
-What travels, is stored and gives the digest is one form. What an older program left out of it is as in `base.yaml`.
+What travels, is stored and gives the digest is one form. What an older program left out of it is as in `base.yaml`; what a newer one
+added is left out as long as it says nothing new, as `Grown` does in messages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -15,7 +18,14 @@ from lwfed.config.explain import explain, unknown
 from lwfed.config.parse import base, merge
 from lwfed.errors import ConfigError
 
+LATER: tuple[str, ...] = ()
+"""Dotted keys, such as ``train.lr``, that came after version 0.1.0: older programs refuse keys that they do not know.
+
+A key that is added stands here, and in `base.yaml` with a value under which all is computed as before it; that value never changes.
+"""
+
 MAX_NAMED = 10  # keys
+Sections = dict[str, dict[str, Any]]
 Whole = TypeVar("Whole", bound="Travelling")
 _STATED = TypeAdapter(dict[str, Any])
 
@@ -23,9 +33,17 @@ _STATED = TypeAdapter(dict[str, Any])
 class Travelling(BaseModel):
     """The whole of a configuration, of sections."""
 
+    @property
+    def stated(self) -> Sections:
+        """Section -> key -> value, as JSON has it; without keys of `LATER` that have base's value."""
+        silent = {key for key in LATER if attrgetter(key)(self) == attrgetter(key)(_base(type(self)))}
+        held: Sections = self.model_dump(mode="json")
+        found = {name: {key: value for key, value in keys.items() if f"{name}.{key}" not in silent} for name, keys in held.items()}
+        return {name: keys for name, keys in found.items() if keys}
+
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same configuration is the same bytes, so its SHA-256 names it."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(self.stated, sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def digest(self) -> str:
@@ -38,6 +56,11 @@ class Travelling(BaseModel):
             return cls.model_validate(merge(base(), _STATED.validate_json(data)))
         except ValidationError as error:
             raise ConfigError(_explain(error, cls)) from None
+
+
+@cache
+def _base(model: type[Whole]) -> Whole:
+    return model.model_validate(base())
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:

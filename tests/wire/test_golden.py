@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lwfed.blobs import BlobStore
+from lwfed.config import RunConfig
 from lwfed.wire import tensors
 from lwfed.wire.messages import DOWN, UP, Fail, Manifest, Offer, Run, decode, encode
 
@@ -67,8 +68,16 @@ def test_a_first_failure_in_a_round_says_nothing_of_attempts():
 
 def test_every_kind_has_a_golden_file():
     assert SAMPLES.keys() == UP.keys() | DOWN.keys() | {"server-state", "run", "enrol", "admission"}
-    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "offer.json", "fail.json", "blob-manifest.json"}
-    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier
+    earlier = {"run.json", "run-lr-scale.json", "run-patches.json", "run-paused.json", "offer.json", "fail.json"}
+    others = {"blob-manifest.json", "config.json"}
+    assert {path.name for path in GOLDEN.glob("*.json")} == {f"{name}.json" for name in FILES.values()} | earlier | others
+
+
+def test_a_configuration_is_read_and_written_as_ever():
+    golden = (GOLDEN / "config.json").read_bytes()  # with keys of 0.1.0: those that came later stand in LATER
+    config = RunConfig.from_bytes(golden)
+    assert config.to_bytes() == golden
+    assert (config.run.name, config.round_counts, config.aggregation.trim, config.alignment.method) == ("golden", (2, 3, 4), 0.2, "off")
 
 
 def test_a_blob_is_cut_as_ever(tmp_path):
