@@ -116,6 +116,7 @@ class Gate:
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None
         self._revision: int | None = None  # of the registry, as granted
+        self._followed_s = float("inf")  # when it was granted, Unix time
         self._expires_s = float("inf")  # when the next token does
         self._granted: dict[str, Account] = {}  # as the broker is to know them
         self._unconfirmed: dict[str, set[str]] = {}  # by username: commands that the broker has not confirmed
@@ -176,7 +177,8 @@ class Gate:
         if now < self._look_at:
             return []
         self._look_at = now + LOOK_EVERY_S
-        if self.registry.revision != self._revision or self._clock() >= self._expires_s:
+        another_time = not self._followed_s <= self._clock() < self._expires_s  # also when the clock was set back
+        if self.registry.revision != self._revision or another_time:
             self._follow()
         return self._changes()
 
@@ -236,7 +238,7 @@ class Gate:
         self._revision = self.registry.revision
         devices, now_s = self.registry.devices(), self._clock()
         invited = [one for one in devices if one.may_enrol(now_s)]
-        self._expires_s = min((one.expires_s for one in invited), default=float("inf"))
+        self._followed_s, self._expires_s = now_s, min((one.expires_s for one in invited), default=float("inf"))
         self.revoked = frozenset(one.name for one in devices if one.revoked_s is not None)
         self._unseen = {one.name for one in devices if one.admitted and one.joined_s is None}
         accounts = [device_account(self._topics, one.name) for one in devices if one.admitted]

@@ -224,6 +224,16 @@ def test_a_token_s_account_goes_with_its_time(tmp_path, gate, beside):
     assert changes(gate.poll(1.1))[0] == ("deleteClient", f"enrol.{token.header.id}")
 
 
+def test_a_token_is_good_again_when_a_clock_that_jumped_ahead_is_put_right(gate, beside):
+    user = f"enrol.{beside.invite().header.id}"
+    obey(gate, gate.poll(0))
+    gate._clock = lambda: NOW_S + 2 * LIFETIME_S
+    assert obey(gate, gate.poll(1.1)) == [("deleteClient", user), ("deleteRole", user)]
+    gate._clock = lambda: NOW_S + 60
+    assert obey(gate, gate.poll(2.2)) == [("createRole", user), ("createClient", user)]
+    assert gate.poll(3.3) == []
+
+
 def test_a_broker_that_starts_knows_who_is_enrolled_then(tmp_path, gate, beside):
     for name in ("porch", "shed"):
         beside.ask(beside.invite(name), request())
