@@ -2,13 +2,16 @@
 
 Key and certificate are made once and stay: every version of the server finds them where the first one put them.
 Certificates are ECDSA P-256 with SHA-256, which every OpenSSL on a device knows. One of a device is good for clients
-only and one of the broker for servers only, so that no device can pose as the broker to another one.
+only and one of the broker for servers only, so that no device can pose as the broker to another one. All are valid as
+long as the authority's, and that from 1970 on: servers and devices are boards that may have no time when they start.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,23 +25,22 @@ if TYPE_CHECKING:
 
 FILE_NAME = "authority.pem"
 SUBJECT = "lwfed authority"
-DAY = datetime.timedelta(days=1)
-AUTHORITY_DAYS = 20 * 365
-DEVICE_DAYS = 10 * 365  # a device in the field must not fall silent by a date; revocation does not wait for one
+SINCE = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+WRITTEN = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # a clock that is behind this program is wrong
+LIFETIME = datetime.timedelta(days=20 * 365)  # a device in the field must not fall silent by a date; revocation does not wait for one
 DER_SEQUENCE = b"\x30"
-BROKER_DAYS = 825  # made anew with every start; some clients take no longer ones
 
 
 class Authority:
-    def __init__(self, folder: Path) -> None:
-        """Take up the authority in `folder`, or found it. Raises StateError."""
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        """Take up the authority in `folder`, or found it; `clock` gives Unix time. Raises StateError."""
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
         path = folder / FILE_NAME
         if not path.exists():
-            write_private(path, _found())
+            write_private(path, _found(clock()))
         try:
             pem = path.read_bytes()
             key = serialization.load_pem_private_key(pem, None)
@@ -89,7 +91,7 @@ class Authority:
             raise InvalidPayload("this is no certificate signing request") from None
         if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise InvalidPayload("a certificate signing request must be signed with a key of P-256")
-        return self._sign(name, key, DEVICE_DAYS)
+        return self._sign(name, key)
 
     def issue(self, folder: Path, name: str, hosts: tuple[str, ...] = ()) -> tuple[Path, Path]:
         """Write a new key and its certificate below `folder`: of a broker reached as `hosts`, or of a client without any.
@@ -101,15 +103,15 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate, private = folder / f"{name}.pem", folder / f"{name}.key"
         write_private(private, private_pem(key))
-        write_private(certificate, self._sign(name, key.public_key(), BROKER_DAYS, hosts))
+        write_private(certificate, self._sign(name, key.public_key(), hosts))
         return certificate, private
 
-    def _sign(self, name: str, key: EllipticCurvePublicKey, days: int, hosts: tuple[str, ...] = ()) -> bytes:
+    def _sign(self, name: str, key: EllipticCurvePublicKey, hosts: tuple[str, ...] = ()) -> bytes:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 
-        builder = _begin(name, key, days)
+        builder = _begin(name, key, self._certificate.not_valid_before_utc, self._certificate.not_valid_after_utc)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(authority=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage([Usage.SERVER_AUTH if hosts else Usage.CLIENT_AUTH]), critical=False)
@@ -126,31 +128,30 @@ def private_pem(key: EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
 
 
-def _found() -> bytes:
+def _found(now_s: float) -> bytes:
     """Key and certificate in one text, so that there is never one without the other."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    builder = _begin(SUBJECT, key.public_key(), AUTHORITY_DAYS)
+    now = datetime.datetime.fromtimestamp(now_s, datetime.timezone.utc)
+    builder = _begin(SUBJECT, key.public_key(), SINCE, max(now, WRITTEN) + LIFETIME)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_key_usage(authority=True), critical=True)
     certificate = builder.sign(key, hashes.SHA256())
     return private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _begin(name: str, key: EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
-    """Valid since yesterday: clocks of devices are late."""
+def _begin(name: str, key: EllipticCurvePublicKey, since: datetime.datetime, until: datetime.datetime) -> x509.CertificateBuilder:
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
     def subject(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
-    now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder().subject_name(subject(name)).issuer_name(subject(SUBJECT)).public_key(key)
-    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - DAY).not_valid_after(now + days * DAY)
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(since).not_valid_after(until)
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
 
 

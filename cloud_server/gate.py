@@ -111,7 +111,7 @@ class Gate:
         """`folder` holds authority and registry; `clock` gives Unix time. Raises StateError."""
         self.place, self._clock = place, clock
         self._topics = Topics(fleet)
-        self._authority = Authority(folder)
+        self._authority = Authority(folder, clock)
         self.registry = Registry(folder, clock)
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None

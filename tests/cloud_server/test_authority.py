@@ -3,6 +3,7 @@
 import base64
 import ssl
 import stat
+from datetime import datetime, timezone
 
 import pytest
 from cryptography import x509
@@ -97,6 +98,16 @@ def test_another_authority_is_not_believed(tmp_path):
     broker, client = other.issue(tmp_path / "other", "broker", ("localhost",)), ours.issue(tmp_path, "porch")
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(*contexts(tmp_path, ours, broker, client), "localhost")
+
+
+@pytest.mark.parametrize("year", [1970, 2021, 2030], ids=["none", "behind", "ahead"])
+def test_what_a_server_without_the_right_time_issues_is_valid_then_and_when_its_clock_was_put_right(tmp_path, year):
+    then = datetime(year, 1, 1, 1, tzinfo=timezone.utc)
+    authority = Authority(tmp_path, then.timestamp)
+    issued = [authority.issue(tmp_path, "broker", ("localhost",))[0].read_bytes(), authority.certify(request(), "porch")]
+    for certificate in map(x509.load_pem_x509_certificate, [authority.pem, *issued]):
+        for now in (then, datetime(2026, 7, 1, tzinfo=timezone.utc), datetime(2045, 12, 1, tzinfo=timezone.utc)):
+            assert certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
 
 
 def test_a_device_gets_the_name_it_was_invited_by_and_no_other_right(tmp_path):

@@ -75,6 +75,13 @@ def test_a_device_of_then_and_a_broker_of_today_shake_hands(folder):
         handshake(*pair, "elsewhere")
 
 
+def test_what_it_issues_today_is_valid_as_long_as_it_is_itself(folder):
+    authority = Authority(folder)
+    broker, _ = authority.issue(folder, "broker", ("garden.local",))
+    ours, leaf = (x509.load_pem_x509_certificate(pem) for pem in (authority.pem, broker.read_bytes()))
+    assert (leaf.not_valid_before_utc, leaf.not_valid_after_utc) == (ours.not_valid_before_utc, ours.not_valid_after_utc)
+
+
 def test_devices_of_then_are_known(registry):
     assert registry.contact == Contact("garden.local", 8883, "default")
     known = {one.name: one for one in registry.devices()}
