@@ -73,10 +73,10 @@ class Authority:
             raise ValueError("this could be a certificate")
         return self._key.sign(statement, ECDSA(SHA256()))
 
-    def certify(self, request: bytes, name: str) -> bytes:
+    def certify(self, request: bytes, name: str, subject: str | None = None) -> bytes:
         """The certificate (PEM) of device `name` for the key of a signing request (PEM), of which nothing else is used.
 
-        Raises InvalidPayload for anything but a P-256 key whose owner signed the request.
+        Its subject is the name unless there is another. Raises InvalidPayload for anything but a P-256 key whose owner signed the request.
         """
         from cryptography import x509
         from cryptography.exceptions import UnsupportedAlgorithm
@@ -91,7 +91,7 @@ class Authority:
             raise InvalidPayload("this is no certificate signing request") from None
         if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise InvalidPayload("a certificate signing request must be signed with a key of P-256")
-        return self._sign(name, key)
+        return self._sign(subject or name, key)
 
     def issue(self, folder: Path, name: str, hosts: tuple[str, ...] = ()) -> tuple[Path, Path]:
         """Write a new key and its certificate below `folder`: of a broker reached as `hosts`, or of a client without any.

@@ -86,7 +86,10 @@ def enrol(name: str) -> None:
     from lwfed.cloud_server.enrolment import invite
 
     with opened_registry() as registry:
+        known = registry.device(name)
         click.echo(invite(Authority(authority_folder()), registry, name))
+    if known is not None and known.certificate is not None:
+        click.echo(f"the certificate that {name} has not come with yet is void", err=True)
     click.echo("good once, for 24 hours; on the device: edge-agent enrol -, and this line", err=True)
 
 

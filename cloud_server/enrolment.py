@@ -18,7 +18,7 @@ INVALID = "this token is not valid (any more): make a new one with `cloud-server
 
 
 def invite(authority: Authority, registry: Registry, name: str) -> Token:
-    """A new token for device `name`; an earlier one that was not used is void. Raises ConfigError and StateError."""
+    """A new token for device `name`; what the device has not come with is void. Raises ConfigError and StateError."""
     if not is_name(name):
         raise ConfigError(f"{name!r} is no name for a device: use 1 to 64 of a-z, 0-9 and -")
     contact = registry.contact
@@ -50,7 +50,7 @@ def admit(authority: Authority, registry: Registry, token: str, payload: bytes, 
 
 def _certify(authority: Authority, registry: Registry, device: Device, request: str) -> Admission:
     try:
-        certificate = authority.certify(request.encode(), device.name).decode()
+        certificate = authority.certify(request.encode(), device.name, device.subject).decode()
         registry.certify(device.token, request, certificate)
     except InvalidPayload as error:
         return Admission(refused=str(error))

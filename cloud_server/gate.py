@@ -241,7 +241,7 @@ class Gate:
         self._followed_s, self._expires_s = now_s, min((one.expires_s for one in invited), default=float("inf"))
         self.revoked = frozenset(one.name for one in devices if one.revoked_s is not None)
         self._unseen = {one.name for one in devices if one.admitted and one.joined_s is None}
-        accounts = [device_account(self._topics, one.name) for one in devices if one.admitted]
+        accounts = [device_account(self._topics, one.name, one.user) for one in devices if one.admitted]
         accounts += [token_account(self._topics, one.token, one.secret) for one in invited]
         return {one.username: one for one in accounts}
 

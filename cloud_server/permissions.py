@@ -53,8 +53,8 @@ def server_account(topics: Topics) -> Account:
     return Account(SERVER, (topics.everything, CONTROL), (topics.everything, ANSWERS))
 
 
-def device_account(topics: Topics, device: str) -> Account:
-    return Account(device, (topics.all_from_device(device),), (*topics.for_device(device), topics.all_blobs))
+def device_account(topics: Topics, device: str, username: str) -> Account:
+    return Account(username, (topics.all_from_device(device),), (*topics.for_device(device), topics.all_blobs))
 
 
 def token_account(topics: Topics, token: str, password: str) -> Account:

@@ -2,7 +2,8 @@
 
     invited --certify--> enrolled --confirm: it has come--> joined       invited, enrolled or joined --revoke--> revoked
 
-A name that was revoked is never given away again: certificates of it may still be about.
+A name that was revoked is never given away again: certificates of it may still be about. A device that is invited anew
+before it has joined, because its certificate was lost, gets one of another subject, so that the broker can tell the two.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lwfed.errors import StateError
 from lwfed.sqlite import transaction
 
 FILE_NAME = "devices.sqlite"
-SCHEMA = 1
+SCHEMA = 2
+SUBJECT = 64  # characters that a certificate has for it
 TABLES = (
     """CREATE TABLE IF NOT EXISTS devices (
         name TEXT PRIMARY KEY,
@@ -31,7 +33,8 @@ TABLES = (
         request TEXT,  -- that was certified
         certificate TEXT,
         joined_s REAL,
-        revoked_s REAL
+        revoked_s REAL,
+        subject TEXT  -- of its certificate, where that is not its name
     ) WITHOUT ROWID""",
     "CREATE TABLE IF NOT EXISTS contact (one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, port INTEGER, fleet TEXT)",
 )
@@ -56,6 +59,12 @@ class Device:
     certificate: str | None
     joined_s: float | None
     revoked_s: float | None
+    subject: str | None
+
+    @property
+    def user(self) -> str:
+        """As which the broker knows it by its certificate."""
+        return self.subject or self.name
 
     @property
     def admitted(self) -> bool:
@@ -79,16 +88,21 @@ class Registry:
         with self._explained():
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
             self._db = sqlite3.connect(self._path, timeout=10, isolation_level=None)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA:
-                raise StateError(f"{self._path} was written by a newer cloud-server: upgrade this one")
             with self._transaction():
-                for table in TABLES:
-                    self._db.execute(table)
-                self._db.execute(f"PRAGMA user_version={SCHEMA}")
+                self._migrate()
 
     def close(self) -> None:
         self._db.close()
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            raise StateError(f"{self._path} was written by a newer cloud-server: upgrade this one")
+        for table in TABLES:
+            self._db.execute(table)
+        if version == 1:
+            self._db.execute("ALTER TABLE devices ADD COLUMN subject TEXT")
+        self._db.execute(f"PRAGMA user_version={SCHEMA}")
 
     @property
     def revision(self) -> int:
@@ -118,16 +132,18 @@ class Registry:
         return next(iter(self._select("WHERE token = ?", token)), None)
 
     def invite(self, name: str, token: str, secret: str, lifetime_s: float) -> None:
-        """Let a device enrol as `name`; an earlier token for it, unless used, is void. Raises StateError when the name is taken."""
+        """Let a device enrol as `name`; what it has not come with is void. Raises StateError when it has joined or is revoked."""
         with self._transaction():
             known = self.device(name)
             if known is not None and known.revoked_s is not None:
                 raise StateError(f"device {name} was revoked, and its certificate may still be about: choose another name")
-            if known is not None and known.certificate is not None:
+            if known is not None and known.joined_s is not None:
                 lost = f"if it is lost, or somebody else used its token, `cloud-server revoke {name}` as well"
                 raise StateError(f"device {name} is enrolled: choose another name; {lost}")
-            row = (name, token, secret, self._clock() + lifetime_s)
-            self._db.execute("INSERT OR REPLACE INTO devices (name, token, secret, expires_s) VALUES (?, ?, ?, ?)", row)
+            certified = known is not None and (known.certificate or known.subject)
+            subject = f"{name[: SUBJECT - len(token) - 1]}.{token}" if certified else None
+            row = (name, token, secret, self._clock() + lifetime_s, subject)
+            self._db.execute("INSERT OR REPLACE INTO devices (name, token, secret, expires_s, subject) VALUES (?, ?, ?, ?, ?)", row)
 
     def certify(self, token: str, request: str, certificate: str) -> None:
         """Keep what was issued. Raises KeyError when another process has revoked or replaced the token since, or it is used."""
@@ -140,9 +156,9 @@ class Registry:
                 raise KeyError(token)
 
     def confirm(self, name: str) -> None:
-        """The device has come with its certificate: its token is used up."""
+        """The device has come with its certificate: its token is used up. One whose certificate is void by now is too late."""
         with self._transaction():
-            self._db.execute("UPDATE devices SET joined_s = ? WHERE name = ?", (self._clock(), name))
+            self._db.execute("UPDATE devices SET joined_s = ? WHERE name = ? AND certificate IS NOT NULL", (self._clock(), name))
 
     def revoke(self, name: str) -> None:
         """For ever; idempotent. Raises StateError when there is no such device."""

@@ -88,7 +88,7 @@ def test_devices_of_then_are_known(registry):
     assert [(name, one.admitted, one.may_enrol(THEN_S)) for name, one in known.items()] == [
         ("attic", False, True), ("porch", True, False), ("shed", False, False),
     ]  # fmt: skip
-    assert (known["porch"].joined_s, known["shed"].revoked_s) == (THEN_S, THEN_S)
+    assert (known["porch"].joined_s, known["porch"].user, known["shed"].revoked_s) == (THEN_S, "porch", THEN_S)
     assert known["porch"].certificate == (GOLDEN / "porch" / "identity" / "certificate.pem").read_text()
 
 

@@ -76,6 +76,18 @@ def test_a_lost_answer_is_given_again_until_the_device_has_come(office):
     assert "used already" in office.ask(token, asked).refused
 
 
+def test_a_device_that_never_got_its_answer_is_enrolled_by_a_new_token_when_the_first_has_expired(office):
+    lost, asked = office.invite(), request()
+    office.ask(lost, asked)
+    office.now_s += LIFETIME_S
+    assert "make a new one with `cloud-server enrol`" in office.ask(lost, asked).refused
+    token = office.invite()
+    assert "make a new one" in office.ask(lost, asked).refused
+    admission = office.ask(token, asked)
+    certificate = x509.load_pem_x509_certificate(admission.certificate.encode())
+    assert (admission.device, certificate.subject.rfc4514_string()) == ("porch", f"CN=porch.{token.header.id}")
+
+
 def test_another_key_gets_no_certificate_by_a_used_token_and_the_operator_is_told_what_to_do(office):
     token = office.invite()
     office.ask(token, request())
@@ -184,6 +196,26 @@ def test_the_broker_is_told_of_what_other_processes_do_and_of_nothing_else(gate,
     assert obey(gate, gate.poll(4.4)) == [("deleteClient", "porch"), ("deleteRole", "porch")]
     assert gate.newly_revoked() == ["porch"]
     assert gate.newly_revoked() == []
+
+
+def test_a_certificate_that_its_device_never_came_with_is_shut_out_when_it_is_invited_anew(gate, beside):
+    beside.ask(beside.invite(), request())
+    obey(gate, gate.poll(0))
+    token = beside.invite()
+    new, user = f"porch.{token.header.id}", f"enrol.{token.header.id}"
+    found = obey(gate, gate.poll(1.1))
+    assert [one for one in found if one[1] in ("porch", user)] == [
+        ("deleteClient", "porch"), ("deleteRole", "porch"), ("createRole", user), ("createClient", user),
+    ]  # fmt: skip
+    *granted, _ = gate.answer(token.header.id, encode(Enrol(secret=token.header.secret, request=request())))
+    role = told(granted)[0]
+    assert (role["rolename"], role["acls"][0]["topic"]) == (new, "lwfed/default/d/porch/up/#")
+    assert obey(gate, granted) == [("createRole", new), ("createClient", new)]
+    gate.seen("porch")
+    assert obey(gate, gate.poll(2.2)) == [("deleteClient", user), ("deleteRole", user)]
+    beside.registry.revoke("porch")
+    assert obey(gate, gate.poll(3.3)) == [("deleteClient", new), ("deleteRole", new)]
+    assert gate.newly_revoked() == ["porch"]
 
 
 @pytest.fixture

@@ -54,8 +54,31 @@ def test_a_certificate_is_issued_once(registry):
     registry.certify("t1", "request", "certificate")
     with pytest.raises(KeyError):
         registry.certify("t1", "another", "certificate")
+
+
+def test_a_device_that_has_not_come_is_invited_anew_under_another_subject_each_time(registry):
+    registry.invite("porch", "t1", "hash", 60)
+    registry.certify("t1", "request", "certificate")
+    users = [registry.device("porch").user]
+    for token in ("t2", "t3"):
+        registry.invite("porch", token, "hash", 60)
+        assert not registry.device("porch").admitted
+        users.append(registry.device("porch").user)
+    assert users == ["porch", "porch.t2", "porch.t3"]
+    registry.confirm("porch")  # what it said with the certificate before was still on its way
+    registry.certify("t3", "request", "certificate")
+    assert registry.device("porch").joined_s is None
+    registry.confirm("porch")
     with pytest.raises(StateError, match="is enrolled"):
-        registry.invite("porch", "t2", "hash", 60)
+        registry.invite("porch", "t4", "hash", 60)
+
+
+def test_a_long_name_leaves_room_for_the_token_in_a_subject(registry):
+    name = 64 * "n"
+    for token in (16 * "a", 16 * "b"):
+        registry.invite(name, token, "hash", 60)
+        registry.certify(token, "request", "certificate")
+    assert registry.device(name).user == 47 * "n" + "." + 16 * "b"
 
 
 @pytest.mark.parametrize("enrolled", [False, True])
@@ -92,6 +115,7 @@ def test_the_revision_changes_with_what_another_process_does_and_only_then(regis
 
 def test_who_reads_and_lingers_costs_a_start_at_most(registry, tmp_path):
     registry.invite("porch", "t1", "hash", 60)
+    registry.certify("t1", "request", "certificate")
     registry._db.execute("PRAGMA busy_timeout=1")
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as reader:
         reader.execute("BEGIN")

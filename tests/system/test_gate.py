@@ -191,6 +191,21 @@ def test_a_lost_answer_and_a_silent_server_cost_nothing_but_time(host, folder):
     assert (folder("late") / "identity" / "key.pem").read_bytes() == key
 
 
+def test_a_device_that_is_enrolled_again_before_it_has_come_is_let_in_by_its_new_certificate_only(host, folder, client):
+    for name in ("lost", "found"):
+        assert enrol(host.invite("wall"), folder(name), PATIENCE_S) == "wall"
+    lost, found = (client(find_access(None, Connection(), folder(name)).transport(), "wall") for name in ("lost", "found"))
+    assert isinstance(lost.outcome().reason, Refused)
+    found.next(Connected)
+    found.transport.publish(TOPICS.from_device("wall", "state"), b"here again")
+    host.until(lambda: ("wall", b"here again") in host.said)
+    host.client.transport.publish(TOPICS.to_device("wall", "task"), b"task")
+    assert found.next(Received, Disconnected) == Received(TOPICS.to_device("wall", "task"), b"task")
+    host.beside.revoke("wall")
+    while not isinstance(found.next(Disconnected).reason, Refused):
+        pass  # it comes again before it is shut out
+
+
 def test_what_a_device_keeps_is_its_owner_s_alone(enrolled):
     files = list((enrolled("porch") / "identity").iterdir())
     assert len(files) == 5
