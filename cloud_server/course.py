@@ -42,10 +42,11 @@ class Course:
         durable: bool = True,
         database: str | None = None,
         store: Store | None = None,
+        least_epoch: int = 0,
     ) -> None:
         """Begin the run below `root`, or take it up again; `clock` gives Unix time, `database` an address. Raises StateError.
 
-        `store` is used instead of one that is opened.
+        `store` is used instead of one that is opened; the epoch is `least_epoch` at least.
         """
         self.config = config
         self.root = root
@@ -55,7 +56,7 @@ class Course:
         try:
             stored = self.store.config
             self.changed = [] if stored is None else accept(root, stored, config)  # settings that are new since the last start
-            begun = self.store.begin(config)
+            begun = self.store.begin(config, least_epoch)
             self.run_id, self.epoch, self.resumed, self.state = begun.id, begun.epoch, begun.resumed, begun.state
             bind_folder(root, self.store)
             self.blobs = BlobStore(root / MODEL_FOLDER, durable)  # served to everybody who asks: nothing of a device belongs here

@@ -4,6 +4,8 @@
 
 A name that was revoked is never given away again: certificates of it may still be about. A device that is invited anew
 before it has joined, because its certificate was lost, gets one of another subject, so that the broker can tell the two.
+
+The latest epoch of a server is kept here as well: enrolled devices follow none of an earlier start, of whichever run.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ TABLES = (
         revoked_s REAL,
         subject TEXT  -- of its certificate, where that is not its name
     ) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS starts (one INTEGER PRIMARY KEY CHECK (one = 1), epoch INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS contact (one INTEGER PRIMARY KEY CHECK (one = 1), host TEXT, port INTEGER, fleet TEXT)",
 )
 
@@ -88,6 +91,7 @@ class Registry:
         with self._explained():
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
             self._db = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            self._db.execute("PRAGMA synchronous=EXTRA")  # with a journal that is deleted, FULL may lose the last commit in a power cut
             with self._transaction():
                 self._migrate()
 
@@ -120,6 +124,20 @@ class Registry:
     def contact(self, contact: Contact) -> None:
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO contact VALUES (1, ?, ?, ?)", (contact.host, contact.port, contact.fleet))
+
+    @property
+    def epoch(self) -> int:
+        """The latest of any server's start; 0 before the first."""
+        with self._explained():
+            row = self._db.execute("SELECT epoch FROM starts").fetchone()
+        return 0 if row is None else int(row[0])
+
+    def claim(self, epoch: int) -> None:
+        """Keep that of a start, durably, before devices hear of it. Raises StateError unless it is later than those before."""
+        with self._transaction():
+            if epoch <= self.epoch:
+                raise StateError("another server of this authority was started at the same moment: start this one again")
+            self._db.execute("INSERT OR REPLACE INTO starts VALUES (1, ?)", (epoch,))
 
     def devices(self) -> list[Device]:
         """By name."""
@@ -185,3 +203,11 @@ class Registry:
             yield
         except (sqlite3.Error, OSError) as error:
             raise disk.unusable(f"the record of devices {self._path} is unusable ({error}): check its folder and its disk", error) from None
+
+
+def next_epoch(folder: Path) -> int:
+    """Later than that of any start with the registry in `folder`, which there need not be yet. Raises StateError."""
+    if not os.path.isfile(folder / FILE_NAME):
+        return 1
+    with contextlib.closing(Registry(folder)) as registry:
+        return registry.epoch + 1

@@ -14,6 +14,7 @@ from lwfed.cloud_server.course import Course
 from lwfed.cloud_server.gate import Gate, Place
 from lwfed.cloud_server.limits import Door
 from lwfed.cloud_server.news import REMEDY, News
+from lwfed.cloud_server.registry import next_epoch
 from lwfed.cloud_server.server import Server
 from lwfed.cloud_server.telling import place, say_over, stop_reason
 from lwfed.cloud_server.workshop import starter
@@ -46,12 +47,14 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
     check_sources(config)
     inlet, external = _inlet(options), _external(options)
     with ExitStack() as stack:
-        course = Course(config, root, database=options.database)  # nothing of the run is there before, should options be refused
+        least_epoch = 0 if inlet is None else next_epoch(options.authority)
+        # Nothing of the run is there before, should options be refused.
+        course = Course(config, root, database=options.database, least_epoch=least_epoch)
         stack.callback(course.store.close)
         if course.state.over and options.until_done:  # which needs neither broker nor gate
             _say_over(News(console, config, ""), course)
             return
-        gate = None if inlet is None else _gate(inlet, options, config, stack)
+        gate = None if inlet is None else _gate(inlet, options, config, course.epoch, stack)
         if external is not None:
             broker, (address, transport) = None, external
         else:
@@ -127,10 +130,11 @@ def _external(options: Options) -> tuple[BrokerAddress, Transport] | None:
     return address, options.connection.transport(address)
 
 
-def _gate(inlet: Place, options: Options, config: RunConfig, stack: ExitStack) -> Gate:
+def _gate(inlet: Place, options: Options, config: RunConfig, epoch: int, stack: ExitStack) -> Gate:
     folder = stack.enter_context(locked_state(options.authority, "one server of a user admits devices of other machines: end the other"))
     gate = Gate(folder, inlet, config.run.fleet)
     stack.callback(gate.close)
+    gate.registry.claim(epoch)
     return gate
 
 

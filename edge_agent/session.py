@@ -249,7 +249,8 @@ class Session:
         if self._believe and state.online and state.epoch < self._journal.seen.epoch:  # then it would follow what was announced long ago
             raise InvalidMessage(
                 f"the server's state is of its start {state.epoch}, and {self._journal.seen.epoch} has announced a run: it is repeated by "
-                "somebody, or the server has begun anew with its clock behind: set that right and start it again"
+                "somebody, or the server has lost the record of its starts: set its clock right and start it again, and if that does not "
+                "help, serve the earlier run for a moment and then this one"
             )
         first, self._quiet_until = self._quiet_until is not None, None
         if state.online and not messages.speaks_our_version(state):

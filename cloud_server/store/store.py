@@ -59,31 +59,32 @@ class Store:
         data = self._transact(lambda connection: connection.execute(self._of_run(schema.runs.c.config)).scalar())
         return None if data is None else RunConfig.from_bytes(data)
 
-    def begin(self, config: RunConfig) -> Begun:
+    def begin(self, config: RunConfig, least_epoch: int = 0) -> Begun:
         """A new run, or the stored one as it was left, from now on under `config`. Raises StateError when another server has it.
 
-        The epoch is later than that of any earlier start, also of another store: devices ignore what is older than they know. From
-        now on a lost connection is waited for.
+        The epoch is later than that of any earlier start, and `least_epoch` at least: devices ignore what is older than they know.
+        Of another store only the clock says which was, and clocks are set back at times. From now on a lost connection is waited for.
         """
         until = time.monotonic() + HANDOVER_S
         while not self.database.transact(lambda connection: exclusion.hold(connection, self.run)):
             if time.monotonic() >= until:
                 raise StateError(f"{self.database.name}: another cloud-server serves run {self.run!r}; end it, or use --set run.name=NAME")
             time.sleep(RETRY_S)
-        begun, self._steps = self.database.transact(lambda connection: self._begin(connection, config))
+        begun, self._steps = self.database.transact(lambda connection: self._begin(connection, config, least_epoch))
         self._epoch = begun.epoch
         self.database.patient = True
         return begun
 
-    def _begin(self, connection: Connection, config: RunConfig) -> tuple[Begun, int]:
+    def _begin(self, connection: Connection, config: RunConfig, least_epoch: int) -> tuple[Begun, int]:
         table, now = schema.runs, self._clock()
+        epoch = max(int(now), least_epoch)
         known = connection.execute(self._of_run(table)).one_or_none()
         if known is None:
-            begun = Begun(new_id(self.run), State(), int(now), resumed=False)
+            begun = Begun(new_id(self.run), State(), epoch, resumed=False)
             row = {"name": self.run, "id": begun.id, "epoch": begun.epoch, "state": begun.state.to_json()}
             connection.execute(table.insert(), {**row, "config": config.to_bytes(), "started_s": now})
             return begun, 0
-        epoch = max(known.epoch + 1, int(now))  # clocks are set back at times
+        epoch = max(known.epoch + 1, epoch)
         connection.execute(table.update().where(table.c.name == self.run).values(epoch=epoch, config=config.to_bytes()))
         return Begun(known.id, State.from_json(known.state), epoch, resumed=True), known.steps
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from lwfed.cli import Connection
 from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.enrolment import admit, invite
-from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
+from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry, next_epoch
 from lwfed.edge_agent.enrolment import signing_request
 from lwfed.edge_agent.identity import announcement_verifier, find_access
 from lwfed.errors import StateError
@@ -90,6 +90,12 @@ def test_devices_of_then_are_known(registry):
     ]  # fmt: skip
     assert (known["porch"].joined_s, known["porch"].user, known["shed"].revoked_s) == (THEN_S, "porch", THEN_S)
     assert known["porch"].certificate == (GOLDEN / "porch" / "identity" / "certificate.pem").read_text()
+
+
+def test_starts_are_counted_from_now_on(folder, registry):
+    assert next_epoch(folder) == 1
+    registry.claim(1_800_000_000)
+    assert next_epoch(folder) == 1_800_000_001
 
 
 def test_a_device_of_then_believes_what_it_signs(folder):

@@ -254,6 +254,17 @@ def test_tokens_do_not_lead_to_a_server_that_did_not_start(served, tmp_path, mon
         assert (result.exit_code, registry.contact) == (code, known), result.output
 
 
+def test_a_server_starts_later_than_one_whose_clock_was_ahead(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(broker, "find_mosquitto", lambda: "/bin/false")
+    monkeypatch.setattr(broker, "RELEASE_S", 0.0)
+    (tmp_path / "cloud-server" / "_authority").mkdir(parents=True)
+    with closing(Registry(tmp_path / "cloud-server" / "_authority")) as registry, socket.create_server(("127.0.0.1", 0)) as other:
+        registry.claim(4_000_000_000)  # of another run
+        for _ in range(2):
+            assert served("--listen", f"localhost:{other.getsockname()[1]}").exit_code == PortInUse.exit_code
+        assert registry.epoch == 4_000_000_002
+
+
 @pytest.fixture
 def stopped(world):
     """With the stage that collapses."""

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
+from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry, next_epoch
 from lwfed.errors import DiskTrouble, StateError
 
 
@@ -132,6 +132,17 @@ def test_a_commit_that_fails_leaves_no_transaction_open(registry):
     with pytest.raises(StateError), registry._transaction():
         registry._db.execute("INSERT INTO other VALUES ('nobody')")  # found at the commit
     registry.invite("porch", "t1", "hash", 60)
+
+
+def test_the_latest_start_is_kept_and_none_is_of_an_earlier_one(registry, tmp_path):
+    (tmp_path / "none").mkdir()
+    assert (registry.epoch, next_epoch(tmp_path), next_epoch(tmp_path / "none")) == (0, 1, 1)
+    registry.claim(2000)
+    for late in (1999, 2000):
+        with pytest.raises(StateError, match="start this one again"):
+            registry.claim(late)
+    assert (registry.epoch, next_epoch(tmp_path)) == (2000, 2001)
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_it_is_kept_for_its_owner_alone(registry, tmp_path):

@@ -78,6 +78,15 @@ def test_runs_of_one_name_have_ids_of_their_own_that_devices_can_read(tmp_path, 
     assert [messages.Task(run=id, stage=1, round=1, participant=0).run for id in ids] == ids
 
 
+def test_a_start_is_of_the_least_epoch_that_is_asked_for_or_a_later_one(opened, tiny):
+    epochs = []
+    for least in (2000, 2000, 3000, 0):
+        store = opened(1000.0)
+        epochs.append(store.begin(tiny(), least).epoch)
+        store.close()
+    assert epochs == [2000, 2001, 3000, 3001]
+
+
 def test_participant_numbers_follow_admission_and_stay(store, tiny):
     store.begin(tiny())
     assert [store.admit(name, HELLO) for name in ("b", "a", "b", "c")] == [(0, True), (1, True), (0, False), (2, True)]

@@ -113,7 +113,7 @@ def test_an_enrolled_device_is_led_back_to_no_announcement_of_long_ago(world):
     world.settle()
     assert device.journal.seen.epoch == 7
     assert [text.split(":")[0] for text in device.texts("run")] == ["run old", "run new"]
-    assert "repeated by somebody" in device.texts("warning")[-1]
+    assert "start 5, and 7 has announced a run: it is repeated by somebody" in device.texts("warning")[-1]
 
 
 def test_no_first_connection_within_the_wait_ends_with_the_reason(world):

@@ -122,12 +122,12 @@ class MemoryStore(Store):
     def config(self) -> RunConfig | None:
         return self._tables.config
 
-    def begin(self, config: RunConfig) -> Begun:
+    def begin(self, config: RunConfig, least_epoch: int = 0) -> Begun:
         now = self._clock()
         tables, known = self._tables.copy(), self._tables.config is not None
         if not known:
             tables.run, tables.times = self.run, (now, None)
-        tables.config, tables.epoch = config, max(tables.epoch + 1, int(now))
+        tables.config, tables.epoch = config, max(tables.epoch + 1, int(now), least_epoch)
         self._kept.tables = tables
         return Begun(self.id, self.state, tables.epoch, known)
 
