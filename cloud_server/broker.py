@@ -2,7 +2,8 @@
 
 It listens on loopback only, unless a gate says who may come in from elsewhere; the embedded one never does.
 
-It runs as a child process and ends with the server, even when that is killed. `ensure` starts it again when it died.
+It runs as a child process and ends with the server, even when that is killed. `ensure` starts it again when it died, or was
+ended because it took too much memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Literal
 
 from lwfed.cloud_server import tethered
 from lwfed.cloud_server.gate import Gate
+from lwfed.cloud_server.watch import Watch
 from lwfed.errors import MissingDependency, PortInUse, StateError, TransportError, Unreachable
 from lwfed.transport.address import BrokerAddress
 from lwfed.wire.messages import MAX_MESSAGE_BYTES
@@ -73,6 +75,7 @@ class ManagedBroker:
         self._packet_bytes = max(chunk_bytes, MAX_MESSAGE_BYTES) + PACKET_MARGIN_BYTES
         self._sleep = sleep
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: Watch | None = None
         self._wanted = False
 
     @property
@@ -93,26 +96,33 @@ class ManagedBroker:
                 for port in self._gate.place.ports:
                     self._reserve(self._gate.place.bind, port)
             program = self._mosquitto() if self.kind == "mosquitto" else self._embedded()
-            with self._log.open("wb") as log:
+            self._log.write_bytes(b"")
+            with self._log.open("ab") as log:  # which `Watch` cuts
                 self._process = subprocess.Popen(
                     tethered.command(program), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
         except OSError as error:
             raise StateError(f"cannot start the broker in {self._folder}: {error.strerror or error}") from error
         self._await()
+        self._watch = Watch(self._process, self._log)
+        self._watch.start()
         self._wanted = True
 
-    def ensure(self) -> bool:
-        """Start it again if it has died, or could not be started again; whether that was so. Raises as `start`."""
+    def ensure(self) -> str:
+        """Start it again if it has died, or could not be started again; what happened then, or nothing. Raises as `start`."""
         if not self._wanted or (self._process is not None and self._process.poll() is None):
-            return False
+            return ""
+        excess = self._watch.excess if self._watch else ""
         self.start()
-        return True
+        return f"the broker {excess or 'had died and'} was started again"
 
     def close(self) -> None:
         """End it; idempotent."""
         self._wanted = False
         self._end()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def _end(self) -> None:
         if self._process is not None:

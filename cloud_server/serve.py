@@ -79,7 +79,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             news,
             starter(config.train.threads),
             until_done=options.until_done,
-            revive=broker.ensure if broker else lambda: False,
+            revive=broker.ensure if broker else lambda: "",
             gate=gate,
             door=Door(Topics(config.run.fleet), time.monotonic),
         )

@@ -52,7 +52,7 @@ Raw = base.Event | Said | Ended | Stop
 
 
 class Server:
-    """`revive` is called when the connection is lost, and says whether it had to start a broker again.
+    """`revive` is called when the connection is lost, and says why it had to start a broker again, or nothing.
 
     `door` is what messages must pass; None where nobody floods, and time stands still.
     """
@@ -65,7 +65,7 @@ class Server:
         start_worker: Starter,
         *,
         until_done: bool = False,
-        revive: Callable[[], bool] = lambda: False,
+        revive: Callable[[], str] = lambda: "",
         gate: Gate | None = None,
         door: Door | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -259,8 +259,8 @@ class Server:
             raise reason
         known = self._told_lost is not None
         try:
-            if self._revive():
-                self._news.warning("the broker had died and was started again")
+            if why := self._revive():
+                self._news.warning(why)
                 return
         except PortInUse:  # whoever has its port now is not to be followed
             raise

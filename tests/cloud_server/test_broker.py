@@ -1,15 +1,19 @@
 import errno
 import os
 import queue
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from lwfed.cloud_server import broker as managed
+from lwfed.cloud_server import watch
 from lwfed.cloud_server.broker import ManagedBroker, find_mosquitto
 from lwfed.errors import PortInUse, StateError, Unreachable
 from lwfed.transport.base import Connected, Disconnected, Received
@@ -54,6 +58,53 @@ def test_it_carries_messages_on_a_free_port_and_is_started_again(broker, kind, t
         assert (tmp_path / "broker" / "broker.log").read_bytes() == b""
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_takes_too_much_memory_is_started_again_and_it_is_said_why(broker, kind, monkeypatch):
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
+    one = broker(kind)
+    one.start()
+    exchange(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "MEMORY_BYTES", 1e6)
+        psutil.Process(one.pid).wait(60)
+    assert re.fullmatch(r"the broker took \d+ MB of memory, 1 are its limit: .*; it was started again", one.ensure())
+    exchange(one)
+    os.kill(one.pid, signal.SIGKILL)
+    psutil.Process(one.pid).wait(60)
+    assert one.ensure() == "the broker had died and was started again"
+
+
+def test_it_may_have_more_connections_than_the_server(broker):
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, allowed[1]), allowed[1]))
+    try:
+        one = broker("embedded")
+        one.start()
+        assert resource.prlimit(one.pid, resource.RLIMIT_NOFILE) == (allowed[1], allowed[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+
+
+def test_its_log_stays_small_however_much_it_says(broker, monkeypatch, tmp_path):
+    """Its end is kept, and what comes then."""
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(watch, "LOG_BYTES", 10_000)
+    text = (
+        "import socket, sys\n"
+        "for number in range(10_000): print('line', number, file=sys.stderr)\n"
+        "listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        "link = listener.accept(); link = listener.accept(); print('the last', file=sys.stderr, flush=True); listener.accept()"
+    )
+    one = broker("embedded")
+    monkeypatch.setattr(one, "_embedded", lambda: [sys.executable, "-c", text, str(one._port)])
+    one.start()
+    log = tmp_path / "broker" / "broker.log"
+    until(lambda: log.stat().st_size <= 10_000 and log.read_text().endswith("line 9999\n"))
+    assert all(line.startswith("line ") for line in log.read_text().splitlines())
+    with socket.create_connection((one.address.host, one.address.port)):
+        until(lambda: log.read_text().endswith("line 9999\nthe last\n"))
+
+
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_one_that_could_not_be_started_again_can_be_later(broker, monkeypatch, how):
     one = broker("embedded")
@@ -96,6 +147,13 @@ def test_a_second_client_of_an_id_throws_out_the_first(broker, kind):
     finally:
         for client in clients:
             client.close()
+
+
+def until(condition):
+    by = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < by
+        time.sleep(0.01)
 
 
 def listening(broker):

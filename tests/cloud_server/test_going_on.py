@@ -117,7 +117,7 @@ def test_a_broker_that_cannot_be_started_again_yet_is_tried_again(world, said):
     fleet = undisturbed(world)
     fleet.settle(until=lambda: fleet.course.state.phase == "training")
     dead, refused = Unreachable("it ended with code -9"), StateError("cannot start the broker: no process left")
-    answers = [False, dead, dead, refused, True]
+    answers = ["", dead, dead, refused, "the broker had died and was started again"]
 
     def revive():
         answer = answers.pop(0)

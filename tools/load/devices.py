@@ -7,7 +7,6 @@ model once for all, though each device downloads and checks them. Training is ca
 from __future__ import annotations
 
 import heapq
-import resource
 import sys
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lwfed import descriptors
 from lwfed.blobs import Arrival, BlobStore
 from lwfed.console import Console, counted
 from lwfed.edge_agent.events import Event, Tell, WorkerPlanned, WorkerReady
@@ -197,8 +197,7 @@ class Fleet:
 
 def main() -> None:
     url, devices, rounds, folder = sys.argv[1:5]
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    descriptors.raise_limit()
     fleet = Fleet(BrokerAddress.parse(url), Path(folder))
     fleet.run(int(devices), int(rounds))
     Console(as_json=True).say("devices", f"{counted(fleet.tally.accepted, 'update')} accepted", **asdict(fleet.tally))
