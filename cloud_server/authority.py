@@ -29,17 +29,23 @@ SINCE = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 WRITTEN = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # a clock that is behind this program is wrong
 LIFETIME = datetime.timedelta(days=20 * 365)  # a device in the field must not fall silent by a date; revocation does not wait for one
 DER_SEQUENCE = b"\x30"
+MISSING = (
+    "put it back from the copy, for enrolled devices believe no other authority; or end the server, delete all of {folder}, "
+    "and begin anew: then every device must be enrolled again, with another --state"
+)
 
 
 class Authority:
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
-        """Take up the authority in `folder`, or found it; `clock` gives Unix time. Raises StateError."""
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, found: bool = True) -> None:
+        """Take up the authority in `folder`; where there is none, `found` it. `clock` gives Unix time. Raises StateError."""
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
         path = folder / FILE_NAME
         if not path.exists():
+            if not found:
+                raise StateError(f"{path} is missing: {MISSING.format(folder=folder)}")
             write_private(path, _found(clock()))
         try:
             pem = path.read_bytes()

@@ -87,7 +87,7 @@ def enrol(name: str) -> None:
 
     with opened_registry() as registry:
         known = registry.device(name)
-        click.echo(invite(Authority(authority_folder()), registry, name))
+        click.echo(invite(Authority(authority_folder(), found=False), registry, name))
     if known is not None and known.certificate is not None:
         click.echo(f"the certificate that {name} has not come with yet is void", err=True)
     click.echo("good once, for 24 hours; on the device: edge-agent enrol -, and this line", err=True)

@@ -19,8 +19,8 @@ INVALID = "this token is not valid (any more): make a new one with `cloud-server
 
 def invite(authority: Authority, registry: Registry, name: str) -> Token:
     """A new token for device `name`; what the device has not come with is void. Raises ConfigError and StateError."""
-    if not is_name(name):
-        raise ConfigError(f"{name!r} is no name for a device: use 1 to 64 of a-z, 0-9 and -")
+    if not is_name(name) or name.startswith("-"):  # which would be an option of `revoke`
+        raise ConfigError(f"{name!r} is no name for a device: use 1 to 64 of a-z, 0-9 and -, and no - at the beginning")
     contact = registry.contact
     if contact is None:
         raise StateError("there is no server for devices of other machines: start one with `cloud-server serve --listen HOST`")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Gate:
         """`folder` holds authority and registry; `clock` gives Unix time. Raises StateError."""
         self.place, self._clock = place, clock
         self._topics = Topics(fleet)
-        self._authority = Authority(folder, clock)
+        self._authority = _authority(folder, clock)
         self.registry = Registry(folder, clock)
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None
@@ -244,6 +245,12 @@ class Gate:
         accounts = [device_account(self._topics, one.name, one.user) for one in devices if one.admitted]
         accounts += [token_account(self._topics, one.token, one.secret) for one in invited]
         return {one.username: one for one in accounts}
+
+
+def _authority(folder: Path, clock: Callable[[], float]) -> Authority:
+    """Never a new one beside devices that have certificates of another. Raises StateError."""
+    with closing(Registry(folder)) as registry:
+        return Authority(folder, clock, found=not any(one.certificate for one in registry.devices()))
 
 
 def find_plugin() -> Path:

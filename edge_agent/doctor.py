@@ -28,9 +28,8 @@ import psutil
 from lwfed.child import describe_exit
 from lwfed.data import open_source
 from lwfed.edge_agent.identity import Access
-from lwfed.edge_agent.session import REVOKED
-from lwfed.errors import ConfigError, Forbidden, LwfedError
-from lwfed.transport.address import BrokerAddress
+from lwfed.edge_agent.session import REVOKED, to_enrolled
+from lwfed.errors import ConfigError, Forbidden, LwfedError, Untrusted
 from lwfed.transport.base import Connected, Disconnected, Event, Transport
 
 PROBE_S = 120  # an SD card needs half a minute to load torch
@@ -209,16 +208,19 @@ def _broker(access: Access) -> Iterator[Check]:
         return
     yield Check("broker.tcp", "ok", f"{address.host}:{address.port} answers")
     if transport is not None:
-        yield _mqtt(address, transport)
+        yield _mqtt(access, transport)
 
 
-def _mqtt(address: BrokerAddress, transport: Transport) -> Check:
+def _mqtt(access: Access, transport: Transport) -> Check:
+    address = access.address
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     transport.open(f"doctor-{secrets.token_hex(4)}", None, events.put)
     try:
         match events.get(timeout=CONNECT_S):
             case Connected():
                 return Check("broker.mqtt", "ok", f"{address} lets this device in")
+            case Disconnected(Untrusted() as reason) if access.device:
+                return Check("broker.mqtt", "fail", str(to_enrolled(reason)))
             case Disconnected(reason):
                 return Check("broker.mqtt", "fail", str(reason), REVOKED if isinstance(reason, Forbidden) else "")
     except queue.Empty:

@@ -16,9 +16,10 @@ from lwfed.edge_agent.events import Effect, EndWorker, Event, Exit, Show, Stop, 
 from lwfed.edge_agent.handover import Link
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.work import Work
-from lwfed.errors import DiskTrouble, Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable
+from lwfed.errors import DiskTrouble, Forbidden, InvalidMessage, ProtocolMismatch, Refused, TransportError, Unreachable, Untrusted
 from lwfed.seeds import derive
 from lwfed.transport.base import Connected, Disconnected, Received, Sent
+from lwfed.transport.mqtt_errors import NAME_AUTHORITY
 from lwfed.wire import messages, topics
 from lwfed.wire.commands import Send, Subscribe
 from lwfed.wire.messages import Challenge, DeviceState, Hello, Manifest, Run, ServerState, State, Task, decode
@@ -32,7 +33,21 @@ QUIET_S = 5.0  # connected for so long without a sign of a server: say it
 GREET_S = 15.0  # connected without an order of the server for so long: greet it again
 SAVE_BYTES, SAVE_S = 65_536, 5.0  # what of the traffic a kill makes forget; an idle device writes nothing
 REVOKED = "it may have been revoked (`cloud-server status` says so): then enrol it anew, by another name and with another --state"
+STRANGER = (
+    "it is of another authority than when this device was enrolled, or for another host: is this the right server? "
+    "If it is, enrol the device again (`edge-agent enrol`) with another --state"
+)
 GREET_LONGEST_S = 600.0  # a thousand idle devices then cost it two greetings a second
+
+
+def to_enrolled(reason: TransportError) -> TransportError:
+    """Why there is no connection, to a device that has its certificate and the authority by enrolment."""
+    match reason:
+        case Forbidden():
+            return Forbidden(f"{reason}; {REVOKED}")
+        case Untrusted():
+            return Untrusted(str(reason).replace(NAME_AUTHORITY, STRANGER))
+    return reason
 
 
 class TrafficCount:
@@ -156,8 +171,8 @@ class Session:
         self._connected, self._quiet_until = False, None
         self._greeting.stop()
         self._lose_server()
-        if self._believe and isinstance(reason, Forbidden):
-            reason = Forbidden(f"{reason}; {REVOKED}")
+        if self._believe:
+            reason = to_enrolled(reason)
         known = self._reason is not None and (isinstance(self._reason, Forbidden) or not isinstance(reason, Forbidden))
         self._reason = reason
         if self._give_up_at is not None and isinstance(reason, Refused):

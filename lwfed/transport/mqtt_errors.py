@@ -14,6 +14,7 @@ from lwfed.transport.address import BrokerAddress
 UNSPECIFIED = 0x80  # what paho makes of a socket that was closed
 UNSUPPORTED_VERSION = 0x84
 AT_ANOTHER_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+NAME_AUTHORITY = "name its authority with --ca"
 _CREDENTIALS = "check --username and --password-file (or LWFED_MQTT_PASSWORD)"
 
 
@@ -25,7 +26,7 @@ def explain_failure(error: Exception, address: BrokerAddress, timeout_s: float) 
         case ssl.SSLCertVerificationError(verify_code=code) if code in AT_ANOTHER_TIME:  # a machine without a clock has none until NTP
             return Unreachable(f"the certificate of {address} is not valid by this machine's clock ({error}): is the clock right?")
         case ssl.SSLCertVerificationError():
-            return Untrusted(f"the certificate of {address} is not trusted ({error}): name its authority with --ca")
+            return Untrusted(f"the certificate of {address} is not trusted ({error}): {NAME_AUTHORITY}")
         case ConnectionResetError() | BrokenPipeError() | ssl.SSLEOFError():
             return hangs_up(address)
         case ssl.SSLError():

@@ -16,6 +16,7 @@ from safetensors.numpy import load
 from safetensors.torch import load_file
 
 from lwfed.cloud_server import broker, orders, serve
+from lwfed.cloud_server.authority import Authority
 from lwfed.cloud_server.checkpoint import choose
 from lwfed.cloud_server.cli import main
 from lwfed.cloud_server.registry import Contact, Registry
@@ -233,6 +234,21 @@ def test_a_finished_run_needs_neither_the_authority_nor_a_broker_to_be_said_to_b
         result = served("--listen", "porch.local", "--until-done")
         assert [path.name for path in authority.iterdir()] == ["lock"]
     assert (result.exit_code, [json.loads(line)["event"] for line in result.output.splitlines()]) == (0, ["run", "finished"])
+
+
+def test_enrol_founds_no_authority(run, tmp_path, monkeypatch):
+    """A server that runs would have another one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "cloud-server" / "_authority"
+    folder.mkdir(parents=True)
+    with closing(Registry(folder)) as registry:
+        registry.contact = Contact("garden.local", 8883, "default")
+    result = run("enrol", "porch")
+    assert (result.exit_code, "authority.pem is missing" in result.output) == (StateError.exit_code, True)
+    Authority(folder)
+    assert run("enrol", "porch").exit_code == 0
+    refused = run("enrol", "--", "-porch")
+    assert (refused.exit_code, "no - at the beginning" in refused.output) == (ConfigError.exit_code, True)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lwfed.cloud_server.authority import Authority
+from lwfed.cloud_server.authority import FILE_NAME, Authority
 from lwfed.cloud_server.enrolment import LIFETIME_S, admit, invite
 from lwfed.cloud_server.gate import Gate, Place
 from lwfed.cloud_server.overview import overview
@@ -122,7 +122,7 @@ def test_a_request_that_cannot_be_certified_leaves_the_token_good(office):
 
 def test_a_token_needs_a_name_and_a_server_that_devices_can_reach(tmp_path):
     registry = Registry(tmp_path)
-    for name, error in (("Front Porch", ConfigError), ("porch", StateError)):
+    for name, error in (("Front Porch", ConfigError), ("-porch", ConfigError), ("porch", StateError)):
         with pytest.raises(error):
             invite(Authority(tmp_path), registry, name)
     registry.close()
@@ -284,6 +284,18 @@ def test_a_gate_needs_a_usable_registry(tmp_path):
     database.close()
     with pytest.raises(StateError, match="newer cloud-server"):
         Gate(tmp_path, Place("localhost", 8883), "default")
+
+
+def test_a_lost_authority_is_not_replaced_while_devices_have_certificates_of_it(tmp_path, office):
+    place = Place("localhost", 8883)
+    office.invite()
+    (tmp_path / FILE_NAME).unlink()
+    Gate(tmp_path, place, "default").close()  # who is only invited is invited again
+    office.ask(office.invite(), request())
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.raises(StateError, match=rf"{FILE_NAME} is missing: put it back from the copy.* delete all of {tmp_path}"):
+        Gate(tmp_path, place, "default")
+    assert not (tmp_path / FILE_NAME).exists()
 
 
 def test_a_run_goes_on_at_once_without_a_device_that_is_revoked_and_hears_it_no_more(world, said, gate, beside):

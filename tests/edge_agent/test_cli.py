@@ -3,19 +3,23 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
+from lwfed.cli import Connection
 from lwfed.edge_agent import doctor
 from lwfed.edge_agent.cli import main, megabytes
-from lwfed.edge_agent.identity import Identity
+from lwfed.edge_agent.identity import Access, Identity
 from lwfed.errors import Refused, Unreachable
 from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryBroker
+from lwfed.transport.mqtt_errors import explain_failure
 
 
 def run(*arguments):
@@ -216,8 +220,10 @@ def test_doctor_says_whether_onnx_runtime_can_be_used(monkeypatch, installed, co
     assert advice in check.advice
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, "ok"), (Refused("wrong password"), "fail"), (Unreachable("gone"), "fail")])
-def test_doctor_speaks_mqtt(error, status):
+HERE = Access(BrokerAddress("here", 1883), Connection())
+
+
+def speak_mqtt(access, error):
     broker = MemoryBroker()
 
     class Immediate(type(broker.transport())):
@@ -228,9 +234,21 @@ def test_doctor_speaks_mqtt(error, status):
                 super().open(client_id, will, deliver)
                 broker.pump()
 
-    check = doctor._mqtt(BrokerAddress("here", 1883), Immediate(broker))
+    return doctor._mqtt(access, Immediate(broker))
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, "ok"), (Refused("wrong password"), "fail"), (Unreachable("gone"), "fail")])
+def test_doctor_speaks_mqtt(error, status):
+    check = speak_mqtt(HERE, error)
     assert check.status == status
     assert error is None or str(error) in check.text
+
+
+@pytest.mark.parametrize("device", ["porch", None])
+def test_doctor_asks_whether_a_server_of_another_authority_is_the_one_of_the_enrolment(device):
+    error = explain_failure(ssl.SSLCertVerificationError(), HERE.address, 1.0)
+    text = speak_mqtt(replace(HERE, device=device), error).text
+    assert ("is this the right server?" in text, "--ca" in text) == (device is not None, device is None)
 
 
 def test_a_second_agent_with_the_same_state_is_refused(tmp_path):

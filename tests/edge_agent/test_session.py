@@ -1,3 +1,5 @@
+import ssl
+
 import pytest
 
 from lwfed.edge_agent.events import EndWorker, StartWorker, Stop
@@ -5,8 +7,10 @@ from lwfed.edge_agent.facts import MemoryFacts
 from lwfed.edge_agent.journal import Journal, Seen
 from lwfed.edge_agent.session import SAVE_BYTES, SAVE_S, TrafficCount
 from lwfed.errors import Forbidden, InvalidMessage, ProtocolMismatch, Refused, Unreachable
+from lwfed.transport.address import BrokerAddress
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
+from lwfed.transport.mqtt_errors import explain_failure
 from lwfed.wire import messages
 from lwfed.wire.messages import Challenge, Hello, State
 from lwfed.wire.report import Traffic
@@ -79,6 +83,16 @@ def test_a_device_that_may_do_nothing_any_more_says_why_that_may_be(world, belie
     first, second = device.texts("disconnected")
     assert "the session was ended" in first
     assert ("no topics" in second, "revoked" in second) == (True, believe is not None)
+
+
+@pytest.mark.parametrize("believe", [believe, None], ids=["enrolled", "not enrolled"])
+def test_another_authority_than_that_of_the_enrolment_is_named_by_no_option(world, believe):
+    device = world.start_device(believe=believe)
+    world.settle()
+    device.queue.append(Disconnected(explain_failure(ssl.SSLCertVerificationError(), BrokerAddress("garden.local", 8883, tls=True), 1.0)))
+    world.settle()
+    (text,) = device.texts("disconnected")
+    assert ("is this the right server?" in text, "--ca" in text) == (believe is not None, believe is None)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["the server is there", "before the server's state"])
