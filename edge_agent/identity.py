@@ -49,17 +49,19 @@ class Access:
 def find_access(url: str | None, connection: Connection, state: Path) -> Access:
     """By `url` and `connection`, and by the identity in `state` for what they leave open. Raises ConfigError and StateError.
 
-    The identity is for TLS without other credentials: those who give some mean another broker.
+    Whoever gives other credentials means another broker, and takes what is announced there for true. Without any the device
+    keeps its name and believes its own server alone, even over plain MQTT, where its certificate is of no use.
     """
     identity = load(state)
     if url is None and identity is None:
         raise ConfigError("no address: `edge-agent join mqtts://HOST ...`, or enrol this device first: `edge-agent enrol -`")
     address = BrokerAddress.parse(url or (identity.broker if identity else ""))
-    if identity is None or not address.tls or connection != Connection():
+    if identity is None or address.username or replace(connection, insecure=False) != Connection():
         return Access(address, connection)
-    files = state / FOLDER
-    ours = replace(connection, ca=files / AUTHORITY, cert=files / "certificate.pem", key=files / "key.pem")
-    return Access(address, ours, identity.fleet, identity.device)
+    if address.tls:
+        files = state / FOLDER
+        connection = replace(connection, ca=files / AUTHORITY, cert=files / "certificate.pem", key=files / "key.pem")
+    return Access(address, connection, identity.fleet, identity.device)
 
 
 def load(state: Path) -> Identity | None:

@@ -20,6 +20,11 @@ SEPARATOR = b"\n"  # stands in no JSON of ours
 CONTEXT = b"lwfed announcement"
 SIGNATURE_CHARACTERS = 96  # at most
 
+NOT_SIGNED = (
+    "the announcement is not signed: its server is not that of this device's enrolment (join it with another --state), "
+    "or older than this edge-agent, or it is forged"
+)
+
 Believe = Callable[[bytes], bytes]  # of a payload the announcement in it; raises InvalidMessage
 
 
@@ -47,7 +52,7 @@ def verifier(certificate: bytes, fleet: str) -> Believe:
     def verified(payload: bytes) -> bytes:
         announcement, separator, signature = payload[: MAX_MESSAGE_BYTES + SIGNATURE_CHARACTERS + 2].rpartition(SEPARATOR)
         if not separator:
-            raise InvalidMessage("the announcement is not signed: its server is older than this edge-agent, or it is forged")
+            raise InvalidMessage(NOT_SIGNED)
         try:
             key.verify(base64.b64decode(signature, validate=True), _statement(announcement, fleet), ec.ECDSA(SHA256()))
         except (InvalidSignature, binascii.Error):

@@ -1,5 +1,7 @@
 """Which identity a device takes when. How it gets one is tested with the server, in tests/system/test_gate.py."""
 
+from pathlib import Path
+
 import pytest
 
 from lwfed.cli import Connection
@@ -37,7 +39,20 @@ def test_it_finds_its_server_at_another_address_too(state):
     assert (access.address.host, access.device) == ("garden.lan", "porch")
 
 
-@pytest.mark.parametrize(("url", "connection"), [("mqtt://localhost", Connection()), ("mqtts://other", Connection(username="me"))])
+@pytest.mark.parametrize("connection", [Connection(), Connection(insecure=True)])
+def test_it_believes_its_server_alone_without_tls_too_and_shows_no_certificate(state, connection):
+    access = find_access("mqtt://garden.lan", connection, state)
+    assert (access.connection, access.fleet, access.device) == (connection, "garden", "porch")
+
+
+@pytest.mark.parametrize(
+    ("url", "connection"),
+    [
+        ("mqtts://other", Connection(username="me")),
+        ("mqtt://me@other", Connection(insecure=True)),
+        ("mqtts://other", Connection(ca=Path("ca.pem"))),
+    ],
+)
 def test_its_identity_goes_to_no_other_broker(state, url, connection):
     access = find_access(url, connection, state)
     assert (access.connection, access.fleet, access.device) == (connection, "default", None)
