@@ -53,11 +53,14 @@ CONFIGURATION = """\
 allow_anonymous false
 plugin {plugin}
 plugin_opt_config_file {folder}/permissions.json
+# Of sessions that are not clean: ours are.
+persistent_client_expiration 1h
 
 listener {port}{bind}
 cafile {folder}/authority.pem
 certfile {folder}/broker.pem
 keyfile {folder}/broker.key
+tls_version tlsv1.2
 require_certificate true
 use_identity_as_username true
 # Otherwise one device could throw out another by taking its client id.
@@ -66,6 +69,7 @@ use_username_as_clientid true
 listener {enrolment_port}{bind}
 certfile {folder}/broker.pem
 keyfile {folder}/broker.key
+tls_version tlsv1.2
 use_username_as_clientid true
 max_connections {at_once}
 """

@@ -37,6 +37,7 @@ class Account:
     publish: tuple[str, ...]  # filters of topics
     subscribe: tuple[str, ...]
     password: str | None = None  # None: known by its certificate only
+    literally: tuple[str, ...] = ()  # filters that may be subscribed to as they are, and not parts of what they cover
 
 
 class _Answer(BaseModel):
@@ -54,7 +55,8 @@ def server_account(topics: Topics) -> Account:
 
 
 def device_account(topics: Topics, device: str, username: str) -> Account:
-    return Account(username, (topics.all_from_device(device),), (*topics.for_device(device), topics.all_blobs))
+    """Of its own topics it gets all or nothing: the broker would keep any number of filters below, 50 kB for one of 80 levels."""
+    return Account(username, (topics.all_from_device(device),), (topics.all_blobs,), literally=topics.for_device(device))
 
 
 def token_account(topics: Topics, token: str, password: str) -> Account:
@@ -108,6 +110,7 @@ def _client(account: Account) -> Json:
 
 def _role(account: Account) -> Json:
     rules = [("publishClientSend", topic) for topic in account.publish] + [("subscribePattern", topic) for topic in account.subscribe]
+    rules += [("subscribeLiteral", topic) for topic in account.literally]
     # Below $CONTROL reading is denied unless it is allowed.
     rules += [("publishClientReceive", topic) for topic in account.subscribe if topic.startswith("$")]
     return {"rolename": account.username, "acls": [{"acltype": kind, "topic": topic, "allow": True} for kind, topic in rules]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -114,7 +115,8 @@ def enrol_device(token: str, name: str, state: Path | None, wait_s: float) -> No
     known = Token.parse(sys.stdin.readline() if token == "-" else token)  # noqa: S105 - standard input
     with locked_state(state or default_state(name), "end it, or use another --name or --state") as place:
         device = enrol(known, place, wait_s)
-    click.echo(f"enrolled as {device}; now: edge-agent join --data FOLDER" + ("" if name == "device" else f" --name {name}"))
+    options = ("" if name == "device" else f" --name {name}") + (f" --state {shlex.quote(str(state))}" if state else "")
+    click.echo(f"enrolled as {device}; now: edge-agent join --data FOLDER{options}")
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -108,6 +109,11 @@ OTHERS = [TOPICS.to_device("shed", "task"), "lwfed/default/d/+/dn/+", "lwfed/def
 @pytest.mark.parametrize("filter", OTHERS)
 def test_it_cannot_read_what_is_meant_for_others(device, filter):
     assert isinstance(device("porch", filter).outcome().reason, Refused)
+
+
+def test_it_can_subscribe_to_its_own_topics_as_a_whole_only(device):
+    """What a broker keeps for a filter grows with its levels."""
+    assert isinstance(device("porch", TOPICS.to_device("porch", "task")).outcome().reason, Refused)
 
 
 def test_it_cannot_throw_out_another_one_by_its_client_id(device, host):
@@ -309,8 +315,10 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     server = start("cloud-server", "serve", "--config", "demo", *sets, "--listen", f"localhost:{free_ports()}", "--json")
     assert server.wait_for("broker", kind="mosquitto")["url"].startswith("mqtts://localhost:")
     token = call(cloud_server, "enrol", "porch").stdout.strip()
-    assert CliRunner().invoke(edge_agent, ["enrol", "-"], input=f"{token}\n").stdout.startswith("enrolled as porch")
-    device = start("edge-agent", "join", "--data", "digits", "--json")
+    place = tmp_path / "my state"
+    enrolling = CliRunner().invoke(edge_agent, ["enrol", "-", "--state", str(place)], input=f"{token}\n")
+    assert enrolling.stdout == f"enrolled as porch; now: edge-agent join --data FOLDER --state '{place}'\n"
+    device = start("edge-agent", "join", "--data", "digits", "--state", str(place), "--json")
     assert device.wait_for("joined")["device"] == "porch"
     server.wait_for("device", status="joined", device="porch")
     device.wait_for("run", run=server.all_said("run")[0]["id"])  # announced with the right signature
@@ -321,7 +329,7 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     assert time.monotonic() - before < 10
     server.wait_for("device", status="is revoked", device="porch")
     monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
-    assert re.search("does not let.*may have been revoked", call(edge_agent, "doctor").stdout, re.DOTALL)
+    assert re.search("does not let.*may have been revoked", call(edge_agent, "doctor", "--state", str(place)).stdout, re.DOTALL)
     assert call(cloud_server, "enrol", "shed").exit_code == 0
     shown = call(cloud_server, "status").stdout
     assert re.search(r"device 0    revoked; porch,.*\ninvited     shed \(its token is good .*\nrevoked     porch \(", shown)
@@ -332,6 +340,9 @@ def test_enrol_join_and_revoke(start, tmp_path, monkeypatch):
     again = call(cloud_server, "enrol", "porch")
     assert (again.exit_code, "choose another name" in again.stderr) == (73, True)
     assert (device.end(), server.end()) == (0, 0)
+    os.rename(tmp_path / "cloud-server" / "_authority" / "authority.pem", tmp_path / "away.pem")
+    without = call(cloud_server, "serve", "--config", "demo", *sets, "--listen", "localhost", "--json")
+    assert (without.exit_code, "authority.pem is missing: put it back" in without.stderr) == (StateError.exit_code, True)
     secret = Token.parse(token).header.secret
     for said in (server.transcript(), device.transcript(), (tmp_path / "cloud-server" / "demo" / "broker" / "broker.log").read_text()):
         assert secret not in said
