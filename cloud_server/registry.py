@@ -2,8 +2,9 @@
 
     invited --certify--> enrolled --confirm: it has come--> joined       invited, enrolled or joined --revoke--> revoked
 
-A name that was revoked is never given away again: certificates of it may still be about. A device that is invited anew
-before it has joined, because its certificate was lost, gets one of another subject, so that the broker can tell the two.
+A name that was revoked is never given away again while this file is kept (for an older copy see docs/SECURITY.md): certificates
+of it may still be about. A device that is invited anew before it has joined, because its certificate was lost, gets one of
+another subject, so that the broker can tell the two.
 
 The latest epoch of a server is kept here as well: enrolled devices follow none of an earlier start, of whichever run.
 """
