@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import resource
 
+ENOUGH = 65_536  # some systems allow a billion, and programs make tables as large as they may
+
 
 def raise_limit() -> None:
-    """To what this process may have at most, for it and those that it starts: often 1024 unless asked for."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    """For this process and those that it starts, where it may: often it is 1024 unless asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
