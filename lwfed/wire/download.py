@@ -7,7 +7,9 @@ Chunks are published once for everybody who asked, in the server's order and pac
 only ever says what it still lacks. Silence is no sign of loss: on a slow link a chunk takes seconds, with others behind it
 in the broker's queue, and all would come twice. So after a silence the device asks for the manifest, whose answer comes
 behind them, and then for what is missing still. Chunks may come in any order, twice, damaged, or without being wanted.
-It says how many have, so that the broker is not given more than it gets rid of, and others' chunks do not come to who has all.
+A connection over which nothing comes is made anew, which loses all that is on its way to us; each time it gets twice the
+patience, until a chunk fits into it. The device says how many have come, so that the broker is not given more than it gets rid
+of, and others' chunks do not come to who has all.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from lwfed.errors import InvalidPayload
 from lwfed.wire.commands import Command, Reconnect, Send, Subscribe, Unsubscribe
 from lwfed.wire.messages import BlobRef, Got, Manifest, Need, Want, encode
 from lwfed.wire.ranges import ranges
-from lwfed.wire.retry import Retry
+from lwfed.wire.retry import LONGEST_PATIENCE_S, SUSPECT_S, Retry
 from lwfed.wire.topics import Topics
 
 SILENCE_S = 2.0
@@ -56,6 +58,7 @@ class Downloads:
         self._heard = False
         self._fresh = False  # a manifest came since the last question
         self._retry = Retry(Random(seed), SILENCE_S)
+        self._patience_s = SUSPECT_S  # with a silent connection, learned for what is wanted
         self._got = 0  # chunks that have come and were not reported
         self._reported_s = float("-inf")
         self._report_due: float | None = None  # None: nothing to report
@@ -73,6 +76,7 @@ class Downloads:
         begun = {id: blob for id, blob in self._open.items() if missing.get(id) == blob.ref}
         if missing.keys() - begun.keys():
             self._retry.now()
+            self._patience_s = SUSPECT_S
         self._open = {id: begun.get(id) or _Blob(ref) for id, ref in missing.items()}
 
     def on_manifest(self, manifest: Manifest) -> None:
@@ -120,7 +124,8 @@ class Downloads:
         commands: list[Command] = self._subscriptions()
         self._note_answers(now)
         if self._retry.is_due(now):
-            if self._retry.suspect(now):
+            if self._retry.suspect(now, self._patience_s):
+                self._patience_s = min(2 * self._patience_s, LONGEST_PATIENCE_S)
                 commands.append(Reconnect("the server does not answer requests for the model"))
             commands.append(Send(self._topic, encode(self._need())))
             self._retry.asked(now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 RECONNECT_EVERY_S = 60.0
+LONGEST_PATIENCE_S = 1800.0  # with a link over which nothing moves: 120 KiB get across at 70 bytes a second
 SUSPECT_S = 30.0  # a server that a thousand devices ask at once may take seconds, and a new connection asks it once more
 
 
@@ -59,9 +60,9 @@ class Retry:
         self._unanswered = 0
         self.due = now + self._wait_s * self._random.uniform(0.75, 1.25)
 
-    def suspect(self, now: float) -> bool:
-        """Whether the connection deserves to be made anew: no answer in half a minute to two questions or more, at most once a minute."""
-        if self._unanswered < 2 or now - self._since < SUSPECT_S or now - self._last_reconnect < RECONNECT_EVERY_S:
+    def suspect(self, now: float, patience_s: float = SUSPECT_S) -> bool:
+        """Whether the connection deserves to be made anew: no answer in so long to two questions or more, at most once a minute."""
+        if self._unanswered < 2 or now - self._since < patience_s or now - self._last_reconnect < RECONNECT_EVERY_S:
             return False
         self._last_reconnect = now
         return True

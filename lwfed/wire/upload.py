@@ -5,6 +5,11 @@
     any --refuse--> refused, but of a digest: offered again, three times
 
 After a reconnection the offer is made again; the grant says what is missing, so nothing arrives twice.
+
+What the broker has not taken over yet has not left. While anything has not, no answer can be missed, however slow the link is: a
+question is repeated only when it has left. But nothing leaves over a dead link either. The keep-alive of MQTT finds a connection
+that is dead; a broker that answers pings and takes over nothing is found here, by patience. Giving a link up throws away what is
+on its way, so patience doubles each time, until it lasts for a chunk of that link: else none would ever get across.
 """
 
 from __future__ import annotations
@@ -19,11 +24,11 @@ from lwfed.wire.commands import Command, Reconnect, Send
 from lwfed.wire.messages import Done, Fin, Grant, Miss, Offer, Refuse, Wait, encode
 from lwfed.wire.ranges import indices
 from lwfed.wire.report import Traffic
-from lwfed.wire.retry import Retry
+from lwfed.wire.retry import LONGEST_PATIENCE_S, Retry
 from lwfed.wire.topics import Topics
 
 ANSWER_S = 5.0
-STALLED_S = 60.0  # no room for a chunk in so long: the link is dead although nobody has noticed
+PATIENCE_S = 60.0  # with a link over which nothing leaves
 MAX_DIGEST_REFUSALS = 3
 DEFAULT_WINDOW = 4
 PACKET_MARGIN_BYTES = 512  # topic and headers of a packet
@@ -80,7 +85,11 @@ class Upload:
         self._digest_refusals = 0
         self._fins = 0  # not answered yet
         self._old_misses = 0  # answers to come that know nothing of chunks sent since
-        self._room = 0  # at the last poll
+        self._lacking = len(offer.manifest.digests)  # chunks, by the server's last word
+        self._room = 0  # that the last poll has left
+        self._patience_s = PATIENCE_S
+        self._stalled_at: float | None = None  # when patience ends; None: all has left
+        self._leaving = False  # the last question has not left, as far as is known
         self._retry = Retry(Random(seed), ANSWER_S)
         self._retry.now()
 
@@ -107,6 +116,7 @@ class Upload:
         if wait.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
             self.state = "offering"
             self._fins = self._old_misses = 0
+            self._leaving = False
             self._pause_s = wait.retry_s
 
     def on_done(self, done: Done) -> None:
@@ -128,29 +138,32 @@ class Upload:
         if self.state not in ("done", "refused"):
             self.state = "offering"
             self._fins = self._old_misses = 0
-            self._pause_s = None
+            self._pause_s = self._stalled_at = None
+            self._leaving = False
             self._retry.now()
 
     def poll(self, now: float, room: int, traffic: Traffic) -> list[Command]:
         """At most `room` chunks (the window less what the transport has pending), or the question that is due."""
         if self.state in ("done", "refused"):
             self._retry.stop()
+            self._stalled_at = None
             return []
         if self._pause_s is not None:
             self._retry.answered()
             self._retry.at(now + self._pause_s)
             self._pause_s = None
-        if self.state == "finishing" and room > self._room and not self._retry.is_due(now):
-            self._retry.wait(now)  # chunks are still leaving, and `fin` behind them
-        self._room = room
+        if self._is_stalled(now, room):
+            return self._give_up()
         commands = self._chunks(now, room) if self.state == "sending" else []
-        if self._retry.is_due(now) and not commands:  # the traffic that is told at the end has the last chunks in it
+        if self._retry.is_due(now) and not self._is_leaving and not commands:  # the traffic that is told has the last chunks in it
             commands += self._question(now, traffic)
+        self._room = room - sum(isinstance(command, Send) for command in commands)
         return commands
 
     def next_wakeup(self, now: float) -> float | None:
-        """None when it is over. While chunks wait for room, the transport's next event is the time to poll."""
-        return self._retry.due if self._retry.due is None else max(self._retry.due, now)
+        """None when it is over."""
+        times = [time for time in (self._stalled_at, None if self._is_leaving else self._retry.due) if time is not None]
+        return max(now, min(times)) if times else None
 
     def progress(self) -> tuple[int, int]:
         """Chunks sent and chunks in all."""
@@ -163,9 +176,11 @@ class Upload:
             wanted = indices(missing, len(self._offer.manifest.digests))
         except InvalidMessage:
             return
+        if len(wanted) < self._lacking:
+            self._patience_s = PATIENCE_S
         self.state = "sending"
-        self._queue = wanted[::-1]
-        self._pause_s = None
+        self._lacking, self._queue = len(wanted), wanted[::-1]
+        self._pause_s, self._leaving = None, False
         self._retry.now()
 
     def _chunks(self, now: float, room: int) -> list[Command]:
@@ -174,18 +189,40 @@ class Upload:
             index = self._queue.pop()
             topic = self._topics.update_chunk(self._device, self._worker, self._offer.contribution, index)
             commands.append(Send(topic, self._store.chunk(self._offer.manifest, index)))
-        if not self._queue:
+        if commands and self._stalled_at is None:
+            self._stalled_at = now + self._patience_s
+        if self._queue:
+            self._retry.stop()
+        else:
             self.state = "finishing"
             self._retry.now()
-        elif commands or self._retry.due == float("-inf"):
-            self._retry.answered()
-            self._retry.at(now + STALLED_S)
         return commands
 
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether what was asked waits for what leaves before it."""
+        return self._leaving and self._stalled_at is not None
+
+    def _is_stalled(self, now: float, room: int) -> bool:
+        """Whether something should have left, and nothing has for as long as patience lasts."""
+        if room >= self.window:
+            if self._is_leaving:
+                self._retry.wait(now)  # for the answer, from now on
+            self._stalled_at, self._leaving = None, False
+        elif self._stalled_at is None or room > self._room:
+            self._stalled_at = now + self._patience_s
+        return self._stalled_at is not None and now >= self._stalled_at
+
+    def _give_up(self) -> list[Command]:
+        """The connection; the next one gets more patience."""
+        text = (
+            f"nothing of the update has left for {self._patience_s:g} s; over a link as slow as that a smaller transfer.chunk_bytes helps"
+        )
+        self._patience_s = min(2 * self._patience_s, LONGEST_PATIENCE_S)
+        self.reset()
+        return [Reconnect(text)]
+
     def _question(self, now: float, traffic: Traffic) -> list[Command]:
-        if self.state == "sending":
-            self.reset()
-            return [Reconnect("no chunk of the update has left for a minute")]
         commands: list[Command] = []
         if self._retry.suspect(now):
             commands.append(Reconnect("the server does not answer about the update"))
@@ -196,4 +233,5 @@ class Upload:
             commands.append(Send(self._topics.from_device(self._device, "fin"), encode(fin)))
             self._fins += 1
         self._retry.asked(now)
+        self._leaving = True
         return commands

@@ -40,8 +40,9 @@ class Line:
         """Until nothing is on its way."""
         while True:
             for command in self.downloads.poll(self.now):
-                self.reconnections += isinstance(command, Reconnect)
-                if isinstance(command, Send) and command.topic == TOPICS.from_device("d1", "got"):
+                if isinstance(command, Reconnect):
+                    self._break()
+                elif isinstance(command, Send) and command.topic == TOPICS.from_device("d1", "got"):
                     self.broadcast.got("d1", decode(Got, command.payload).chunks, self.now)
                 elif isinstance(command, Send):
                     self.questions += 1
@@ -54,6 +55,13 @@ class Line:
             self.now = max(self.now, min(due))
             while self._way and self._way[0][0] <= self.now:
                 self._arrive(heapq.heappop(self._way)[2])
+
+    def _break(self) -> None:
+        """What is on its way is lost with the connection."""
+        self.reconnections += 1
+        self._way.clear()
+        self.free_at = self.now
+        self.downloads.reset()
 
     def _down(self, commands) -> None:
         for command in commands:
@@ -91,3 +99,11 @@ def test_what_was_lost_is_sent_again_and_nothing_else(tmp_path, chunk_s, lost):
     line.run()
     assert line.downloads.complete
     assert sorted(line.sent) == sorted([*range(CHUNKS), *lost])
+
+
+@pytest.mark.parametrize(("chunk_s", "reconnections"), [(25, 0), (80, 2), (800, 5)])
+def test_a_chunk_that_takes_longer_than_patience_gets_there_too(tmp_path, chunk_s, reconnections):
+    line = Line(tmp_path, CHUNK_BYTES / chunk_s, lost=set())
+    line.run()
+    assert line.downloads.complete
+    assert line.reconnections == reconnections

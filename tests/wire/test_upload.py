@@ -133,6 +133,45 @@ def test_a_link_that_takes_nothing_is_given_up(upload):
     assert upload.state == "offering"
 
 
+def patience(upload: Upload, now: float, missing: str) -> float:
+    """With a link over which the chunks that are granted do not leave."""
+    upload.poll(now, 4, TRAFFIC)
+    upload.on_grant(grant(upload, missing))
+    assert said(upload.poll(now, 4, TRAFFIC), UP)[0] == int(missing[0])
+    until = upload.next_wakeup(now)
+    assert upload.poll(until - 1.0, 0, TRAFFIC) == []
+    (given_up,) = upload.poll(until, 0, TRAFFIC)
+    assert "transfer.chunk_bytes" in given_up.reason
+    return until - now
+
+
+def test_a_link_that_is_given_up_gets_twice_the_patience_until_chunks_arrive(upload):
+    assert [patience(upload, 10_000.0 * number, "0-5") for number in range(7)] == [60, 120, 240, 480, 960, 1800, 1800]
+    assert patience(upload, 80_000.0, "1-5") == 60
+
+
+def test_what_leaves_renews_patience(upload):
+    patience(upload, 0.0, "0-5")
+    upload.poll(100.0, 4, TRAFFIC)
+    upload.on_grant(grant(upload, "0-5"))
+    upload.poll(100.0, 4, TRAFFIC)
+    for now in (180.0, 299.0, 418.0):
+        upload.poll(now, 0, TRAFFIC)
+        assert not any(isinstance(command, Reconnect) for command in upload.poll(now, 1, TRAFFIC))
+
+
+def test_a_question_is_not_repeated_before_it_has_left(upload):
+    """It would not overtake the chunks before it, and neither would a new connection carry them."""
+    fin = Fin(contribution=upload._offer.contribution, traffic=TRAFFIC)
+    upload.on_grant(grant(upload, "0-3"))
+    upload.poll(0.0, 4, TRAFFIC)
+    assert said(upload.poll(0.0, 0, TRAFFIC), UP) == [fin]
+    for now, room in ((30.0, -1), (59.0, 0), (118.0, 1), (170.0, 2), (220.0, 3)):
+        assert upload.poll(now, room, TRAFFIC) == []
+    assert upload.poll(270.0, 4, TRAFFIC) == []
+    assert said(upload.poll(upload.next_wakeup(270.0), 4, TRAFFIC), UP) == [fin], "no more has left, and nobody has answered"
+
+
 def test_after_a_reset_it_offers_again(upload):
     upload.on_grant(grant(upload, "0-5"))
     upload.poll(0.0, 4, TRAFFIC)
