@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from lwfed.child import Ended, Said
 from lwfed.cloud_server import orders
+from lwfed.cloud_server.announcement import Announcer
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
@@ -25,7 +26,7 @@ from lwfed.cloud_server.litter import Litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
-from lwfed.cloud_server.sizes import run_chunk_bytes
+from lwfed.cloud_server.sizes import check_announcement, run_chunk_bytes
 from lwfed.cloud_server.telling import tell, waiting
 from lwfed.cloud_server.workshop import Starter
 from lwfed.errors import PortInUse, Refused, StateError, TransportError, Unreachable
@@ -33,7 +34,7 @@ from lwfed.signals import on_signals
 from lwfed.transport import base
 from lwfed.transport.base import Transport, Will
 from lwfed.wire.broadcast import Broadcast
-from lwfed.wire.commands import Command, Send
+from lwfed.wire.commands import Command
 from lwfed.wire.inbox import Inbox
 from lwfed.wire.messages import ServerState, encode
 from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
@@ -89,6 +90,7 @@ class Server:
         self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
         self._litter = Litter(self._topics, news)
+        self._announcer = Announcer(course, transport, self._topics.run, gate.sign if gate else None)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         if gate:
             gate.refused = self._on_refused
@@ -246,6 +248,7 @@ class Server:
 
     def _fit_chunks(self) -> None:
         """Cut blobs so that the broker lets the pieces through; devices notice a changed manifest by themselves."""
+        check_announcement(self._course.config, self._transport.packet_limit)
         if not (shapes := self._course.shapes):
             return  # until there are weights
         fitting = run_chunk_bytes(self._course.config, shapes, self._transport.packet_limit)
@@ -357,7 +360,7 @@ class Server:
             room = TASKS_AHEAD if self._transport.pending < SEND_AHEAD else 0
             self._execute(self._fleet.tasks(self._course.run_id, state.stage, state.round, state.owing, now, room))
             if self._fleet.reminded:  # a task without its announcement cannot begin either
-                self._publish_announcement()
+                self._announcer.publish()
 
     def _announce(self) -> None:
         state = self._course.state
@@ -371,11 +374,7 @@ class Server:
             self._course.tidy()
             self._reception.sum_up()
         self._inbox.limit_bytes = self._course.update_limit()
-        self._publish_announcement()
-
-    def _publish_announcement(self) -> None:
-        announcement = encode(self._course.announcement())
-        self._execute([Send(self._topics.run, self._gate.sign(announcement) if self._gate else announcement, retain=True)])
+        self._announcer.publish()
 
     def _take_leave(self, now: float) -> None:
         """When all is done, end as soon as the broker has the last announcement."""

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
 from lwfed.plan import StagePlan
+from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_GRAPH_BYTES, BlobRef, Run, encode
+from lwfed.wire.records import MAX_COUNT, MAX_ORDINAL
+from lwfed.wire.signed import SIGNATURE_BYTES
 from lwfed.wire.sizes import Codec, Shapes, largest_bytes
-from lwfed.wire.upload import fitting_chunk_bytes
+from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES, fitting_chunk_bytes, too_small
 
 Parts = Mapping[str, Shapes]
 
@@ -25,6 +28,14 @@ def run_chunk_bytes(config: RunConfig, parts: Parts, packet_limit: int | None) -
         raise ConfigError(f"{', '.join(names)}: {error}") from None
 
 
+def check_announcement(config: RunConfig, packet_limit: int | None) -> None:
+    """Raises ConfigError for a broker that does not take the run's largest announcement, signed and without patches."""
+    needed = _announcement_bytes(config) + PACKET_MARGIN_BYTES
+    if packet_limit is not None and needed > packet_limit:
+        needed = max(needed, config.transfer.chunk_bytes + PACKET_MARGIN_BYTES, LEAST_PACKET_BYTES)
+        raise ConfigError(f"the announcement: {too_small(packet_limit, needed)}")
+
+
 def round_bytes(plan: StagePlan, codec: Codec, parts: Parts) -> tuple[int, int]:
     """(down, up): of a device in a round of the stage, at most, for one that was in the round before."""
     return sum(largest_bytes(parts[part], codec) for part in plan.downloaded), update_bytes(plan.uploaded, codec, parts)
@@ -33,6 +44,27 @@ def round_bytes(plan: StagePlan, codec: Codec, parts: Parts) -> tuple[int, int]:
 def update_bytes(uploaded: Iterable[str], codec: Codec, parts: Parts) -> int:
     """Of an update, at most."""
     return largest_bytes({name: shape for part in uploaded for name, shape in parts[part].items()}, codec)
+
+
+def _announcement_bytes(config: RunConfig) -> int:
+    plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
+    blob, most = BlobRef(id="0" * 64, size=MAX_BLOB_BYTES), MAX_ORDINAL
+    run = Run(
+        run=config.run.name,
+        epoch=MAX_COUNT,
+        seq=MAX_COUNT,
+        phase="calibrating",
+        stage=most,
+        stages=most,
+        round=most,
+        rounds=most,
+        config=blob,
+        parts={part: blob for plan in plans for part in plan.present},
+        lr_scale=0.1 + 0.2,
+        paused=True,
+        graphs={engine: BlobRef(id="0" * 64, size=MAX_GRAPH_BYTES) for engine in config.graphs},
+    )
+    return len(encode(run)) + SIGNATURE_BYTES
 
 
 def _largest_load(config: RunConfig, parts: Parts) -> tuple[tuple[str, ...], int]:

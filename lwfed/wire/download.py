@@ -32,7 +32,8 @@ GATHER_S = 0.2  # manifests answer one question but arrive one by one: ask for t
 GOT = 2  # chunks that are reported together, or fewer after a while
 GOT_EVERY_S, GOT_WITHIN_S = 0.25, 3.0
 MAX_NEED_BLOBS = 64
-MAX_NEED_CHARS = 60_000  # of ranges, so that a Need stays below MAX_MESSAGE_BYTES
+MAX_NEED_BYTES = 12_000  # so that every broker takes it that takes an offer; what has no room in it is asked for next
+WANT_BYTES = 96  # one without its ranges
 MAX_BAD_IN_A_ROW = 3  # then the manifest itself is doubted: a restarted server may cut blobs differently
 
 
@@ -187,14 +188,14 @@ class Downloads:
     def _need(self) -> Need:
         """Of the next step of blobs that can go on; where none can, so after a silence, of all."""
         wants: list[Want] = []
-        room = MAX_NEED_CHARS
+        room = MAX_NEED_BYTES
         silent = all(blob.asked != "nothing" for blob in self._open.values())
         for id, blob in self._open.items():
             if blob.part is not None and blob.asked != "nothing" and not silent:
                 continue  # its answer is on its way
             chunks = blob.part is not None and blob.asked == "nothing"
             want = Want(id=id, missing=ranges(blob.part.missing()) if blob.part and chunks else None)
-            room -= len(want.missing or "")
+            room -= WANT_BYTES + len(want.missing or "")
             if wants and (room < 0 or len(wants) == MAX_NEED_BLOBS):
                 break
             wants.append(want)

@@ -14,7 +14,8 @@ Name = Annotated[str, Field(pattern=rf"^[a-z0-9-]{{1,{MAX_NAME}}}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Part = Annotated[str, Field(pattern=r"^(stem|(layer|adapter)\.[1-9][0-9]?|norm|projector|predictor|decoder)$")]
 Ranges = Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*)?$", max_length=8192)]  # "0-3,7"
-Count = Annotated[int, Field(ge=0, lt=2**53)]
+MAX_COUNT = 2**53 - 1
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 MAX_ORDINAL = 1_000_000
 Ordinal = Annotated[int, Field(ge=1, le=MAX_ORDINAL)]
 Amount = Annotated[float, Field(ge=0, le=1e12)]

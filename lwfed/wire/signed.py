@@ -19,6 +19,7 @@ from lwfed.wire.messages import MAX_MESSAGE_BYTES
 SEPARATOR = b"\n"  # stands in no JSON of ours
 CONTEXT = b"lwfed announcement"
 SIGNATURE_CHARACTERS = 96  # at most
+SIGNATURE_BYTES = len(SEPARATOR) + SIGNATURE_CHARACTERS  # that it adds
 
 NOT_SIGNED = (
     "the announcement is not signed: its server is not that of this device's enrolment (join it with another --state), "

@@ -65,7 +65,12 @@ def fitting_chunk_bytes(size: int, chunk_bytes: int, epochs: int, packet_limit: 
     else:
         if packet_bytes(fitting) <= limit:
             return fitting
-    raise ConfigError(f"the broker takes packets of {limit} bytes at most; raise its limit (mosquitto: max_packet_size) to {needed}")
+    raise ConfigError(too_small(limit, needed))
+
+
+def too_small(limit: int, needed: int) -> str:
+    """What is said of a broker's packets."""
+    return f"the broker takes packets of {limit} bytes at most; raise its limit (mosquitto: max_packet_size) to {needed}"
 
 
 class Upload:

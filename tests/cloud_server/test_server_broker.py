@@ -2,9 +2,10 @@
 
 import pytest
 
-from lwfed.errors import ConfigError, PortInUse, Refused, Unreachable
+from lwfed.errors import ConfigError, PortInUse, Refused, TransportError, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
+from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages
 
 from .fleets import of
@@ -82,3 +83,39 @@ def test_a_broker_that_takes_too_small_packets_is_found_before_anybody_trains(wo
         assert fleet.course.state.phase == "preparing"
         fleet.kill()
         fleet.start()
+
+
+class Strict(MemoryTransport):
+    """To a broker that takes no larger packets than it says, as `MqttTransport` has it."""
+
+    packet_limit = 14_500
+
+    def publish(self, topic, payload, *, retain=False):
+        if publish_bytes(topic, payload, version5=True) > self.packet_limit:
+            raise TransportError("a message that the broker does not take")
+        super().publish(topic, payload, retain=retain)
+
+
+def test_patches_for_which_an_announcement_has_no_room_are_left_out_of_it(world, monkeypatch):
+    deep = ("model.depth=24", "stages.layers_per_stage=24", "stages.rounds_per_stage=4")
+    fleet = world("transfer.codec=int8", "transfer.chunk_bytes=8192", "rounds.min_devices=1", *deep)
+    monkeypatch.setattr(fleet.broker, "transport", lambda: Strict(fleet.broker))
+    fleet.start()
+    fleet.join("a")
+    fleet.finish()
+    sizes = [len(payload) for _, topic, payload in fleet.broker.log if topic.endswith("all/run")]
+    assert 13_000 < max(sizes) < 14_500
+
+
+def test_a_broker_that_takes_no_announcement_of_the_run_ends_the_server_when_it_connects(world, monkeypatch):
+    monkeypatch.setattr(MemoryTransport, "packet_limit", 7_000)
+    fleet = world("model.depth=64", "stages.layers_per_stage=64", "transfer.chunk_bytes=16384")
+    fleet.start()
+    with pytest.raises(ConfigError, match=r"announcement: the broker takes packets of 7000 bytes at most; .* to \d+$") as raised:
+        fleet.quiet()
+    assert fleet.jobs == []
+    monkeypatch.setattr(MemoryTransport, "packet_limit", int(str(raised.value).split()[-1]))
+    fleet.kill()
+    fleet.start()
+    fleet.quiet()
+    assert fleet.jobs != []
