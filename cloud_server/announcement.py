@@ -23,6 +23,12 @@ class Announcer:
         announcement = announced(self._course.announcement(), self._transport.packet_limit)
         self._transport.publish(self._topic, self._sign(announcement) if self._sign else announcement, retain=True)
 
+    def publish_sound(self, warn: Callable[[str], None]) -> None:
+        """A file of the model has rotted: go on without it. Raises StateError where it is a part, of which there is no other copy."""
+        warn("a file of the model was damaged on disk")
+        self._course.blobs.put(self._course.config.to_bytes())
+        self.publish()
+
 
 def announced(run: Run, packet_limit: int | None) -> bytes:
     """With as many patches as fit, signed or not. Without them devices fetch whole parts: they only save bytes."""

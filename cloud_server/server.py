@@ -313,6 +313,8 @@ class Server:
             if self._queue.empty():
                 self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
+            if self._broadcast.take_damage():
+                self._announcer.publish_sound(self._news.warning)
         self._take_leave(now)
 
     def _receive(self, message: base.Received, now: float) -> list[Command]:

@@ -11,7 +11,7 @@ from typing import Protocol
 from lwfed.blobs import BlobStore
 from lwfed.edge_agent.events import Effect, Show, Tell
 from lwfed.edge_agent.journal import Accepted, Journal, Update
-from lwfed.errors import ConfigError
+from lwfed.errors import ConfigError, StateError
 from lwfed.seeds import derive
 from lwfed.wire.messages import Done, Grant, Miss, Offer, Refuse, Run, Task, Wait
 from lwfed.wire.report import Report, Traffic
@@ -45,11 +45,8 @@ class Handover:
         self._spool.forget({update.blob.id} if update else set())
         if update is None:
             return []
-        if not self._spool.has(update.blob.id):
-            self._journal.settle()
-            self.update = None
-            return [Tell("warning", f"the update of {where(update.task)} was damaged on disk; it is made again if the server asks")]
-        self._offer(update)
+        if damaged := self._offer(update):
+            return damaged
         return [Tell("update", f"an update of {where(update.task)} is waiting to be handed over", {"bytes": update.blob.size})]
 
     def fitting(self, size: int, chunk_bytes: int, epochs: int) -> int:
@@ -70,9 +67,8 @@ class Handover:
         update = Update(task=task, blob=blob, chunk_bytes=chunk_bytes, report=report)
         self._journal.finish(update)
         self.update = update
-        self._offer(update)
         fields = {"bytes": update.blob.size, "contribution": self._contribution(update), "loss": report.losses[-1]}
-        return [Tell("update", _summary(update), fields)]
+        return [Tell("update", _summary(update), fields), *self._offer(update)]
 
     def answer(self, message: Answer) -> list[Effect]:
         """The server's word on the update; words on others are ignored."""
@@ -117,7 +113,7 @@ class Handover:
             return [Tell("warning", f"the update of {where(update.task)} is dropped: {error}")]
         if chunk_bytes < update.chunk_bytes:
             self.update = update.model_copy(update={"chunk_bytes": chunk_bytes})
-            self._offer(self.update)
+            return self._offer(self.update)
         return []
 
     def ask(self) -> None:
@@ -128,7 +124,10 @@ class Handover:
     def poll(self, now: float, traffic: Traffic) -> list[Effect]:
         if self._upload is None:
             return []
-        effects: list[Effect] = list(self._upload.poll(now, self._upload.window - self._link.pending, traffic))
+        try:
+            effects: list[Effect] = list(self._upload.poll(now, self._upload.window - self._link.pending, traffic))
+        except StateError as error:
+            return self._drop_damaged(error)
         if self._upload.state == "sending":
             effects.append(Show("sending the update", *self._upload.progress()))
         return effects
@@ -136,18 +135,33 @@ class Handover:
     def next_wakeup(self, now: float) -> float | None:
         return self._upload.next_wakeup(now) if self._upload else None
 
-    def _offer(self, update: Update) -> None:
+    def _offer(self, update: Update) -> list[Effect]:
+        """Nothing is to be done for it, unless the disk has spoilt the update."""
         task = update.task
+        try:
+            manifest = self._spool.manifest(update.blob.id, update.chunk_bytes)
+        except StateError as error:
+            return self._drop_damaged(error)
         offer = Offer(
             contribution=self._contribution(update),
             run=task.run,
             stage=task.stage,
             round=task.round,
             participant=task.participant,
-            manifest=self._spool.manifest(update.blob.id, update.chunk_bytes),
+            manifest=manifest,
             report=update.report,
         )
         self._upload = Upload(self._topics, self._device, offer, self._spool, seed=derive(0, "upload", self._device))
+        return []
+
+    def _drop_damaged(self, error: StateError) -> list[Effect]:
+        """What `error` says may be of the disk alone: then it is raised, and the update is kept."""
+        update = self.update
+        assert update is not None
+        if self._spool.has(update.blob.id):
+            raise error
+        self._settle()
+        return [Tell("warning", f"the update of {where(update.task)} was damaged on disk; it is made again if the server asks")]
 
     def _contribution(self, update: Update) -> str:
         return contribution_id(update.task.run, update.task.stage, update.task.round, self._device, update.blob.id)

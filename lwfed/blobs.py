@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from lwfed import disk
 from lwfed.errors import InvalidPayload, StateError
@@ -149,22 +149,30 @@ class BlobStore:
         return self._refs[id]
 
     def manifest(self, id: str, chunk_bytes: int) -> Manifest:
-        """How the blob is cut into pieces of `chunk_bytes`, the last one shorter."""
+        """How the blob is cut into pieces of `chunk_bytes`, the last one shorter. Raises StateError when it is not held, or has rotted."""
         key = id, chunk_bytes
         if key not in self._manifests:
             ref = self.ref(id)
             check_cut(ref.size, chunk_bytes)
+            whole, digests = hashlib.sha256(), []
             with _explained(self._root), (self._root / id).open("rb") as file:
-                pieces = iter(lambda: file.read(chunk_bytes), b"")
-                digests = tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
-            self._manifests[key] = Manifest(blob=ref, chunk_bytes=chunk_bytes, digests=digests)
+                while piece := file.read(chunk_bytes):
+                    whole.update(piece)
+                    digests.append(hashlib.sha256(piece).hexdigest())
+            if whole.hexdigest() != id:
+                self._drop_rotten(id)
+            self._manifests[key] = Manifest(blob=ref, chunk_bytes=chunk_bytes, digests=tuple(digests))
         return self._manifests[key]
 
     def chunk(self, manifest: Manifest, index: int) -> bytes:
+        """Raises StateError when the blob is not held, or this piece shows that it has rotted: then it is removed."""
         path = self.path(manifest.blob.id)
         with _explained(path), path.open("rb") as file:
             file.seek(index * manifest.chunk_bytes)
-            return file.read(manifest.chunk_bytes)
+            data = file.read(manifest.chunk_bytes)
+        if hashlib.sha256(data).hexdigest() != manifest.digests[index]:
+            self._drop_rotten(manifest.blob.id)
+        return data
 
     def part(self, manifest: Manifest, owner: str = "") -> PartFile:
         """Where the blob's chunks are gathered (those of `owner`, where others send the same), with those that an earlier process left."""
@@ -192,9 +200,16 @@ class BlobStore:
                 if name.partition("-")[0] not in keep:
                     (self._parts / name).unlink(missing_ok=True)
 
+    def _drop_rotten(self, id: str) -> NoReturn:
+        self.remove(id)
+        raise self._not_held(id)
+
     def _demand(self, id: str) -> None:
         if not self.has(id):
-            raise StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
+            raise self._not_held(id)
+
+    def _not_held(self, id: str) -> StateError:
+        return StateError(f"blob {id[:12]} is not in {self._root}: it was deleted or damaged; start again to fetch or rebuild it")
 
     def _install(self, path: Path, ref: BlobRef) -> None:
         if self._durable:

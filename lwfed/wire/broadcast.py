@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lwfed.blobs import BlobStore
-from lwfed.errors import InvalidMessage
+from lwfed.errors import InvalidMessage, StateError
 from lwfed.wire.commands import Command, Send
-from lwfed.wire.messages import Need, Want, encode
+from lwfed.wire.messages import Manifest, Need, Want, encode
 from lwfed.wire.ranges import indices
 from lwfed.wire.topics import Topics
 
@@ -118,6 +118,7 @@ class Broadcast:
         self._free_at = float("-inf")  # when all that was sent would have gone at the fastest pace
         self._blocked = False  # the last poll ended for want of room
         self._sums = _Sums()
+        self._damaged = False
         self._look_at = float("-inf")  # when to look for silent ones again, if the broker holds much
 
     def need(self, device: str, need: Need, now: float) -> None:
@@ -143,11 +144,16 @@ class Broadcast:
         if self._start is not None and now >= self._start:
             self._note_silent(now)
             while not self._is_full() and now >= self._opens_at() and len(commands) < room and (following := self._following(now)):
-                commands.append(self._send(*following, now))
+                commands += self._send(*following, now)
             if not self._sums.wanting:
                 self._start = None
         self._blocked = len(commands) >= room and (bool(self._manifests) or self._start is not None)
         return commands
+
+    def take_damage(self) -> bool:
+        """Whether a blob has rotted since the last call: the store has it no more, and it is not sent."""
+        damaged, self._damaged = self._damaged, False
+        return damaged
 
     def next_wakeup(self, now: float) -> float | None:
         """None while idle, and while the transport has no room: then its next event is the time to poll."""
@@ -208,7 +214,8 @@ class Broadcast:
         if want.missing is None:
             return None
         try:
-            return indices(want.missing, len(self._store.manifest(want.id, self._chunk_bytes).digests))
+            manifest = self._manifest(want.id)
+            return indices(want.missing, len(manifest.digests)) if manifest else None
         except InvalidMessage:
             return None
 
@@ -242,19 +249,39 @@ class Broadcast:
         while self._manifests and len(answers) < room:
             device, id = next(iter(self._manifests))
             del self._manifests[device, id]
-            if self._store.has(id):
-                manifest = self._store.manifest(id, self._chunk_bytes)
+            if self._store.has(id) and (manifest := self._manifest(id)):
                 answers.append(Send(self._topics.to_device(device, "manifest"), encode(manifest)))
         return answers
 
-    def _send(self, id: str, index: int, device: str | None, now: float) -> Send:
+    def _manifest(self, id: str) -> Manifest | None:
+        """None where the blob has rotted."""
+        with self._noting_damage(id):
+            return self._store.manifest(id, self._chunk_bytes)
+        return None
+
+    @contextmanager
+    def _noting_damage(self, id: str) -> Iterator[None]:
+        """Reading the blob, which is not in the store any more when it has rotted; errors of the disk are raised."""
+        try:
+            yield
+        except StateError:
+            if self._store.has(id):
+                raise
+            self._damaged = True
+
+    def _send(self, id: str, index: int, device: str | None, now: float) -> list[Command]:
+        """Nothing of a blob that has rotted: the store has it no more."""
+        chunk: bytes | None = None
+        with self._noting_damage(id):
+            chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
+        if chunk is None:
+            return []
         self.sent_chunks += 1
         for known in [one for one in self._wanting() if id in one.wants] if device is None else [self._askers[device]]:
             with self._changing(known) as asker:
                 asker.sent(id, index, now)
-        chunk = self._store.chunk(self._store.manifest(id, self._chunk_bytes), index)
         self._free_at = max(self._free_at, now) + 1 / FASTEST
-        return Send(self._topics.blob_chunk(id, index, device), chunk)
+        return [Send(self._topics.blob_chunk(id, index, device), chunk)]
 
     def _forget_old(self, now: float) -> None:
         self._askers = {device: asker for device, asker in self._askers.items() if not asker.is_past(now)}

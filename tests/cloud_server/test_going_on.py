@@ -7,7 +7,8 @@ from lwfed.cloud_server.limits import WAITING_OF_ONE
 from lwfed.cloud_server.orders import Order
 from lwfed.errors import DiskTrouble, PortInUse, StateError, Unreachable
 from lwfed.transport.base import Connected, Disconnected, Received
-from lwfed.wire.topics import Topics
+from lwfed.wire.messages import Need, Want, encode
+from lwfed.wire.topics import BlobChunk, Topics
 
 from .fleets import of, undisturbed
 
@@ -201,3 +202,52 @@ def test_a_server_that_was_told_to_end_does_not_wait_for_a_database_that_goes_th
     fleet.server._on_signal()
     with pytest.raises(SystemExit):
         fleet.course.store.database.tell("the database is away")
+
+
+def rot(fleet, blob):
+    """While the server runs."""
+    path = root(fleet) / "model" / blob
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def ask_for(fleet, blob):
+    """A device asks for manifest and first chunk, until the server has nothing more to send."""
+    fleet.broker.log.clear()
+    asker = fleet.broker.transport()
+    asker.open("asker", None, lambda event: None)
+    for missing in (None, "0"):
+        need = Need(blobs=(Want(id=blob, missing=missing),))
+        asker.publish(TOPICS.from_device("a", "need"), encode(need))
+    fleet.settle(until=lambda: fleet.server._broadcast.next_wakeup(fleet.now) is None)
+
+
+def was_sent(fleet, blob):
+    return blob in [topic.blob for _, name, _ in fleet.broker.log if isinstance(topic := TOPICS.parse(name), BlobChunk)]
+
+
+@pytest.mark.parametrize("what", ["patch", "graph", "config"])
+def test_what_can_be_done_without_rots_and_the_run_goes_on(world, said, what):
+    fleet = world("transfer.codec=int8", "train.prefix=auto")
+    fleet.start()
+    for name in "ab":
+        fleet.join(name, takes=lambda stage, round: 10.0)
+    fleet.settle(until=lambda: (fleet.course.state.stage, fleet.course.state.round, fleet.course.state.phase) == (2, 2, "training"))
+    run = fleet.announced[-1]
+    blob = {"patch": next(iter(run.patches.values()))[-1].blob, "graph": next(iter(run.graphs.values())), "config": run.config}[what].id
+    rot(fleet, blob)
+    ask_for(fleet, blob)
+    assert not was_sent(fleet, blob)
+    assert [warning["text"].split("warning")[1].strip() for warning in of(said, "warning")] == ["a file of the model was damaged on disk"]
+    assert (blob in fleet.announced[-1].model_dump_json()) == fleet.course.blobs.has(blob) == (what == "config")
+    fleet.finish()
+
+
+def test_a_part_of_the_model_that_rots_is_not_sent_and_needs_somebody(world):
+    fleet = undisturbed(world)
+    fleet.settle(until=lambda: fleet.course.state.phase == "training")
+    blob = fleet.course.state.parts["stem"]
+    rot(fleet, blob)
+    with pytest.raises(StateError, match="was deleted or damaged") as raised:
+        ask_for(fleet, blob)
+    assert raised.value.exit_code == 73
+    assert not was_sent(fleet, blob)

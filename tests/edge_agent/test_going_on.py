@@ -21,6 +21,7 @@ from lwfed.errors import DiskTrouble, ProtocolMismatch, TransportError
 from lwfed.transport.memory import MemoryTransport
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire.messages import Fail, Offer
+from lwfed.wire.topics import UpdateChunk
 
 from .conftest import TOPICS
 
@@ -249,3 +250,38 @@ def test_without_stdout_there_is_no_bar(monkeypatch):
     shown = Screen(Console())
     shown.show(Show("receiving the model", 1, 9))
     assert shown._bar is None
+
+
+@pytest.mark.parametrize("harm", ["rotten", "shorter", "gone"])
+def test_an_update_that_rots_while_it_is_handed_over_is_dropped_and_nothing_of_it_sent(world, harm):
+    server, device = world.training()
+    server.answers = False
+    device.finish()
+    world.settle()
+    path = device.root / "updates" / device.journal.update.blob.id
+    data = path.read_bytes()
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(data[:100] if harm == "shorter" else bytes([data[0] ^ 1]) + data[1:])
+    world.broker.log.clear()
+    server.answers = True
+    world.settle(10)
+    chunks = [topic for _, topic, _ in world.broker.log if isinstance(TOPICS.parse(topic), UpdateChunk)]
+    assert chunks == []
+    assert device.texts("warning")[-1].endswith("was damaged on disk; it is made again if the server asks")
+    assert (device.exit, device.journal.update, device.session._work.busy) == (None, None, False)
+    assert [path.name for path in (device.root / "updates").iterdir()] == ["parts"]
+    server.assign(device.id)
+    world.settle()
+    assert isinstance(device.worker[-1], Train)
+
+
+def test_an_update_that_has_rotted_when_it_is_to_be_cut_anew_is_dropped(world, monkeypatch):
+    handing_over(world, 90_000)
+    monkeypatch.setattr(world.broker, "transport", lambda: Limited(world.broker))
+    device = world.start_device()
+    path = device.root / "updates" / device.journal.update.blob.id
+    path.write_bytes(bytes(path.stat().st_size))
+    world.settle(10)
+    assert (device.exit, device.journal.update) == (None, None)
+    assert "was damaged on disk" in device.texts("warning")[-1]
