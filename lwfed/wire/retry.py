@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 RECONNECT_EVERY_S = 60.0
-LONGEST_PATIENCE_S = 1800.0  # with a link over which nothing moves: 120 KiB get across at 70 bytes a second
+LONGEST_PATIENCE_S = 1800.0  # with a link over which nothing moves: long enough for 120 KiB at 70 bytes a second
 SUSPECT_S = 30.0  # a server that a thousand devices ask at once may take seconds, and a new connection asks it once more
 
 

@@ -9,7 +9,8 @@ After a reconnection the offer is made again; the grant says what is missing, so
 What the broker has not taken over yet has not left. While anything has not, no answer can be missed, however slow the link is: a
 question is repeated only when it has left. But nothing leaves over a dead link either. The keep-alive of MQTT finds a connection
 that is dead; a broker that answers pings and takes over nothing is found here, by patience. Giving a link up throws away what is
-on its way, so patience doubles each time, until it lasts for a chunk of that link: else none would ever get across.
+on its way, so patience doubles each time, until it lasts for a chunk of that link: else none would ever get across. What does not
+go up in two minutes, the keep-alive cuts off (docs/PROTOCOL.md).
 """
 
 from __future__ import annotations
