@@ -8,7 +8,7 @@ from lwfed.config import RunConfig
 from lwfed.errors import ConfigError
 from lwfed.plan import StagePlan
 from lwfed.wire.messages import MAX_BLOB_BYTES, MAX_GRAPH_BYTES, BlobRef, Run, encode
-from lwfed.wire.records import MAX_COUNT, MAX_ORDINAL
+from lwfed.wire.records import MAX_COUNT, MAX_NAME, MAX_ORDINAL
 from lwfed.wire.signed import SIGNATURE_BYTES
 from lwfed.wire.sizes import Codec, Shapes, largest_bytes
 from lwfed.wire.upload import LEAST_PACKET_BYTES, PACKET_MARGIN_BYTES, fitting_chunk_bytes, too_small
@@ -50,7 +50,7 @@ def _announcement_bytes(config: RunConfig) -> int:
     plans = [config.plan(stage) for stage in range(1, config.stage_count + 1)]
     blob, most = BlobRef(id="0" * 64, size=MAX_BLOB_BYTES), MAX_ORDINAL
     run = Run(
-        run=config.run.name,
+        run="0" * MAX_NAME,
         epoch=MAX_COUNT,
         seq=MAX_COUNT,
         phase="calibrating",
