@@ -116,6 +116,12 @@ class ManagedBroker:
         self.start()
         return f"the broker {excess or 'had died and'} was started again"
 
+    def kill(self) -> None:
+        """End it at once, to be started again by `ensure`."""
+        if self._process is not None:
+            self._process.kill()
+            self._end()
+
     def close(self) -> None:
         """End it; idempotent."""
         self._wanted = False

@@ -47,6 +47,7 @@ LOOK_EVERY_S = 1.0
 LOOPBACK = "127.0.0.1"
 PLUGIN = "mosquitto_dynamic_security.so"
 PLUGIN_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/opt/homebrew/lib")
+HEED_S = 4.0  # for the broker to carry out that a device is revoked; without a flood it takes milliseconds
 ENROLLING_AT_ONCE = 50  # anybody may open a connection there
 
 CONFIGURATION = """\
@@ -129,6 +130,7 @@ class Gate:
         self.revoked: frozenset[str] = frozenset()
         self._told_revoked: frozenset[str] = frozenset()
         self._look_at = float("-inf")
+        self._unheeded_at: float | None = None
 
     # The broker
 
@@ -148,7 +150,7 @@ class Gate:
         self._authority.issue(folder, "broker", (self.place.host, self.address.host))
         self._authority.issue(folder, SERVER)
         write_private(folder / "authority.pem", self._authority.pem)
-        self._granted, self._unconfirmed = self._wanted(), {}
+        self._granted, self._unconfirmed, self._unheeded_at = self._wanted(), {}, None
         write_private(folder / "permissions.json", document([server_account(self._topics), *self._granted.values()]))
         port, enrolment_port = self.place.ports
         bind = f" {self.place.bind}" if self.place.bind else ""
@@ -185,7 +187,18 @@ class Gate:
         another_time = not self._followed_s <= self._clock() < self._expires_s  # also when the clock was set back
         if self.registry.revision != self._revision or another_time:
             self._follow()
+        if not self.revoked & self._unconfirmed.keys():
+            self._unheeded_at = None
+        elif self._unheeded_at is None:
+            self._unheeded_at = now + HEED_S
         return self._changes()
+
+    def take_unheeded(self, now: float) -> bool:
+        """Whether the broker does not confirm that a device is revoked, as when that device floods it; no more than every `HEED_S`."""
+        if self._unheeded_at is None or now < self._unheeded_at:
+            return False
+        self._unheeded_at = now + HEED_S
+        return True
 
     def on_answer(self, payload: bytes) -> None:
         """Of the broker, to changes."""

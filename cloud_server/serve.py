@@ -80,6 +80,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             starter(config.train.threads),
             until_done=options.until_done,
             revive=broker.ensure if broker else lambda: "",
+            kill_broker=broker.kill if broker else lambda: None,
             gate=gate,
             door=Door(Topics(config.run.fleet), time.monotonic),
         )

@@ -53,7 +53,7 @@ Raw = base.Event | Said | Ended | Stop
 
 
 class Server:
-    """`revive` is called when the connection is lost, and says why it had to start a broker again, or nothing.
+    """`revive` is called when the connection is lost, and says why it had to start a broker again, or nothing; `kill_broker` makes it so.
 
     `door` is what messages must pass; None where nobody floods, and time stands still.
     """
@@ -67,6 +67,7 @@ class Server:
         *,
         until_done: bool = False,
         revive: Callable[[], str] = lambda: "",
+        kill_broker: Callable[[], None] = lambda: None,
         gate: Gate | None = None,
         door: Door | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -74,7 +75,8 @@ class Server:
         config = course.config
         self.over = False
         self._course, self._transport, self._news = course, transport, news
-        self._until_done, self._revive, self._gate, self._door = until_done, revive, gate, door
+        self._until_done, self._revive, self._kill_broker, self._gate = until_done, revive, kill_broker, gate
+        self._door = door
         self._database = course.store.database
         self._database.tell = self._on_database
         self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
@@ -307,8 +309,8 @@ class Server:
         self._note_excess()
         self._reception.miss_silent(now)
         self._follow(now)
+        self._watch_gate(now)
         if self._connected:
-            self._watch_gate(now)
             self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending, self._queue.empty()))
             if self._queue.empty():
                 self._execute(self._inbox.poll(now))
@@ -352,6 +354,9 @@ class Server:
             for device in self._gate.newly_revoked():
                 self._reception.shut_out(device, now)
                 self._execute(self._litter.find(device))
+            if self._gate.take_unheeded(now):
+                self._news.warning("the broker does not confirm that a device is revoked, as in a flood: it is started again")
+                self._kill_broker()
 
     def _follow(self, now: float) -> None:
         """Let everybody know where the run stands, and do what that asks for."""

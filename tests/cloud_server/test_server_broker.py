@@ -2,6 +2,10 @@
 
 import pytest
 
+from lwfed.cloud_server.authority import Authority
+from lwfed.cloud_server.enrolment import invite
+from lwfed.cloud_server.gate import HEED_S, Gate, Place
+from lwfed.cloud_server.registry import Registry
 from lwfed.errors import ConfigError, PortInUse, Refused, TransportError, Unreachable
 from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
@@ -20,6 +24,26 @@ def test_a_broker_that_dies_is_started_again_and_the_run_goes_on(world, said):
     fleet.broker.stop()
     fleet.finish()
     assert "started again" in of(said, "warning")[0]["text"]
+
+
+def test_a_broker_that_does_not_confirm_a_revocation_is_killed_and_started_again(world, said, tmp_path):
+    fleet, gate, registry, killed = world(), Gate(tmp_path, Place("localhost", 8883), "default"), Registry(tmp_path), []
+    gate.advertise()
+    fleet.start(gate=gate, kill_broker=lambda: killed.append(fleet.now))
+    registry.certify(invite(Authority(tmp_path), registry, "a").header.id, "request", "certificate")
+    fleet.now += 1.1
+    fleet.quiet()
+    registry.revoke("a")
+    revoked_at = fleet.now
+    fleet.settle(until=lambda: killed)
+    assert killed[0] - revoked_at <= HEED_S + 1.1
+    (tmp_path / "broker").mkdir()
+    gate.configure(tmp_path / "broker")  # as the broker that is started then does
+    fleet.now += 10 * HEED_S
+    fleet.quiet()
+    assert len(killed) == 1
+    registry.close()
+    gate.close()
 
 
 def test_a_broker_that_refuses_us_ends_the_server_before_it_begins(world, said):

@@ -93,6 +93,8 @@ class Host:
                 with contextlib.suppress(queue.Empty):
                     self._handle(self.client.events.get(timeout=0.05))
                 self._execute(self.gate.poll(time.monotonic()))
+                if self.gate.take_unheeded(time.monotonic()):
+                    self.broker.kill()
 
     def _handle(self, event):
         match event:

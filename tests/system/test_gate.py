@@ -277,6 +277,22 @@ def test_a_revoked_device_is_cut_off_within_seconds_and_for_good(host, device):
         pass  # until the broker is back
 
 
+def test_a_revocation_that_the_broker_never_hears_of_is_carried_out_by_starting_it_again(host, device):
+    drowns, stays = (device(name, *TOPICS.for_device(name)) for name in ("drowns", "stays"))
+    drowns.next(Connected)
+    stays.next(Connected)
+    host.lose = 10**9
+    before = time.monotonic()
+    host.beside.revoke("drowns")
+    try:
+        while not isinstance(drowns.next(Disconnected).reason, Refused):
+            pass  # until the broker is back
+        assert time.monotonic() - before < 15
+        stays.next(Connected)
+    finally:
+        host.lose = 0
+
+
 def test_a_revocation_that_is_lost_on_its_way_to_the_broker_is_repeated_until_it_is_carried_out(host, device):
     clings = device("clings", *TOPICS.for_device("clings"))
     clings.next(Connected)
