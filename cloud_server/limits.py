@@ -41,31 +41,25 @@ class Buckets:
 class Backlog:
     """What waits in the server's queue of messages that the door does not count, in bytes.
 
-    These are chunks, of which a slot lets come as many as there are, and what somebody has retained and must not, which is
-    cleared unread. The server may be held up for hours, by a database that is away. Chunks without room are asked for again.
+    These are chunks, of which a slot lets come as many as there are. The server may be held up for hours, by a database that
+    is away. Those without room are asked for again.
     """
 
     def __init__(self, topics: Topics) -> None:
         self._topics = topics
-        self._waiting: Counter[str] = Counter()  # by sender; "" is whoever has no name
+        self._waiting: Counter[str] = Counter()  # by sender
         self._total = 0
         self._changed = threading.Lock()
 
     def counts(self, message: Received) -> bool:
         """Whether it is for this to admit, and not for the door."""
-        match self._topics.parse(message.topic):
-            case FromDevice(_, "state"):
-                return False
-            case UpdateChunk():
-                return True
-        return message.retained
+        return isinstance(self._topics.parse(message.topic), UpdateChunk)
 
     def admits(self, message: Received) -> bool:
         """Whether there is room for it, which it then takes. Asked on the transport's thread."""
         sender, size = self._sender(message), _bytes_of(message)
         with self._changed:
-            full = self._waiting[sender] + size > WAITING_OF_ONE or self._total + size > WAITING_OF_ALL
-            if full and self._total:  # alone even the largest has room, or it could never be cleared
+            if self._waiting[sender] + size > WAITING_OF_ONE or self._total + size > WAITING_OF_ALL:
                 return False
             self._waiting[sender] += size
             self._total += size
@@ -81,10 +75,8 @@ class Backlog:
                 del self._waiting[sender]
 
     def _sender(self, message: Received) -> str:
-        match self._topics.parse(message.topic):
-            case FromDevice(device) | UpdateChunk(device) | Stray(device):
-                return device
-        return ""
+        topic = self._topics.parse(message.topic)
+        return topic.device if isinstance(topic, UpdateChunk) else ""
 
 
 def _bytes_of(message: Received) -> int:

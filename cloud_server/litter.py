@@ -1,68 +1,108 @@
 """What devices leave at the broker: a retained message takes its memory for ever, and comes again with every connection.
 
-Only a device's state is retained, one small message. Permissions cannot say so, so the server clears all else, as fast as
-the broker takes it. What is too much to be remembered is found once more when the rest is cleared.
+Only a device's state is retained, one small message. Permissions cannot say so, so the server clears all else, a few at a
+time when the broker has taken everything else. A broker gives a subscriber no more than its queue holds (mosquitto 2.0:
+`max_queued_messages` and what the connection has room for) and drops the rest unsaid, and we remember so much only. So
+what was found is looked for again: at each device that left something until it has left nothing, then at all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+import threading
+from collections import Counter
 
-from lwfed.cloud_server.news import News
 from lwfed.transport.base import Received
 from lwfed.wire.commands import Command, Send, Subscribe, Unsubscribe
-from lwfed.wire.topics import FromDevice, Stray, Topics, UpdateChunk
+from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 
-MAX_FOUND = 10_000  # topics to be cleared
-MAX_TOLD = 1000  # names in topics are whatever a sender likes
+AHEAD = 2  # messages that clear and that the broker has not yet taken, when it has taken all else
+MAX_FOUND_BYTES = 10_000_000  # of topics to be cleared
+OBJECT_BYTES = 100  # that a topic takes beside its letters
+LOOK_EVERY_S = 1.0  # at one device: what comes is what it has left, and its state
+LOOK_AT_ALL_EVERY_S = 15.0  # which brings the states of a whole fleet
 
 
 class Litter:
-    def __init__(self, topics: Topics, news: News) -> None:
-        self._topics, self._news = topics, news
+    def __init__(self, topics: Topics) -> None:
+        self._topics = topics
+        self._changed = threading.Lock()  # guards the following
         self._found: dict[str, None] = {}  # topics to be cleared, in order
-        self._more = False  # there were too many
-        self._told: set[str] = set()  # devices that were warned of
+        self._bytes = 0
+        self._cleared: set[str] = set()  # topics whose clearing has not come back to us
+        self._excess: Counter[str] = Counter()
+        self._leaving: dict[str, None] = {}  # devices to be looked at again, in order
+        self._all = False  # all devices are to be looked at again
+        self._look_at = self._look_at_all_at = float("-inf")
 
-    def take(self, message: Received, revoked: Container[str]) -> bool:
-        """Whether a message is retained and must not be; it is cleared then. May stay: a state, unless its device was revoked."""
+    def takes(self, message: Received) -> bool:
+        """Whether a message is retained and must not be; it is cleared then, unread. Asked on the transport's thread."""
         if not message.retained:
             return False
         match self._topics.parse(message.topic):
-            case FromDevice(device, "state"):
-                if device not in revoked:
-                    return False
+            case FromDevice(_, "state"):
+                return False
             case FromDevice(device) | UpdateChunk(device) | Stray(device):
-                self._warn(device)
-        if message.payload:  # else it has just been cleared
-            if len(self._found) < MAX_FOUND:
-                self._found[message.topic] = None
-            else:
-                self._more = True
+                self._count(message, device, device)
+            case FromToken(token):
+                self._count(message, f"enrol.{token}")
+        self.clear(message)
         return True
 
-    def miss(self) -> None:
-        """One was not looked at, for want of room: all that is still there is to come again. On any thread."""
-        self._more = True
+    def clear(self, message: Received) -> None:
+        """On any thread."""
+        with self._changed:
+            if message.payload and message.topic not in self._found and self._bytes < MAX_FOUND_BYTES:
+                self._found[message.topic] = None
+                self._bytes += len(message.topic) + OBJECT_BYTES
 
-    def find(self, device: str) -> list[Command]:
+    def excess(self) -> Counter[str]:
+        """Sender -> messages that it has left since this was last asked."""
+        if not self._excess:
+            return Counter()
+        with self._changed:
+            found, self._excess = self._excess, Counter()
+        return found
+
+    def find(self, device: str) -> None:
         """Have everything sent once more that a device has retained."""
-        filter = self._topics.all_from_device(device)
-        return [Subscribe(filter), Unsubscribe(filter)]
+        with self._changed:
+            self._leaving[device] = None
 
-    def poll(self, room: int, idle: bool) -> list[Command]:
-        """With room for so many messages; `idle`: none waits to be handled, which what comes again would meet."""
-        commands: list[Command] = []
-        while self._found and len(commands) < room:
-            topic = next(iter(self._found))
-            del self._found[topic]
-            commands.append(Send(topic, b"", retain=True))
-        if self._more and not self._found and idle:
-            self._more = False
-            commands.append(Subscribe(self._topics.from_all_devices))
-        return commands
+    def poll(self, now: float, room: int) -> list[Command]:
+        """With room for so many messages."""
+        with self._changed:
+            commands: list[Command] = [Send(topic, b"", retain=True) for topic in list(self._found)[: max(0, room)]]
+            for topic in [command.topic for command in commands if isinstance(command, Send)]:
+                del self._found[topic]
+                self._bytes -= len(topic) + OBJECT_BYTES
+                self._cleared.add(topic)
+            return commands if self._found else commands + self._look(now)
 
-    def _warn(self, device: str) -> None:
-        if device not in self._told and len(self._told) < MAX_TOLD:
-            self._told.add(device)
-            self._news.warning(f"device {device} leaves messages at the broker, which no agent does; they are cleared (said once)")
+    def next_wakeup(self) -> float | None:
+        if self._found:
+            return None  # until the broker has taken something
+        if self._leaving:
+            return self._look_at
+        return max(self._look_at, self._look_at_all_at) if self._all else None
+
+    def _count(self, message: Received, sender: str, device: str | None = None) -> None:
+        with self._changed:
+            if not message.payload and message.topic in self._cleared:
+                self._cleared.discard(message.topic)
+                return
+            self._excess[sender] += 1
+            if device is not None and message.payload:
+                self._leaving[device] = None
+
+    def _look(self, now: float) -> list[Command]:
+        if self._leaving and now >= self._look_at:
+            device = next(iter(self._leaving))
+            del self._leaving[device]
+            self._look_at, self._all = now + LOOK_EVERY_S, True
+            self._cleared.clear()  # should one never have come back
+            filter = self._topics.all_from_device(device)
+            return [Subscribe(filter), Unsubscribe(filter)]
+        if self._all and not self._leaving and now >= max(self._look_at, self._look_at_all_at):
+            self._look_at_all_at, self._all = now + LOOK_AT_ALL_EVERY_S, False
+            return [Subscribe(self._topics.from_all_devices)]
+        return []

@@ -18,11 +18,13 @@ from lwfed.cloud_server import orders
 from lwfed.cloud_server.announcement import Announcer
 from lwfed.cloud_server.course import Course, Write
 from lwfed.cloud_server.duties import Duties
+from lwfed.cloud_server.echo import Echo
 from lwfed.cloud_server.events import Event, Paused, Prepared, Reconnected, Resumed, Started, TimeUp
 from lwfed.cloud_server.fleet import Fleet
 from lwfed.cloud_server.gate import Gate
-from lwfed.cloud_server.limits import MESSAGES_PER_S, Backlog, Door, Repeats
-from lwfed.cloud_server.litter import Litter
+from lwfed.cloud_server.intake import Intake
+from lwfed.cloud_server.limits import Door
+from lwfed.cloud_server.litter import AHEAD, Litter
 from lwfed.cloud_server.news import News
 from lwfed.cloud_server.permissions import ANSWERS
 from lwfed.cloud_server.reception import Reception
@@ -76,14 +78,14 @@ class Server:
         self.over = False
         self._course, self._transport, self._news = course, transport, news
         self._until_done, self._revive, self._kill_broker, self._gate = until_done, revive, kill_broker, gate
-        self._door = door
         self._database = course.store.database
         self._database.tell = self._on_database
         self._time, self._lost_at, self._away_s = clock, 0.0, 0.0
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
-        self._repeats = Repeats(self._topics)
-        self._backlog = Backlog(self._topics)
+        self._litter = Litter(self._topics)
+        self._echo = Echo(self._topics, transport)
+        self._intake = Intake(self._topics, self._litter, self._echo, door)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
         self._broadcast = Broadcast(self._topics, course.blobs, self._chunk_bytes)
@@ -91,7 +93,6 @@ class Server:
         transfer = config.transfer
         self._inbox = Inbox(self._topics, course.spool, course.update_limit(), known, transfer.upload_slots, transfer.window)
         self._reception = Reception(self._topics, course, self._fleet, self._inbox, self._broadcast, news, self._apply)
-        self._litter = Litter(self._topics, news)
         self._announcer = Announcer(course, transport, self._topics.run, gate.sign if gate else None)
         self._duties = Duties(course, news, start_worker, self._queue.put, self._apply)
         if gate:
@@ -151,23 +152,14 @@ class Server:
     def begin(self) -> None:
         self._give_up_at = self._clock() + FIRST_CONNECTION_S
         self._transport.subscribe(self._topics.from_all_devices)
-        if self._gate:
-            for filter in self._gate.filters:
-                self._transport.subscribe(filter)
+        for filter in self._gate.filters if self._gate else ():
+            self._transport.subscribe(filter)
         self._transport.open(f"lwfed-{self._course.config.run.fleet}-server", Will(self.state_topic, self._state(False)), self._arrive)
 
     def _arrive(self, event: base.Event) -> None:
         """On the transport's thread."""
-        if not isinstance(event, base.Received) or self._admits(event):
+        if not isinstance(event, base.Received) or self._intake.admits(event):
             self._queue.put(event)
-
-    def _admits(self, message: base.Received) -> bool:
-        if self._backlog.counts(message):
-            admitted = self._backlog.admits(message)
-            if message.retained and not admitted:
-                self._litter.miss()
-            return admitted
-        return (self._door is None or self._door.admits(message.topic)) and not self._repeats.is_one(message)
 
     def end(self) -> None:
         """Idempotent."""
@@ -201,9 +193,7 @@ class Server:
         now = self._clock()
         match event:
             case base.Received():
-                self._repeats.handled(event)
-                if self._backlog.counts(event):
-                    self._backlog.handled(event)
+                self._intake.handled(event)
                 self._execute(self._receive(event, now))
             case base.Connected():
                 self._on_connected(now)
@@ -226,7 +216,7 @@ class Server:
         if self._connected:
             owing = state.owing
             times += [self._broadcast.next_wakeup(now), self._inbox.next_wakeup(now), self._fleet.next_wakeup(owing)]
-            times.append(self._gate.next_wakeup() if self._gate else None)
+            times += [self._gate.next_wakeup() if self._gate else None, self._litter.next_wakeup(), self._echo.next_wakeup()]
         return min((one for one in times if one is not None), default=None)
 
     # Connection
@@ -236,6 +226,7 @@ class Server:
         if self._told_lost is not None:
             self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, None, None
+        self._echo.begin()
         self._fit_chunks()
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
@@ -306,23 +297,25 @@ class Server:
         if self._course.state.due is not None and now >= self._course.state.due:
             self._apply(TimeUp(), now, None)
         self._duties.poll(now)
-        self._note_excess()
+        self._intake.report(self._reception.complain)
         self._reception.miss_silent(now)
         self._follow(now)
         self._watch_gate(now)
         if self._connected:
-            self._execute(self._litter.poll(SEND_AHEAD - self._transport.pending, self._queue.empty()))
             if self._queue.empty():
                 self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
             if self._broadcast.take_damage():
                 self._announcer.publish_sound(self._news.warning)
+            self._execute(self._litter.poll(now, AHEAD - self._transport.pending))
+            self._execute(self._echo.poll(now))
         self._take_leave(now)
 
     def _receive(self, message: base.Received, now: float) -> list[Command]:
         topic, payload = message.topic, message.payload
         revoked = self._gate.revoked if self._gate else frozenset()
-        if self._litter.take(message, revoked):
+        if topic == self._topics.echo:
+            self._echo.answered()
             return []
         if self._gate:
             if topic == ANSWERS:
@@ -333,16 +326,17 @@ class Server:
                     return self._gate.answer(token, payload)
                 case FromDevice(device) | UpdateChunk(device) | Stray(device):
                     if device in revoked:
-                        self._reception.complaints.count(device, "revoked")
+                        self._turn_away(device, message)
                         return []
                     self._gate.seen(device)
         return self._reception.receive(topic, payload, now)
 
-    def _note_excess(self) -> None:
-        if self._door:
-            for sender, number in self._door.excess().items():
-                text = f"{sender} sends more than {MESSAGES_PER_S:g} messages a second: what exceeds that is dropped"
-                self._reception.complain(sender, "flood", text, number)
+    def _turn_away(self, device: str, message: base.Received) -> None:
+        """It is revoked; of its state nothing stays either."""
+        if message.retained:
+            self._litter.clear(message)
+        else:
+            self._reception.complaints.count(device, "revoked")
 
     def _on_refused(self, token: str, device: str | None, reason: str) -> None:
         of = f"of device {device}" if device else token
@@ -353,7 +347,7 @@ class Server:
             self._execute(self._gate.poll(now))
             for device in self._gate.newly_revoked():
                 self._reception.shut_out(device, now)
-                self._execute(self._litter.find(device))
+                self._litter.find(device)
             if self._gate.take_unheeded(now):
                 self._news.warning("the broker does not confirm that a device is revoked, as in a flood: it is started again")
                 self._kill_broker()

@@ -52,6 +52,7 @@ class Will:
 class Transport(ABC):
     received_bytes: int = 0  # of MQTT packets, headers included
     sent_bytes: int = 0
+    published: int = 0  # messages, over all connections
     packet_limit: int | None = None  # the broker's maximum packet size, where it says so
 
     @abstractmethod

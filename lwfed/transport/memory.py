@@ -68,6 +68,7 @@ class MemoryBroker:
         self._late: list[tuple[float, int, tuple[MemoryTransport, int, Event]]] = []  # a heap, by time and number
         self._delayed = 0  # deliveries so far
         self._stalled: dict[MemoryTransport, list[Callable[[], None]]] = {}  # client -> what is held up
+        self._drowned: set[MemoryTransport] = set()
 
     def transport(self) -> MemoryTransport:
         return MemoryTransport(self)
@@ -110,6 +111,10 @@ class MemoryBroker:
     def resume(self, client_id: str) -> None:
         for held in self._stalled.pop(self._clients[client_id], []):
             held()
+
+    def drown(self, client_id: str) -> None:
+        """Drop all that goes to a client, acknowledgements too, until it connects anew: mosquitto does so when its queue was full."""
+        self._drowned.add(self._clients[client_id])
 
     def restore(self, client_id: str) -> None:
         self._kept_out.discard(client_id)
@@ -180,7 +185,8 @@ class MemoryBroker:
             self._stalled[client].append(partial(self._take_over, client, topic, payload, retain))
             return
         self._publish(client.client_id, topic, payload, retain)
-        self._enqueue(client, Sent())
+        if client not in self._drowned:
+            self._enqueue(client, Sent())
 
     def _publish(self, client_id: str, topic: str, payload: bytes, retain: bool) -> None:
         self.log.append((client_id, topic, payload))
@@ -194,6 +200,8 @@ class MemoryBroker:
 
     def _deliver(self, client: MemoryTransport, event: Received) -> None:
         interfere = self.interfere
+        if client in self._drowned:
+            return
         copies = self.faults.copies() if interfere is None else interfere(client.client_id, event.topic, event.payload)
         for _ in range(copies):
             if delay_s := self.faults.delay_s():
@@ -237,6 +245,7 @@ class MemoryTransport(Transport):
         if self.connected:
             self.sent_bytes += publish_bytes(topic, payload, version5=True)
             self._pending += 1
+            self.published += 1
             self._broker._take_over(self, topic, payload, retain)
 
     def subscribe(self, filter: str) -> None:
@@ -258,6 +267,7 @@ class MemoryTransport(Transport):
     def close(self) -> None:
         self.connected, self._receive, self._pending = False, None, 0
         self._broker._stalled.pop(self, None)
+        self._broker._drowned.discard(self)
         self._broker._close(self)
 
     def vanish(self) -> None:
@@ -273,6 +283,7 @@ class MemoryTransport(Transport):
         if self.connected:
             self.connected, self._pending = False, 0
             self._broker._stalled.pop(self, None)
+            self._broker._drowned.discard(self)
             self.session += 1
             self._broker._enqueue(self, Disconnected(reason))
             if send_will and self._will is not None:

@@ -86,6 +86,7 @@ class MqttTransport(Transport):
                     f"a message of {size} bytes; {self._address} accepts {self.packet_limit}: raise its maximum packet size"
                 )
             self._pending += 1
+            self.published += 1
             self.sent_bytes += size
         if not session.publish(topic, payload, retain):
             self._subtract_pending(session)
