@@ -241,7 +241,7 @@ def test_another_run_of_the_name_takes_no_update_of_the_first_and_where_it_does_
     played = (Anew(12.0, 0.5, seed=4711),), (2, 1), {"quorum": 1.0, "deadline_s": 300.0}
     begin = MemoryStore.begin
     assert play(tmp_path / "mended", *played).violations == ()
-    monkeypatch.setattr(MemoryStore, "begin", lambda self, config: begin(self, config)._replace(id="demo"))
+    monkeypatch.setattr(MemoryStore, "begin", lambda self, *asked: begin(self, *asked)._replace(id="demo"))
     (violation,) = play(tmp_path / "broken", *played).violations
     assert "kept of an earlier round, cannot be read" in violation  # what encoding lost in the first run
 

@@ -150,7 +150,7 @@ class Register:
     """In place of the registry: device `porch` is invited, and no more."""
 
     def __init__(self, secret: str) -> None:
-        blank = dict.fromkeys(("request", "certificate", "joined_s", "revoked_s"))
+        blank = dict.fromkeys(("request", "certificate", "joined_s", "revoked_s", "subject"))
         self._device = Device(name="porch", token=TOKEN.header.id, secret=digest(secret), expires_s=1.0, **blank)
 
     def of_token(self, token: str) -> Device:
