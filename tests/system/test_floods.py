@@ -107,7 +107,7 @@ def left(folder, port):
     return [one for one in found if isinstance(one, Received) and one.payload and not one.topic.endswith("/state")]
 
 
-@pytest.mark.parametrize("number", [5_000, pytest.param(400_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1_000, pytest.param(400_000, marks=pytest.mark.slow)])
 def test_a_server_goes_on_after_a_flood_clears_what_it_left_and_revokes_under_it(fleet, tmp_path, port, number):
     server, enrolled = fleet
     porch = Client(find_access(None, Connection(), enrolled("porch")).transport(), "porch", *TOPICS.for_device("porch"))
@@ -118,9 +118,6 @@ def test_a_server_goes_on_after_a_flood_clears_what_it_left_and_revokes_under_it
         for retained in (False, True):
             flooder.send(number, retained)
             answers(porch)
-        while left(tmp_path / "cloud-server" / "demo" / "broker", port):
-            time.sleep(STABLE_S)  # a server that is thrown out more often comes back later each time
-        answers(porch)
         endless = threading.Thread(target=flooder.send, args=(10**9, False))
         endless.start()
         time.sleep(1.0)
@@ -128,6 +125,9 @@ def test_a_server_goes_on_after_a_flood_clears_what_it_left_and_revokes_under_it
         assert flooder.ended.wait(15.0)
         endless.join()
         server.wait_for("warning", code="retained")
+        answers(porch)
+        while left(tmp_path / "cloud-server" / "demo" / "broker", port):
+            time.sleep(STABLE_S)  # a server that is thrown out more often comes back later each time
         answers(porch)
     finally:
         flooder.close()
