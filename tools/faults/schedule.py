@@ -202,7 +202,7 @@ def _fail(random: Random, at_s: float, calm_s: float, devices: int) -> Fail:
 
 
 KINDS: tuple[Callable[[Random, float, float, int], Fault], ...] = (
-    _weather, _weather, _cut, _stall, _kill, _kill, _anew, _leave, _broker_crash, _fail,
+    *(2 * (_weather, _weather, _cut, _stall, _kill, _kill, _leave, _broker_crash, _fail)), _anew,
 )  # fmt: skip
 
 
