@@ -77,6 +77,7 @@ class ManagedBroker:
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: Watch | None = None
         self._wanted = False
+        self._killed = ""  # why
 
     @property
     def address(self) -> BrokerAddress:
@@ -112,13 +113,14 @@ class ManagedBroker:
         """Start it again if it has died, or could not be started again; what happened then, or nothing. Raises as `start`."""
         if not self._wanted or (self._process is not None and self._process.poll() is None):
             return ""
-        excess = self._watch.excess if self._watch else ""
+        why, self._killed = self._killed or (self._watch.excess if self._watch else ""), ""
         self.start()
-        return f"the broker {excess or 'had died and'} was started again"
+        return f"the broker {why or 'had died and'} was started again"
 
-    def kill(self) -> None:
-        """End it at once, to be started again by `ensure`."""
+    def kill(self, why: str) -> None:
+        """End it at once, to be started again by `ensure`, which says `why`."""
         if self._process is not None:
+            self._killed = why
             self._process.kill()
             self._end()
 

@@ -9,6 +9,7 @@ unacknowledged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from lwfed.transport.base import Transport
@@ -18,34 +19,44 @@ from lwfed.wire.topics import Topics
 
 AFTER = 500  # messages received: fewer than any broker queues, so that after each loss there is a question
 ASK_EVERY_S = 4.0
+TRIES = 3  # connections, for a broker that has never passed it on: perhaps it must not
+UNHEARD = "a flood may silence it without a sign; allow that topic to it (docs/BROKER.md)"
 SUSPECT_S = 15.0  # what the broker passes on after a flood is behind what it had queued before
 
 
 class Echo:
-    def __init__(self, topics: Topics, transport: Transport) -> None:
-        self._topic, self._transport = topics.echo, transport
+    def __init__(self, topics: Topics, transport: Transport, warn: Callable[[str], None]) -> None:
+        self._topic, self._transport, self._warn = topics.echo, transport, warn
         self._retry = Retry(Random(0), ASK_EVERY_S, ASK_EVERY_S)
-        self._received = 0
+        self._received = AFTER  # the first question is asked at once, when nobody floods
+        self._heard = False  # what we said, since we last looked
+        self._ever = False
+        self._fruitless = 0  # connections on which it was not heard, before it ever was
         self._before = 0  # messages that were published before the question
         self._taken = 0  # of all, by the broker, when we last looked
         self._returned = False  # the question did, but what was said before is unacknowledged
 
-    def received(self) -> None:
-        """A message, of whatever kind. On the transport's thread."""
+    def hears(self, topic: str) -> bool:
+        """Whether a message of the topic is what we said to ourselves. On the transport's thread."""
         self._received += 1
+        self._heard = self._heard or topic == self._topic
+        return topic == self._topic
 
     def begin(self) -> None:
-        """There is a new connection, on which nothing is lost yet."""
-        self._received = 0
+        """There is a new connection, on which nothing is lost yet that came before it."""
+        if self._retry.due is not None and not self._ever:
+            self._fruitless += 1
+            self._received = AFTER
+            if self._fruitless == TRIES:
+                self._warn(f"the broker does not pass on what this server publishes to {self._topic}: {UNHEARD}")
+        self._heard = False
         self._retry.stop()
 
-    def answered(self) -> None:
-        """What we said has come back. The broker acknowledges in order: then it has acknowledged what was said before."""
-        self._returned = self._transport.pending > self._transport.published - self._before
-        if not self._returned:
-            self._retry.stop()
-
     def poll(self, now: float) -> list[Command]:
+        if self._fruitless >= TRIES:
+            return []
+        if self._heard:
+            self._answered()
         taken, self._taken = self._taken, self._transport.published - self._transport.pending
         if self._retry.due is None:
             if self._received < AFTER:
@@ -61,6 +72,13 @@ class Echo:
         self._before = self._transport.published
         self._retry.asked(now)
         return [Send(self._topic, b"echo")]
+
+    def _answered(self) -> None:
+        """The broker acknowledges in order: when what we said has come back, it has acknowledged what was said before."""
+        self._heard, self._ever = False, True
+        self._returned = self._transport.pending > self._transport.published - self._before
+        if not self._returned:
+            self._retry.stop()
 
     def next_wakeup(self) -> float | None:
         return self._retry.due

@@ -34,7 +34,7 @@ from lwfed.cloud_server.permissions import (
     server_account,
     token_account,
 )
-from lwfed.cloud_server.registry import Contact, Registry
+from lwfed.cloud_server.registry import FILE_NAME, Contact, Registry
 from lwfed.errors import ConfigError, MissingDependency
 from lwfed.private import write_private
 from lwfed.transport.address import BrokerAddress
@@ -47,7 +47,7 @@ LOOK_EVERY_S = 1.0
 LOOPBACK = "127.0.0.1"
 PLUGIN = "mosquitto_dynamic_security.so"
 PLUGIN_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/opt/homebrew/lib")
-HEED_S = 4.0  # for the broker to carry out that a device is revoked; without a flood it takes milliseconds
+HEED_S = 4.0  # for the broker to take an account, as of a device that is revoked; without a flood it takes milliseconds
 ENROLLING_AT_ONCE = 50  # anybody may open a connection there
 
 CONFIGURATION = """\
@@ -117,7 +117,8 @@ class Gate:
         """`folder` holds authority and registry; `clock` gives Unix time. Raises StateError."""
         self.place, self._clock = place, clock
         self._topics = Topics(fleet)
-        self._authority = _authority(folder, clock)
+        check_authority(folder)
+        self._authority = Authority(folder, clock)
         self.registry = Registry(folder, clock)
         self.refused: Callable[[str, str | None, str], None] = lambda token, device, reason: None  # an enrolment was
         self._files: Path | None = None
@@ -130,7 +131,7 @@ class Gate:
         self.revoked: frozenset[str] = frozenset()
         self._told_revoked: frozenset[str] = frozenset()
         self._look_at = float("-inf")
-        self._unheeded_at: float | None = None
+        self._heed_by: dict[str, float] = {}  # by username that is to be taken: when the broker should have confirmed it
 
     # The broker
 
@@ -150,7 +151,7 @@ class Gate:
         self._authority.issue(folder, "broker", (self.place.host, self.address.host))
         self._authority.issue(folder, SERVER)
         write_private(folder / "authority.pem", self._authority.pem)
-        self._granted, self._unconfirmed, self._unheeded_at = self._wanted(), {}, None
+        self._granted, self._unconfirmed, self._heed_by = self._wanted(), {}, {}
         write_private(folder / "permissions.json", document([server_account(self._topics), *self._granted.values()]))
         port, enrolment_port = self.place.ports
         bind = f" {self.place.bind}" if self.place.bind else ""
@@ -187,17 +188,19 @@ class Gate:
         another_time = not self._followed_s <= self._clock() < self._expires_s  # also when the clock was set back
         if self.registry.revision != self._revision or another_time:
             self._follow()
-        if not self.revoked & self._unconfirmed.keys():
-            self._unheeded_at = None
-        elif self._unheeded_at is None:
-            self._unheeded_at = now + HEED_S
+        taken = self._unconfirmed.keys() - self._granted.keys()
+        self._heed_by = {username: self._heed_by.get(username, now + HEED_S) for username in taken}
         return self._changes()
 
+    def begin(self) -> None:
+        """There is a new connection, over which the broker has been told nothing yet."""
+        self._heed_by = {}
+
     def take_unheeded(self, now: float) -> bool:
-        """Whether the broker does not confirm that a device is revoked, as when that device floods it; no more than every `HEED_S`."""
-        if self._unheeded_at is None or now < self._unheeded_at:
+        """Whether the broker does not confirm that somebody may not come in any more, as when a device floods it; once in `HEED_S`."""
+        if not any(now >= by for username, by in self._heed_by.items() if username in self._unconfirmed):
             return False
-        self._unheeded_at = now + HEED_S
+        self._heed_by = dict.fromkeys(self._heed_by, now + HEED_S)
         return True
 
     def on_answer(self, payload: bytes) -> None:
@@ -264,10 +267,12 @@ class Gate:
         return {one.username: one for one in accounts}
 
 
-def _authority(folder: Path, clock: Callable[[], float]) -> Authority:
-    """Never a new one beside devices that have certificates of another. Raises StateError."""
-    with closing(Registry(folder)) as registry:
-        return Authority(folder, clock, found=not any(one.certificate for one in registry.devices()))
+def check_authority(folder: Path) -> None:
+    """Raises StateError where that of the devices in the registry is missing."""
+    if (folder / FILE_NAME).is_file():
+        with closing(Registry(folder)) as registry:
+            if any(one.certificate for one in registry.devices()):
+                Authority(folder, found=False)
 
 
 def find_plugin() -> Path:

@@ -20,8 +20,7 @@ class Intake:
 
     def admits(self, message: Received) -> bool:
         """Asked on the transport's thread."""
-        self._echo.received()
-        if self._litter.takes(message):
+        if self._echo.hears(message.topic) or self._litter.takes(message):
             return False
         if self._backlog.counts(message):
             return self._backlog.admits(message)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from itertools import islice
 
 from lwfed.transport.base import Received
 from lwfed.wire.commands import Command, Send, Subscribe, Unsubscribe
@@ -18,6 +19,8 @@ from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
 AHEAD = 2  # messages that clear and that the broker has not yet taken, when it has taken all else
 MAX_FOUND_BYTES = 10_000_000  # of topics to be cleared
 OBJECT_BYTES = 100  # that a topic takes beside its letters
+MAX_CLEARED = 100  # topics that are remembered once they are cleared: what comes back has few on its way
+MAX_LEAVING = 2000
 LOOK_EVERY_S = 1.0  # at one device: what comes is what it has left, and its state
 LOOK_AT_ALL_EVERY_S = 15.0  # which brings the states of a whole fleet
 
@@ -28,7 +31,7 @@ class Litter:
         self._changed = threading.Lock()  # guards the following
         self._found: dict[str, None] = {}  # topics to be cleared, in order
         self._bytes = 0
-        self._cleared: set[str] = set()  # topics whose clearing has not come back to us
+        self._cleared: dict[str, None] = {}  # topics whose clearing has not come back to us, in order
         self._excess: Counter[str] = Counter()
         self._leaving: dict[str, None] = {}  # devices to be looked at again, in order
         self._all = False  # all devices are to be looked at again
@@ -36,6 +39,8 @@ class Litter:
 
     def takes(self, message: Received) -> bool:
         """Whether a message is retained and must not be; it is cleared then, unread. Asked on the transport's thread."""
+        if self._has_come_back(message):
+            return True
         if not message.retained:
             return False
         match self._topics.parse(message.topic):
@@ -66,16 +71,19 @@ class Litter:
     def find(self, device: str) -> None:
         """Have everything sent once more that a device has retained."""
         with self._changed:
-            self._leaving[device] = None
+            self._leave(device)
 
     def poll(self, now: float, room: int) -> list[Command]:
         """With room for so many messages."""
         with self._changed:
-            commands: list[Command] = [Send(topic, b"", retain=True) for topic in list(self._found)[: max(0, room)]]
-            for topic in [command.topic for command in commands if isinstance(command, Send)]:
+            topics = list(islice(self._found, max(0, room)))
+            commands: list[Command] = [Send(topic, b"", retain=True) for topic in topics]
+            for topic in topics:
                 del self._found[topic]
                 self._bytes -= len(topic) + OBJECT_BYTES
-                self._cleared.add(topic)
+                self._cleared[topic] = None
+            while len(self._cleared) > MAX_CLEARED:
+                del self._cleared[next(iter(self._cleared))]
             return commands if self._found else commands + self._look(now)
 
     def next_wakeup(self) -> float | None:
@@ -87,12 +95,22 @@ class Litter:
 
     def _count(self, message: Received, sender: str, device: str | None = None) -> None:
         with self._changed:
-            if not message.payload and message.topic in self._cleared:
-                self._cleared.discard(message.topic)
-                return
             self._excess[sender] += 1
             if device is not None and message.payload:
-                self._leaving[device] = None
+                self._leave(device)
+
+    def _has_come_back(self, message: Received) -> bool:
+        """Whether it is what cleared a topic: not retained by MQTT 3.1.1."""
+        if message.payload or not self._cleared:
+            return False
+        with self._changed:
+            return self._cleared.pop(message.topic, "") is None
+
+    def _leave(self, device: str) -> None:
+        if len(self._leaving) < MAX_LEAVING:
+            self._leaving[device] = None
+        else:
+            self._all = True
 
     def _look(self, now: float) -> list[Command]:
         if self._leaving and now >= self._look_at:

@@ -24,7 +24,7 @@ from lwfed.wire.topics import Topics
 
 CONTROL = "$CONTROL/dynamic-security/v1"
 ANSWERS = f"{CONTROL}/response"
-SERVER = "lwfed.server"  # neither this nor a token's user can be the name of a device, which has no dots
+SERVER = "lwfed.server"  # neither this nor a token's user can be that of a device, which is its name, without dots, or begins with a number
 ITERATIONS = 101  # what the plugin itself does; more would not help a password of 256 random bits
 AT_ONCE = 100  # changes in a message
 

@@ -107,7 +107,8 @@ class Registry:
             self._db.execute(table)
         if version == 1:
             self._db.execute("ALTER TABLE devices ADD COLUMN subject TEXT")
-        self._db.execute(f"PRAGMA user_version={SCHEMA}")
+        if version != SCHEMA:  # or each that opens it would have changed something
+            self._db.execute(f"PRAGMA user_version={SCHEMA}")
 
     @property
     def revision(self) -> int:
@@ -160,7 +161,7 @@ class Registry:
                 lost = f"if it is lost, or somebody else used its token, `cloud-server revoke {name}` as well"
                 raise StateError(f"device {name} is enrolled: choose another name; {lost}")
             certified = known is not None and (known.certificate or known.subject)
-            subject = f"{name[: SUBJECT - len(token) - 1]}.{token}" if certified else None
+            subject = f"{token}.{name}"[:SUBJECT] if certified else None
             row = (name, token, secret, self._clock() + lifetime_s, subject)
             self._db.execute("INSERT OR REPLACE INTO devices (name, token, secret, expires_s, subject) VALUES (?, ?, ?, ?, ?)", row)
 

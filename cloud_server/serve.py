@@ -11,7 +11,7 @@ from typing import Literal
 from lwfed.cli import Connection
 from lwfed.cloud_server.broker import ManagedBroker
 from lwfed.cloud_server.course import Course
-from lwfed.cloud_server.gate import Gate, Place
+from lwfed.cloud_server.gate import Gate, Place, check_authority
 from lwfed.cloud_server.limits import Door
 from lwfed.cloud_server.news import REMEDY, News
 from lwfed.cloud_server.registry import next_epoch
@@ -47,6 +47,8 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
     check_sources(config)
     inlet, external = _inlet(options), _external(options)
     with ExitStack() as stack:
+        if inlet is not None:
+            check_authority(options.authority)
         least_epoch = 0 if inlet is None else next_epoch(options.authority)
         # Nothing of the run is there before, should options be refused.
         course = Course(config, root, database=options.database, least_epoch=least_epoch)
@@ -80,7 +82,7 @@ def serve_run(config: RunConfig, root: Path, options: Options, console: Console)
             starter(config.train.threads),
             until_done=options.until_done,
             revive=broker.ensure if broker else lambda: "",
-            kill_broker=broker.kill if broker else lambda: None,
+            kill_broker=broker.kill if broker else lambda why: None,
             gate=gate,
             door=Door(Topics(config.run.fleet), time.monotonic),
         )

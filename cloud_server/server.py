@@ -55,7 +55,8 @@ Raw = base.Event | Said | Ended | Stop
 
 
 class Server:
-    """`revive` is called when the connection is lost, and says why it had to start a broker again, or nothing; `kill_broker` makes it so.
+    """`revive` is called when the connection is lost, and says why it had to start a broker again, or nothing; `kill_broker` makes it
+    so, for a reason.
 
     `door` is what messages must pass; None where nobody floods, and time stands still.
     """
@@ -69,7 +70,7 @@ class Server:
         *,
         until_done: bool = False,
         revive: Callable[[], str] = lambda: "",
-        kill_broker: Callable[[], None] = lambda: None,
+        kill_broker: Callable[[str], None] = lambda why: None,
         gate: Gate | None = None,
         door: Door | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -84,7 +85,7 @@ class Server:
         self._queue: queue.SimpleQueue[Raw] = queue.SimpleQueue()  # a signal handler may fill it, unlike Queue
         self._topics = Topics(config.run.fleet)
         self._litter = Litter(self._topics)
-        self._echo = Echo(self._topics, transport)
+        self._echo = Echo(self._topics, transport, news.warning)
         self._intake = Intake(self._topics, self._litter, self._echo, door)
         self._fleet = Fleet(self._topics, course.store, config.data.min_images, lambda: course.state.unfit)
         self._chunk_bytes = config.transfer.chunk_bytes
@@ -227,6 +228,8 @@ class Server:
             self._news.doing("connected" if first else "connected again")
         self._connected, self._told_lost, self._give_up_at = True, None, None
         self._echo.begin()
+        if self._gate:
+            self._gate.begin()
         self._fit_chunks()
         self._transport.publish(self.state_topic, self._state(True), retain=True)
         self._announced = None
@@ -300,8 +303,8 @@ class Server:
         self._intake.report(self._reception.complain)
         self._reception.miss_silent(now)
         self._follow(now)
-        self._watch_gate(now)
         if self._connected:
+            self._watch_gate(now)
             if self._queue.empty():
                 self._execute(self._inbox.poll(now))
             self._execute(self._broadcast.poll(now, SEND_AHEAD - self._transport.pending))
@@ -314,9 +317,6 @@ class Server:
     def _receive(self, message: base.Received, now: float) -> list[Command]:
         topic, payload = message.topic, message.payload
         revoked = self._gate.revoked if self._gate else frozenset()
-        if topic == self._topics.echo:
-            self._echo.answered()
-            return []
         if self._gate:
             if topic == ANSWERS:
                 self._gate.on_answer(payload)
@@ -349,8 +349,7 @@ class Server:
                 self._reception.shut_out(device, now)
                 self._litter.find(device)
             if self._gate.take_unheeded(now):
-                self._news.warning("the broker does not confirm that a device is revoked, as in a flood: it is started again")
-                self._kill_broker()
+                self._kill_broker("did not confirm who may not come in any more, as in a flood, and")
 
     def _follow(self, now: float) -> None:
         """Let everybody know where the run stands, and do what that asks for."""

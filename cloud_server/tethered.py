@@ -1,8 +1,8 @@
 """Run a program that must not outlive us: ``python -m lwfed.cloud_server.tethered PID PROGRAM ARGUMENT...``
 
 The kernel sends it SIGTERM when its parent ends, in whatever way; the setting survives exec, and so does how many files it may
-open, which is as many as the system lets it. Doing so between fork and exec of the parent itself would not be safe in a process
-with threads.
+open, which is as many as the system lets it, within reason. Doing so between fork and exec of the parent itself would not be
+safe in a process with threads.
 """
 
 from __future__ import annotations

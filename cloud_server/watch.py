@@ -17,7 +17,7 @@ LOOK_EVERY_S = 0.25
 LOG_BYTES = 1_000_000
 # A thousand devices took 193 MB (docs/RELIABILITY.md), 2000 may join, and the server gives it 512 MB of the model at most.
 MEMORY_BYTES = 1.5e9
-SHARE = 0.5  # of a smaller machine's memory
+SHARE = 0.75  # of a smaller machine's memory: one of 1 GB has room for those 512 MB
 
 
 class Watch:

@@ -98,7 +98,7 @@ class Topics:
         self.from_all_tokens = f"{self._base}/enrol/+/up"
         self.all_blobs = f"{self._base}/blob/+/+"
         self.everything = f"{self._base}/#"
-        self.echo = f"{self._base}/d/.server/up/echo"  # of the server to itself, where it hears devices; no device has such a name
+        self.echo = f"{self._base}/d/_server/up/echo"  # of the server to itself, where it hears devices; no device has such a name
 
     def blob_chunk(self, blob: str, index: int, device: str | None = None) -> str:
         """To all who need the blob, or to `device` alone."""

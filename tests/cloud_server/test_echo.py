@@ -10,7 +10,7 @@ from lwfed.wire.topics import Topics
 
 from .fleets import undisturbed
 
-SERVER = "lwfed-default-server"
+SERVER, TOPIC = "lwfed-default-server", Topics("default").echo
 
 
 def flood(fleet, number=AFTER):
@@ -73,10 +73,7 @@ def link():
 
 @pytest.fixture
 def echo(link):
-    made = Echo(Topics("default"), link)
-    for _ in range(AFTER):
-        made.received()
-    return made
+    return Echo(Topics("default"), link, lambda text: None)
 
 
 def polled(echo, link, seconds, leave_each_s=0):
@@ -88,8 +85,25 @@ def polled(echo, link, seconds, leave_each_s=0):
     return kinds
 
 
-def test_it_asks_only_after_many_messages(link):
-    assert polled(Echo(Topics("default"), link), link, 100) == []
+def test_it_asks_at_first_and_then_only_after_many_messages(echo, link):
+    assert [kind for _, kind in polled(echo, link, 1)] == [Send]
+    link.published = 1
+    assert echo.hears(TOPIC)
+    assert polled(echo, link, 100) == []
+    for _ in range(AFTER):
+        assert not echo.hears("lwfed/default/d/a/up/beat")
+    assert [kind for _, kind in polled(echo, link, 1)] == [Send]
+
+
+def test_a_broker_that_never_passes_it_on_is_said_so_of_and_asked_no_more(link):
+    said = []
+    echo = Echo(Topics("default"), link, said.append)
+    for _ in range(5):
+        echo.begin()
+        polled(echo, link, 3)
+    (text,) = said
+    assert TOPIC in text
+    assert polled(echo, link, 100) == []
 
 
 def test_a_question_that_waits_on_a_slow_link_is_no_reason_to_connect_anew(echo, link):

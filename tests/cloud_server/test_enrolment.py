@@ -85,7 +85,7 @@ def test_a_device_that_never_got_its_answer_is_enrolled_by_a_new_token_when_the_
     assert "make a new one" in office.ask(lost, asked).refused
     admission = office.ask(token, asked)
     certificate = x509.load_pem_x509_certificate(admission.certificate.encode())
-    assert (admission.device, certificate.subject.rfc4514_string()) == ("porch", f"CN=porch.{token.header.id}")
+    assert (admission.device, certificate.subject.rfc4514_string()) == ("porch", f"CN={token.header.id}.porch")
 
 
 def test_another_key_gets_no_certificate_by_a_used_token_and_the_operator_is_told_what_to_do(office):
@@ -202,7 +202,7 @@ def test_a_certificate_that_its_device_never_came_with_is_shut_out_when_it_is_in
     beside.ask(beside.invite(), request())
     obey(gate, gate.poll(0))
     token = beside.invite()
-    new, user = f"porch.{token.header.id}", f"enrol.{token.header.id}"
+    new, user = f"{token.header.id}.porch", f"enrol.{token.header.id}"
     found = obey(gate, gate.poll(1.1))
     assert [one for one in found if one[1] in ("porch", user)] == [
         ("deleteClient", "porch"), ("deleteRole", "porch"), ("createRole", user), ("createClient", user),

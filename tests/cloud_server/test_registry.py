@@ -64,7 +64,7 @@ def test_a_device_that_has_not_come_is_invited_anew_under_another_subject_each_t
         registry.invite("porch", token, "hash", 60)
         assert not registry.device("porch").admitted
         users.append(registry.device("porch").user)
-    assert users == ["porch", "porch.t2", "porch.t3"]
+    assert users == ["porch", "t2.porch", "t3.porch"]
     registry.confirm("porch")  # what it said with the certificate before was still on its way
     registry.certify("t3", "request", "certificate")
     assert registry.device("porch").joined_s is None
@@ -78,7 +78,7 @@ def test_a_long_name_leaves_room_for_the_token_in_a_subject(registry):
     for token in (16 * "a", 16 * "b"):
         registry.invite(name, token, "hash", 60)
         registry.certify(token, "request", "certificate")
-    assert registry.device(name).user == 47 * "n" + "." + 16 * "b"
+    assert registry.device(name).user == 16 * "b" + "." + 47 * "n"
 
 
 @pytest.mark.parametrize("enrolled", [False, True])
@@ -158,3 +158,11 @@ def test_an_unusable_file_is_explained(tmp_path):
     (tmp_path / FILE_NAME).write_text("no database at all, but long enough to be taken for one by its size" * 20)
     with pytest.raises(StateError, match="unusable"):
         Registry(tmp_path)
+
+
+def test_who_only_opens_it_changes_nothing(tmp_path):
+    first = Registry(tmp_path)
+    before = first.revision
+    Registry(tmp_path).close()
+    assert first.revision == before
+    first.close()

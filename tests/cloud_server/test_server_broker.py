@@ -1,5 +1,7 @@
 """The server and a broker that is not there, dies, refuses, or carries little."""
 
+import json
+
 import pytest
 
 from lwfed.cloud_server.authority import Authority
@@ -11,6 +13,7 @@ from lwfed.transport.base import Disconnected
 from lwfed.transport.memory import MemoryTransport
 from lwfed.transport.packets import publish_bytes
 from lwfed.wire import messages
+from lwfed.wire.commands import Send
 
 from .fleets import of
 
@@ -26,11 +29,14 @@ def test_a_broker_that_dies_is_started_again_and_the_run_goes_on(world, said):
     assert "started again" in of(said, "warning")[0]["text"]
 
 
-def test_a_broker_that_does_not_confirm_a_revocation_is_killed_and_started_again(world, said, tmp_path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_broker_that_does_not_confirm_a_revocation_is_killed_and_started_again(world, said, tmp_path, times):
+    """Also that of a device which was enrolled again, and has another name at the broker."""
     fleet, gate, registry, killed = world(), Gate(tmp_path, Place("localhost", 8883), "default"), Registry(tmp_path), []
     gate.advertise()
-    fleet.start(gate=gate, kill_broker=lambda: killed.append(fleet.now))
-    registry.certify(invite(Authority(tmp_path), registry, "a").header.id, "request", "certificate")
+    fleet.start(gate=gate, kill_broker=lambda why: killed.append(fleet.now))
+    for _ in range(times):
+        registry.certify(invite(Authority(tmp_path), registry, "a").header.id, "request", "certificate")
     fleet.now += 1.1
     fleet.quiet()
     registry.revoke("a")
@@ -42,6 +48,26 @@ def test_a_broker_that_does_not_confirm_a_revocation_is_killed_and_started_again
     fleet.now += 10 * HEED_S
     fleet.quiet()
     assert len(killed) == 1
+    registry.close()
+    gate.close()
+
+
+def test_a_broker_that_confirms_one_revocation_after_the_other_is_left_alone(tmp_path):
+    gate, registry = Gate(tmp_path, Place("localhost", 8883), "default"), Registry(tmp_path)
+    gate.advertise()
+    names = [f"d{number}" for number in range(8)]
+    for name in names:
+        registry.certify(invite(Authority(tmp_path), registry, name).header.id, "request", "certificate")
+    (tmp_path / "broker").mkdir()
+    gate.configure(tmp_path / "broker")
+    for second, name in enumerate(names):
+        registry.revoke(name)
+        asked = [json.loads(one.payload) for one in gate.poll(float(second)) if isinstance(one, Send)]
+        done = [{"command": one["command"], "correlationData": one["correlationData"]} for found in asked for one in found["commands"]]
+        assert done
+        gate.on_answer(json.dumps({"responses": done}).encode())
+        assert not gate.take_unheeded(float(second))
+    assert gate.revoked == set(names)
     registry.close()
     gate.close()
 

@@ -94,7 +94,7 @@ class Host:
                     self._handle(self.client.events.get(timeout=0.05))
                 self._execute(self.gate.poll(time.monotonic()))
                 if self.gate.take_unheeded(time.monotonic()):
-                    self.broker.kill()
+                    self.broker.kill("did not confirm it, and")
 
     def _handle(self, event):
         match event:

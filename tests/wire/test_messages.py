@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lwfed.errors import InvalidMessage, ProtocolMismatch
+from lwfed.transport.packets import matches
 from lwfed.wire.enrolment import Admission, Enrol
 from lwfed.wire.messages import (
     DOWN,
@@ -152,3 +153,10 @@ def test_an_admission_says_one_thing(fields):
 
 def test_a_secret_is_not_shown_by_accident():
     assert "s3cr3t" not in repr(SAMPLES["enrol"])
+
+
+def test_what_a_server_says_to_itself_comes_to_it_and_no_device_can_say_it():
+    topics = Topics("default")
+    assert matches(topics.from_all_devices, topics.echo)
+    assert "." not in topics.echo
+    assert topics.parse(topics.echo) is None
