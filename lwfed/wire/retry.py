@@ -1,4 +1,4 @@
-"""When to repeat a question that nobody answers. The one timer of both transfer machines on a device."""
+"""When to repeat a question that nobody answers. Both transfer machines on a device ask by it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Retry:
         self._random = random
         self._first_s = first_s
         self._longest_s = longest_s
-        self._wait_s = first_s
+        self._wait_s = self._asked_s = first_s  # after the next question, and after the last one
         self._unanswered = 0
         self._since = 0.0  # when the first of those was asked
         self._last_reconnect = float("-inf")
@@ -43,8 +43,16 @@ class Retry:
     def asked(self, now: float) -> None:
         self._since = self._since if self._unanswered else now
         self._unanswered += 1
+        self._asked_s = self._wait_s
         self.due = now + self._wait_s * self._random.uniform(0.75, 1.25)
         self._wait_s = min(2 * self._wait_s, self._longest_s)
+
+    def left(self, now: float) -> None:
+        """What was asked has left only now, so that its answer is to be waited for from now on."""
+        if self._unanswered == 1:
+            self._since = now
+        if self.due is not None:
+            self.due = max(self.due, now + self._asked_s * self._random.uniform(0.75, 1.25))
 
     def answered(self) -> None:
         self._unanswered = 0

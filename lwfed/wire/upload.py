@@ -91,7 +91,6 @@ class Upload:
         self._digest_refusals = 0
         self._fins = 0  # not answered yet
         self._old_misses = 0  # answers to come that know nothing of chunks sent since
-        self._lacking = len(offer.manifest.digests)  # chunks, by the server's last word
         self._room = 0  # that the last poll has left
         self._patience_s = PATIENCE_S
         self._stalled_at: float | None = None  # when patience ends; None: all has left
@@ -122,7 +121,6 @@ class Upload:
         if wait.contribution == self._offer.contribution and self.state in ("offering", "sending", "finishing"):
             self.state = "offering"
             self._fins = self._old_misses = 0
-            self._leaving = False
             self._pause_s = wait.retry_s
 
     def on_done(self, done: Done) -> None:
@@ -182,10 +180,8 @@ class Upload:
             wanted = indices(missing, len(self._offer.manifest.digests))
         except InvalidMessage:
             return
-        if len(wanted) < self._lacking:
-            self._patience_s = PATIENCE_S
         self.state = "sending"
-        self._lacking, self._queue = len(wanted), wanted[::-1]
+        self._queue = wanted[::-1]
         self._pause_s, self._leaving = None, False
         self._retry.now()
 
@@ -213,7 +209,7 @@ class Upload:
         """Whether something should have left, and nothing has for as long as patience lasts."""
         if room >= self.window:
             if self._is_leaving:
-                self._retry.wait(now)  # for the answer, from now on
+                self._retry.left(now)
             self._stalled_at, self._leaving = None, False
         elif self._stalled_at is None or room > self._room:
             self._stalled_at = now + self._patience_s

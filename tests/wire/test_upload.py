@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lwfed.blobs import BlobStore
@@ -145,9 +147,9 @@ def patience(upload: Upload, now: float, missing: str) -> float:
     return until - now
 
 
-def test_a_link_that_is_given_up_gets_twice_the_patience_until_chunks_arrive(upload):
+def test_a_link_that_is_given_up_gets_twice_the_patience(upload):
     assert [patience(upload, 10_000.0 * number, "0-5") for number in range(7)] == [60, 120, 240, 480, 960, 1800, 1800]
-    assert patience(upload, 80_000.0, "1-5") == 60
+    assert patience(upload, 80_000.0, "1-5") == 1800, "a link that was so slow is so still"
 
 
 def test_what_leaves_renews_patience(upload):
@@ -170,6 +172,22 @@ def test_a_question_is_not_repeated_before_it_has_left(upload):
         assert upload.poll(now, room, TRAFFIC) == []
     assert upload.poll(270.0, 4, TRAFFIC) == []
     assert said(upload.poll(upload.next_wakeup(270.0), 4, TRAFFIC), UP) == [fin], "no more has left, and nobody has answered"
+
+
+def test_a_server_that_never_answers_is_asked_ever_less_often_and_then_by_a_new_connection(upload):
+    """Also where the transport is seen to be busy with each question before it has left."""
+    asked, reconnected, left_at = [], [], 0.0
+    for step in range(1800):
+        now = step / 2
+        commands = upload.poll(now, 4 if now >= left_at else 3, TRAFFIC)
+        reconnected += [now for command in commands if isinstance(command, Reconnect)]
+        if said(commands, UP):
+            asked.append(now)
+            left_at = now + 0.6
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert 30 <= reconnected[0] <= 60
+    assert len(asked) < 30
+    assert gaps[4] > 4 * gaps[0]
 
 
 def test_after_a_reset_it_offers_again(upload):
