@@ -153,7 +153,7 @@ class Journal:
         return max(self._earlier(task), default=None)
 
     def lose(self, run: str, stage: int, round: int) -> None:
-        """The server is at that round: if it took an update in a later one, that was another run of the name, or is forgotten."""
+        """The server is at that round: if it took an update in a later one, it has forgotten that, as when it was put back from a copy."""
         taken = self._read(f"taken {run}", Taken)
         if taken is not None and (taken.stage, taken.rounds[-1]) > (stage, round):
             with self._facts.transaction():
