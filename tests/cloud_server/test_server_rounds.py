@@ -64,7 +64,7 @@ def test_the_first_of_more_chosen_devices_make_the_round_and_their_bits_alone_co
     for number, device in enumerate(smooth.devices):
         assert device.tasks == [(1, 1), (1, 2), (2, 1), (2, 2)]  # the last is asked in the next round again
         assert device.sent == sum(last != number for last in slowest.values())
-    faults = Faults(seed=3, drop=0.1, duplicate=0.1, reorder=0.2)
+    faults = Faults(seed=4, drop=0.1, duplicate=0.1, reorder=0.2)
     rough, same = over_selected(world, faults, seconds=(20.0, 10.0, 4000.0))
     assert contributors(rough) == contributors(smooth)
     assert same == result

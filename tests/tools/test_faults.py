@@ -198,8 +198,8 @@ def test_a_failure_that_arrives_twice_counts_once_and_where_it_does_not_that_is_
 
 
 def test_a_failure_that_arrives_again_after_a_restart_counts_once_and_where_it_does_not_that_is_noticed(tmp_path, monkeypatch):
-    kill, restarted = Kill(40.0, 0, 0.5, "anywhere", skip=0, power=False, disk=False), coordinator.ALWAYS[Restarted]
-    played = doubled("Diverged", kill, delay_s=6.0)
+    kill, restarted = Kill(30.0, 0, 0.5, "anywhere", skip=0, power=False, disk=False), coordinator.ALWAYS[Restarted]
+    played = doubled("Diverged", kill, delay_s=8.0)
 
     def forgetting(rules, state, event, now):
         return restarted(rules, replace(state, attempts={}), event, now)
@@ -207,7 +207,7 @@ def test_a_failure_that_arrives_again_after_a_restart_counts_once_and_where_it_d
     assert play(tmp_path / "mended", *played).violations == ()
     monkeypatch.setitem(coordinator.ALWAYS, Restarted, forgetting)
     broken = play(tmp_path / "broken", *played)
-    assert broken.violations == ("stage 1, round 1, training: of participant 0 2 failures count, not 1",)
+    assert broken.violations == ("stage 1, round 1, training: of participant 1 2 failures count, not 1",)
 
 
 def test_kills_of_one_task_are_not_those_of_the_next_and_where_they_are_that_is_noticed(tmp_path, monkeypatch):
