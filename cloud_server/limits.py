@@ -38,6 +38,26 @@ class Buckets:
         return True
 
 
+class Excess:
+    """What senders say too much, counted on the transport's thread and taken on another."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._changed = threading.Lock()
+
+    def add(self, sender: str) -> None:
+        with self._changed:
+            self._counts[sender] += 1
+
+    def take(self) -> Counter[str]:
+        """Sender -> messages since this was last asked."""
+        if not self._counts:
+            return Counter()
+        with self._changed:
+            found, self._counts = self._counts, Counter()
+        return found
+
+
 class Backlog:
     """What waits in the server's queue of messages that the door does not count, in bytes.
 
@@ -89,7 +109,7 @@ class Door:
     def __init__(self, topics: Topics, clock: Callable[[], float]) -> None:
         self._topics, self._clock = topics, clock
         self._buckets = Buckets(MESSAGES_PER_S, MESSAGES_AT_ONCE)
-        self._excess: Counter[str] = Counter()
+        self._excess = Excess()
         self._changed = threading.Lock()
 
     def admits(self, topic: str) -> bool:
@@ -103,16 +123,12 @@ class Door:
         with self._changed:
             if self._buckets.take(sender, self._clock()):
                 return True
-            self._excess[sender] += 1
-            return False
+        self._excess.add(sender)
+        return False
 
     def excess(self) -> Counter[str]:
         """Sender -> messages that were not admitted since this was last asked."""
-        if not self._excess:
-            return Counter()
-        with self._changed:
-            found, self._excess = self._excess, Counter()
-        return found
+        return self._excess.take()
 
 
 class Repeats:

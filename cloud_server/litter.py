@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from itertools import islice
 
+from lwfed.cloud_server.limits import Excess
 from lwfed.transport.base import Received
 from lwfed.wire.commands import Command, Send, Subscribe, Unsubscribe
 from lwfed.wire.topics import FromDevice, FromToken, Stray, Topics, UpdateChunk
@@ -28,11 +29,11 @@ LOOK_AT_ALL_EVERY_S = 15.0  # which brings the states of a whole fleet
 class Litter:
     def __init__(self, topics: Topics) -> None:
         self._topics = topics
+        self._excess = Excess()
         self._changed = threading.Lock()  # guards the following
         self._found: dict[str, None] = {}  # topics to be cleared, in order
         self._bytes = 0
         self._cleared: dict[str, None] = {}  # topics whose clearing has not come back to us, in order
-        self._excess: Counter[str] = Counter()
         self._leaving: dict[str, None] = {}  # devices to be looked at again, in order
         self._all = False  # all devices are to be looked at again
         self._look_at = self._look_at_all_at = float("-inf")
@@ -62,11 +63,7 @@ class Litter:
 
     def excess(self) -> Counter[str]:
         """Sender -> messages that it has left since this was last asked."""
-        if not self._excess:
-            return Counter()
-        with self._changed:
-            found, self._excess = self._excess, Counter()
-        return found
+        return self._excess.take()
 
     def find(self, device: str) -> None:
         """Have everything sent once more that a device has retained."""
@@ -94,9 +91,9 @@ class Litter:
         return max(self._look_at, self._look_at_all_at) if self._all else None
 
     def _count(self, message: Received, sender: str, device: str | None = None) -> None:
-        with self._changed:
-            self._excess[sender] += 1
-            if device is not None and message.payload:
+        self._excess.add(sender)
+        if device is not None and message.payload:
+            with self._changed:
                 self._leave(device)
 
     def _has_come_back(self, message: Received) -> bool:
